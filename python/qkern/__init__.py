@@ -1,0 +1,166 @@
+"""qkern: frozen weights in 4 or 8 bits, with LoRA in the same kernel.
+
+    q = qkern.quantize(w, "nf4")              torch tensor or NumPy array
+    w = qkern.dequantize(q)
+    report = qkern.quantize_model(model)      in place
+    qkern.add_lora(model, r=16)
+
+Importing this package imports nothing else: NumPy, torch and the native extension load on first
+use, and only where they are needed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+from qkern.errors import (
+    AdapterMismatchError,
+    CorruptFileError,
+    CoverageError,
+    DataError,
+    DTypeError,
+    FormatError,
+    FrozenWeightError,
+    MissingDependencyError,
+    NativeError,
+    NonFiniteError,
+    QkernError,
+    ShapeError,
+)
+
+if TYPE_CHECKING:
+    from qkern.adapters import load_adapter, merge_adapter, save_adapter, unmerge_adapter
+    from qkern.checkpoint import save
+    from qkern.codec import QuantizedArray
+    from qkern.formats import QuantFormat
+    from qkern.integrations.pretrained import load
+    from qkern.layers import QLoRALinear, QuantizedLinear
+    from qkern.model import CoverageReport, add_lora, memory_footprint, quantize_model
+    from qkern.tensor import QuantizedTensor, linear
+
+__all__ = [
+    "AdapterMismatchError",
+    "CorruptFileError",
+    "CoverageError",
+    "CoverageReport",
+    "DTypeError",
+    "DataError",
+    "FormatError",
+    "FrozenWeightError",
+    "MissingDependencyError",
+    "NativeError",
+    "NonFiniteError",
+    "QLoRALinear",
+    "QkernError",
+    "QuantFormat",
+    "QuantizedArray",
+    "QuantizedLinear",
+    "QuantizedTensor",
+    "ShapeError",
+    "__version__",
+    "add_lora",
+    "dequantize",
+    "linear",
+    "load",
+    "load_adapter",
+    "memory_footprint",
+    "merge_adapter",
+    "quantize",
+    "quantize_model",
+    "save",
+    "save_adapter",
+    "unmerge_adapter",
+]
+
+# Where each name that is not defined here lives; resolved by __getattr__ on first use.
+_HOMES = {
+    "CoverageReport": "qkern.model",
+    "QLoRALinear": "qkern.layers",
+    "QuantFormat": "qkern.formats",
+    "QuantizedArray": "qkern.codec",
+    "QuantizedLinear": "qkern.layers",
+    "QuantizedTensor": "qkern.tensor",
+    "add_lora": "qkern.model",
+    "linear": "qkern.tensor",
+    "load": "qkern.integrations.pretrained",
+    "load_adapter": "qkern.adapters",
+    "memory_footprint": "qkern.model",
+    "merge_adapter": "qkern.adapters",
+    "quantize_model": "qkern.model",
+    "save": "qkern.checkpoint",
+    "save_adapter": "qkern.adapters",
+    "unmerge_adapter": "qkern.adapters",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.import_module("qkern._native").__version__
+    home = _HOMES.get(name)
+    if home is None:
+        msg = f"module 'qkern' has no attribute {name!r}"
+        raise AttributeError(msg)
+    try:
+        module = importlib.import_module(home)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "qkern":
+            raise
+        msg = f'qkern.{name} needs {error.name}: pip install "qkern[torch]" or "qkern[train]"'
+        raise MissingDependencyError(msg) from error
+    return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+def quantize(values: Any, quant_type: Any = "nf4", **settings: Any) -> Any:
+    """Quantize a torch tensor or a NumPy array of any shape and strides.
+
+    A tensor whose scales 8 bits cannot hold (a decoded scale with another sign, or off by more
+    than 1/8) keeps fp32 scales: look at ``.format.double_quant``.
+
+    Args:
+        values: float32, float16 or bfloat16; for NumPy, bfloat16 of ``ml_dtypes`` or uint16 bit
+            patterns with ``dtype="bfloat16"``.
+        quant_type: "nf4", "fp4", "int8", or a ``QuantFormat``.
+        **settings: ``blocksize=64``, ``double_quant=True``, ``method="absmax"``,
+            ``nonfinite="error"`` (or "keep": NaN and infinity stay in their own block).
+
+    Returns:
+        ``QuantizedTensor`` or ``QuantizedArray``, with ``packed``, ``absmax``, ``nested_absmax``,
+        ``offset``, ``format`` and ``shape``.
+
+    Raises:
+        DTypeError: for any other dtype.
+        FormatError: for an unknown format or setting.
+        NonFiniteError: for NaN or infinity, unless kept.
+    """
+    if _is_tensor(values):
+        return importlib.import_module("qkern.tensor").quantize(values, quant_type, **settings)
+    return importlib.import_module("qkern.codec").quantize(values, quant_type, **settings)
+
+
+def dequantize(q: Any, dtype: Any = None, *, out: Any = None) -> Any:
+    """The dense values of what ``quantize`` returned, rounded once.
+
+    Args:
+        q: ``QuantizedTensor`` or ``QuantizedArray``.
+        dtype: a torch dtype for a tensor, a name for an array; that of the quantized value if
+            None.
+        out: a contiguous tensor or array of q's shape to write into.
+
+    Raises:
+        DTypeError: for any other dtype.
+        ShapeError: for an ``out`` that does not fit.
+    """
+    home = "qkern.tensor" if _is_tensor(q) else "qkern.codec"
+    return importlib.import_module(home).dequantize(q, dtype, out=out)
+
+
+def _is_tensor(value: Any) -> bool:
+    """Whether ``value`` is a torch tensor, without importing torch to find out."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)

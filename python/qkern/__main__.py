@@ -1,0 +1,5 @@
+"""``python -m qkern``: the command line."""
+
+from qkern.cli import main
+
+raise SystemExit(main())

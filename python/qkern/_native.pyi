@@ -1,0 +1,67 @@
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+# Arrays are 1-D and C-contiguous. Values travel as float32, or as uint16 bit patterns of the
+# 16-bit dtype that `dtype` names.
+_Values: TypeAlias = npt.NDArray[Any]
+_F32: TypeAlias = npt.NDArray[np.float32]
+_U8: TypeAlias = npt.NDArray[np.uint8]
+_I8: TypeAlias = npt.NDArray[np.int8]
+
+__version__: str
+
+def quantize_4bit(
+    values: _Values,
+    dtype: str,
+    code: _F32,
+    blocksize: int,
+    packed: _U8,
+    absmax: _F32,
+    *,
+    nonfinite: str = "error",
+    threads: int = 0,
+    simd: str | None = None,
+) -> None: ...
+def dequantize_4bit(
+    packed: _U8,
+    absmax: _F32,
+    code: _F32,
+    blocksize: int,
+    values: _Values,
+    dtype: str,
+    *,
+    threads: int = 0,
+    simd: str | None = None,
+) -> None: ...
+def quantize_int8(
+    values: _Values,
+    dtype: str,
+    blocksize: int,
+    packed: _I8,
+    absmax: _F32,
+    *,
+    nonfinite: str = "error",
+    threads: int = 0,
+    simd: str | None = None,
+) -> None: ...
+def dequantize_int8(
+    packed: _I8,
+    absmax: _F32,
+    blocksize: int,
+    values: _Values,
+    dtype: str,
+    *,
+    threads: int = 0,
+    simd: str | None = None,
+) -> None: ...
+def quantize_absmax(
+    absmax: _F32, nested_code: _F32, codes: _U8, nested_absmax: _F32
+) -> tuple[float, bool]: ...
+def dequantize_absmax(
+    codes: _U8, nested_code: _F32, nested_absmax: _F32, offset: float, absmax: _F32
+) -> None: ...
+def simd() -> str: ...
+def available_simd() -> list[str]: ...
+def cpu_features() -> dict[str, bool]: ...

@@ -1,0 +1,290 @@
+"""Adapters as files in PEFT's format, and merged into the quantized weights.
+
+A directory holds ``adapter_config.json`` and ``adapter_model.safetensors`` with the keys
+
+    base_model.model.<path of the layer>.lora_A.weight    (r, in_features)
+    base_model.model.<path of the layer>.lora_B.weight    (out_features, r)
+
+which PEFT loads over the same base model, and whose own files load here. The format of the
+quantized base is kept in the file's metadata under "qkern", which PEFT ignores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from os import PathLike
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from qkern.errors import AdapterMismatchError, CorruptFileError, QkernError
+from qkern.files import read_json, replacing, write_json
+from qkern.formats import QuantFormat
+from qkern.layers import QLoRALinear, QuantizedLinear
+from qkern.model import adapted_layers, add_lora
+
+CONFIG_NAME: Final = "adapter_config.json"
+WEIGHTS_NAME: Final = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+# Settings of PEFT that change what an adapter computes, with the values that are plain LoRA.
+_PLAIN: Final[dict[str, tuple[Any, ...]]] = {
+    "use_dora": (False, None),
+    "lora_bias": (False, None),
+    "bias": ("none", None),
+    "fan_in_fan_out": (False, None),
+    "modules_to_save": (None, []),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "layer_replication": (None, []),
+    "use_qalora": (False, None),
+    "use_bdlora": (False, None),
+    "alora_invocation_tokens": (None, []),
+}
+
+
+def save_adapter(model: nn.Module, path: str | PathLike[str]) -> None:
+    """Write a model's adapter as PEFT's two files, each replaced as a whole.
+
+    Args:
+        model: with adapters, after ``add_lora``.
+        path: the directory.
+
+    Raises:
+        AdapterMismatchError: if the model has no adapter, or layers of different dropout or kind.
+    """
+    from safetensors.torch import save_file
+
+    layers = dict(adapted_layers(model))
+    if not layers:
+        msg = "the model has no adapter to save: call qkern.add_lora first"
+        raise AdapterMismatchError(msg)
+    tensors = {}
+    for name, layer in layers.items():
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = _plain(layer.lora_A)
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = _plain(layer.lora_B)
+    fmt = next(iter(layers.values())).quantized_weight.format
+    metadata = {"format": "pt", "qkern": json.dumps(dataclasses.asdict(fmt))}
+    directory = Path(path)
+    with replacing(directory / WEIGHTS_NAME) as temporary:
+        save_file(tensors, temporary, metadata)
+    write_json(directory / CONFIG_NAME, _config(model, layers))
+
+
+def load_adapter(model: nn.Module, path: str | PathLike[str]) -> None:
+    """Load an adapter of PEFT's format, strictly.
+
+    Layers get their adapters if the model has none; else the file must fit those that are there.
+
+    Args:
+        model: after ``quantize_model``.
+        path: a directory with PEFT's two files.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        CorruptFileError: if a file cannot be read.
+        AdapterMismatchError: if the adapter is of another kind, or of another model.
+    """
+    directory = Path(path)
+    config = read_json(directory / CONFIG_NAME)
+    _check_config(config, directory)
+    tensors = _read_tensors(directory / WEIGHTS_NAME)
+    pairs = _pairs(tensors, directory)
+    layers = dict(adapted_layers(model))
+    _check_fit(model, pairs, layers)
+    if not layers:
+        for r in sorted({A.shape[0] for A, _ in pairs.values()}):
+            names = [name for name, (A, _) in pairs.items() if A.shape[0] == r]
+            dropout = float(config.get("lora_dropout") or 0.0)
+            add_lora(model, r=r, target_modules=names, lora_dropout=dropout)
+        layers = dict(adapted_layers(model))
+    use_rslora = bool(config.get("use_rslora"))
+    with torch.no_grad():
+        for name, (A, B) in pairs.items():
+            layer = layers[name]
+            layer.lora_A.copy_(A)
+            layer.lora_B.copy_(B)
+            layer.set_scaling(_alpha_of(name, config), use_rslora=use_rslora)
+
+
+def read_quantization(path: str | PathLike[str]) -> QuantFormat | None:
+    """The format of the base that an adapter was trained on, None if the file does not say."""
+    from safetensors import SafetensorError, safe_open
+
+    file = Path(path) / WEIGHTS_NAME
+    try:
+        with safe_open(file, "pt") as opened:
+            text = (opened.metadata() or {}).get("qkern")
+        return None if text is None else QuantFormat(**json.loads(text))
+    except (SafetensorError, ValueError, TypeError, QkernError) as error:
+        msg = f"{file}: not a readable adapter: {error}"
+        raise CorruptFileError(msg) from error
+
+
+def merge_adapter(model: nn.Module) -> None:
+    """Add every adapter to its quantized weight; ``unmerge_adapter`` restores the bytes.
+
+    The sum is quantized again, which loses a part of a small adapter.
+
+    Raises:
+        AdapterMismatchError: if there is no adapter, or one is merged already.
+    """
+    for layer in _in_state(model, merged=False):
+        layer.weight.data.add_(layer.delta().to(layer.weight.dtype))
+        layer.merged = True
+
+
+def unmerge_adapter(model: nn.Module) -> None:
+    """Take merged adapters out again; the bytes are those of before the merge.
+
+    Raises:
+        AdapterMismatchError: if there is no adapter, or one is not merged.
+    """
+    for layer in _in_state(model, merged=True):
+        layer.weight.data.sub_(layer.delta().to(layer.weight.dtype))
+        layer.merged = False
+
+
+def _in_state(model: nn.Module, *, merged: bool) -> list[QLoRALinear]:
+    layers = dict(adapted_layers(model))
+    wrong = [name for name, layer in layers.items() if layer.merged is not merged]
+    if not layers or wrong:
+        what = "merged already" if wrong and not merged else "not merged"
+        msg = f"{wrong[0]} is {what}" if wrong else "the model has no adapter"
+        raise AdapterMismatchError(msg)
+    return list(layers.values())
+
+
+def _plain(parameter: Tensor) -> Tensor:
+    full = getattr(parameter, "full_tensor", None)  # a DTensor is gathered
+    tensor: Tensor = full() if full is not None else parameter
+    return tensor.detach().cpu().contiguous()
+
+
+def _config(model: nn.Module, layers: dict[str, QLoRALinear]) -> dict[str, Any]:
+    """The keys that every version of PEFT knows."""
+    first = next(iter(layers.values()))
+    kinds = {(layer.lora_dropout, layer.use_rslora) for layer in layers.values()}
+    if len(kinds) > 1:
+        msg = f"layers differ in (lora_dropout, use_rslora): {sorted(kinds)}; PEFT has one of each"
+        raise AdapterMismatchError(msg)
+    base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
+        "base_model_name_or_path": base,
+        "r": first.r,
+        "lora_alpha": first.lora_alpha,
+        "lora_dropout": first.lora_dropout,
+        "use_rslora": first.use_rslora,
+        "target_modules": _target_names(model, layers),
+        "rank_pattern": {n: v.r for n, v in layers.items() if v.r != first.r},
+        "alpha_pattern": {
+            n: v.lora_alpha for n, v in layers.items() if v.lora_alpha != first.lora_alpha
+        },
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "modules_to_save": None,
+    }
+
+
+def _target_names(model: nn.Module, layers: dict[str, QLoRALinear]) -> list[str]:
+    """Last parts of the paths where these name the adapted layers and no others."""
+    last = {name.rpartition(".")[2] for name in layers}
+    named = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in last
+    }
+    return sorted(last) if named == set(layers) else sorted(layers)
+
+
+def _check_config(config: dict[str, Any], directory: Path) -> None:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        msg = f"{directory}: the adapter is of type {kind!r}: only LORA can be loaded here"
+        raise AdapterMismatchError(msg)
+    for key, allowed in _PLAIN.items():
+        if key in config and config[key] not in allowed:
+            msg = (
+                f"{directory}: {key}={config[key]!r} is not supported: load this adapter with "
+                "PEFT over the quantized model"
+            )
+            raise AdapterMismatchError(msg)
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    pickled = file.with_name("adapter_model.bin")
+    if not file.exists() and pickled.exists():
+        msg = f"{pickled} is a pickle, which can run code: convert it to {file.name} first"
+        raise CorruptFileError(msg)
+    if not file.exists():
+        msg = f"there is no {file}"
+        raise FileNotFoundError(msg)
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        msg = f"{file}: not a readable safetensors file: {error}"
+        raise CorruptFileError(msg) from error
+
+
+def _pairs(tensors: dict[str, Tensor], directory: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """Path of a layer to its A and B."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, part = key.removesuffix(".weight").rpartition(".")
+        known = key.startswith(_PREFIX) and key.endswith(".weight")
+        if not known or part not in ("lora_A", "lora_B") or tensor.dim() != 2:
+            msg = f"{directory}: unexpected entry {key} of shape {tuple(tensor.shape)}"
+            raise AdapterMismatchError(msg)
+        found.setdefault(name.removeprefix(_PREFIX), {})[part] = tensor
+    for name, parts in found.items():
+        if len(parts) != 2 or parts["lora_A"].shape[0] != parts["lora_B"].shape[1]:
+            shapes = {part: tuple(tensor.shape) for part, tensor in parts.items()}
+            msg = f"{directory}: {name} needs lora_A (r, in) and lora_B (out, r), found {shapes}"
+            raise AdapterMismatchError(msg)
+    if not found:
+        msg = f"{directory}: the file holds no adapter"
+        raise AdapterMismatchError(msg)
+    return {name: (parts["lora_A"], parts["lora_B"]) for name, parts in found.items()}
+
+
+def _check_fit(
+    model: nn.Module,
+    pairs: dict[str, tuple[Tensor, Tensor]],
+    adapted: dict[str, QLoRALinear],
+) -> None:
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    for name, (A, B) in pairs.items():
+        layer = layers.get(name)
+        if layer is None:
+            near = difflib.get_close_matches(name, layers, n=2)
+            msg = f"the model has no quantized layer {name}; nearest: {', '.join(near) or 'none'}"
+            raise AdapterMismatchError(msg)
+        expected = (layer.out_features, layer.in_features)
+        ranks = (adapted[name].r,) if name in adapted else (A.shape[0],)
+        if (B.shape[0], A.shape[1]) != expected or A.shape[0] not in ranks:
+            msg = (
+                f"{name}: the adapter is (out, in, r) = {(B.shape[0], A.shape[1], A.shape[0])}, "
+                f"the layer is {(*expected, *ranks)}: is this the adapter's base model?"
+            )
+            raise AdapterMismatchError(msg)
+    left = sorted(set(adapted) - set(pairs))
+    if left:
+        msg = f"the file has no entry for {len(left)} adapted layers, the first is {left[0]}"
+        raise AdapterMismatchError(msg)
+
+
+def _alpha_of(name: str, config: dict[str, Any]) -> float:
+    for pattern, alpha in (config.get("alpha_pattern") or {}).items():
+        if name == pattern or name.endswith(f".{pattern}"):
+            return float(alpha)
+    return float(config.get("lora_alpha", 8))

@@ -1,0 +1,137 @@
+"""Read a quantized checkpoint into a model that has the right layers."""
+
+from __future__ import annotations
+
+import json
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qkern import flat_keys
+from qkern.adapters import CONFIG_NAME as ADAPTER_NAME
+from qkern.adapters import load_adapter
+from qkern.checkpoint.save import TIED_KEY, WEIGHTS_NAME
+from qkern.errors import CorruptFileError
+from qkern.files import read_json
+from qkern.layers import QuantizedLinear
+
+INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
+
+
+def load_into(model: nn.Module, path: str | PathLike[str]) -> None:
+    """Load a quantized checkpoint into a model, in place and strictly.
+
+    Linear layers that the file holds quantized become ``QuantizedLinear``; an adapter beside the
+    base is loaded too. Parameters on meta take over the file's tensors.
+
+    Args:
+        model: dense, of the checkpoint's architecture; on meta to save memory.
+        path: a directory that ``save`` or transformers with bitsandbytes wrote.
+
+    Raises:
+        FileNotFoundError: if the directory holds no safetensors weights.
+        CorruptFileError: if the file does not fit the model, or contradicts itself.
+    """
+    directory = Path(path)
+    tensors = read_tensors(directory)
+    for key in list(tensors):
+        prefix, found, _ = key.partition(".quant_state.")
+        if found:
+            _place(model, tensors, prefix)
+    assign = any(parameter.is_meta for parameter in model.parameters())
+    try:
+        missing, unexpected = model.load_state_dict(tensors, strict=False, assign=assign)
+    except RuntimeError as error:
+        msg = f"{directory}: {error}"
+        raise CorruptFileError(msg) from error
+    tie = getattr(model, "tie_weights", None)
+    if callable(tie):
+        tie()
+    kept = model.state_dict(keep_vars=True)
+    missing = [key for key in missing if key not in kept or kept[key].is_meta]
+    if missing or unexpected:
+        msg = (
+            f"{directory} does not fit {type(model).__name__}: missing {missing[:5]}, "
+            f"unexpected {list(unexpected)[:5]}"
+        )
+        raise CorruptFileError(msg)
+    if (directory / ADAPTER_NAME).exists():
+        load_adapter(model, directory)
+
+
+def read_tensors(directory: Path) -> dict[str, Tensor]:
+    """All tensors of a directory's safetensors files, memory-mapped; shared ones put back."""
+    from safetensors import SafetensorError, safe_open
+
+    tensors: dict[str, Tensor] = {}
+    for file in _weight_files(directory):
+        try:
+            with safe_open(file, "pt") as opened:
+                for key in opened.keys():  # noqa: SIM118: no mapping
+                    tensors[key] = opened.get_tensor(key)
+                tied = json.loads((opened.metadata() or {}).get(TIED_KEY, "{}"))
+        except (SafetensorError, ValueError) as error:
+            msg = f"{file}: not a readable safetensors file: {error}"
+            raise CorruptFileError(msg) from error
+        tensors |= {key: tensors[owner] for key, owner in tied.items() if owner in tensors}
+    return tensors
+
+
+def is_quantized(directory: Path) -> bool:
+    """Whether a directory's weights hold quantized tensors, by its files' headers alone."""
+    from safetensors import safe_open
+
+    for file in _weight_files(directory):
+        with safe_open(file, "pt") as opened:
+            if any(".quant_state." in key for key in opened.keys()):  # noqa: SIM118
+                return True
+    return False
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    index = directory / INDEX_NAME
+    if index.exists():
+        names: Any = read_json(index).get("weight_map")
+        if not isinstance(names, dict):
+            msg = f"{index}: weight_map is missing"
+            raise CorruptFileError(msg)
+        files = [directory / str(name) for name in sorted(set(names.values()))]
+        outside = [f for f in files if f.resolve().parent != directory.resolve()]
+        if outside:
+            msg = f"{index}: {outside[0].name} is not in the directory"
+            raise CorruptFileError(msg)
+    else:
+        files = [directory / WEIGHTS_NAME]
+    absent = [file for file in files if not file.exists()]
+    if absent:
+        msg = f"there is no {absent[0]}"
+        raise FileNotFoundError(msg)
+    return files
+
+
+def _place(model: nn.Module, tensors: dict[str, Tensor], prefix: str) -> None:
+    """Put a ``QuantizedLinear`` that can take the tensor at ``prefix`` into the model."""
+    name, _, parameter = prefix.rpartition(".")
+    try:
+        layer = model.get_submodule(name)
+    except AttributeError as error:
+        msg = f"the model has no layer {name}, for which the file holds a quantized weight"
+        raise CorruptFileError(msg) from error
+    if isinstance(layer, QuantizedLinear):
+        return
+    if parameter != "weight" or type(layer) is not nn.Linear:
+        msg = f"{prefix}: a quantized weight for a {type(layer).__name__}, nn.Linear is needed"
+        raise CorruptFileError(msg)
+    loaded = flat_keys.unflatten(tensors, prefix)
+    if loaded.shape != layer.weight.shape:
+        msg = f"{prefix}: the file holds {tuple(loaded.shape)}, {tuple(layer.weight.shape)} needed"
+        raise CorruptFileError(msg)
+    # On meta the strict load hands over the file's own memory; else it copies.
+    empty = torch.empty_like(loaded, device=layer.weight.device)
+    bias = layer.bias
+    if bias is not None:
+        bias.requires_grad_(False)
+    model.set_submodule(name, QuantizedLinear(empty, bias).train(layer.training))

@@ -1,0 +1,120 @@
+"""Write a quantized model so that qkern, and for 4-bit formats bitsandbytes, open it."""
+
+from __future__ import annotations
+
+import json
+from os import PathLike
+from pathlib import Path
+from typing import Any, Final
+
+from torch import Tensor, nn
+
+from qkern.adapters import save_adapter
+from qkern.errors import AdapterMismatchError, FormatError
+from qkern.files import replacing, write_json
+from qkern.formats import QuantFormat
+from qkern.layers import QuantizedLinear
+from qkern.model import adapted_layers
+
+WEIGHTS_NAME: Final = "model.safetensors"
+# Metadata key: entries that were left out because they share another one's memory.
+TIED_KEY: Final = "qkern_tied"
+
+
+def save(model: nn.Module, path: str | PathLike[str]) -> None:
+    """Write a quantized model's weights and, for a transformers model, its configuration.
+
+    Adapters go beside the base, as PEFT's files in the same directory, not into it.
+
+    Args:
+        model: after ``quantize_model``.
+        path: the directory.
+
+    Raises:
+        FormatError: if no layer is quantized.
+        AdapterMismatchError: if an adapter is merged into the weights.
+    """
+    from safetensors.torch import save_file
+
+    directory = Path(path)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    if not layers:
+        msg = "no layer of the model is quantized: call qkern.quantize_model first"
+        raise FormatError(msg)
+    adapted = dict(adapted_layers(model))
+    if any(layer.merged for layer in adapted.values()):
+        msg = "an adapter is merged into the weights: call qkern.unmerge_adapter first"
+        raise AdapterMismatchError(msg)
+    tensors, tied = _distinct(
+        {
+            key: tensor
+            for key, tensor in model.state_dict().items()
+            if key.rpartition(".")[0] not in adapted or not key.endswith((".lora_A", ".lora_B"))
+        }
+    )
+    metadata = {"format": "pt", TIED_KEY: json.dumps(tied)}
+    with replacing(directory / WEIGHTS_NAME) as temporary:
+        save_file(tensors, temporary, metadata)
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "to_dict"):
+        content = {**config.to_dict(), "architectures": [type(model).__name__]}
+        content["quantization_config"] = _quantization_config(model, layers)
+        write_json(directory / "config.json", json.loads(json.dumps(content, default=_as_text)))
+    generation = getattr(model, "generation_config", None)
+    if generation is not None and hasattr(generation, "to_dict"):
+        write_json(directory / "generation_config.json", generation.to_dict())
+    if adapted:
+        save_adapter(model, directory)
+
+
+def _distinct(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Entries with memory of their own, and for the others the entry that they share."""
+    kept: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    for key, tensor in state.items():
+        place = (tensor.data_ptr(), tensor.shape, tensor.dtype)
+        if tensor.numel() and place in first:
+            tied[key] = first[place]
+        else:
+            first[place] = key
+            kept[key] = tensor.detach().contiguous()
+    return kept, tied
+
+
+def _quantization_config(
+    model: nn.Module, layers: dict[str, QuantizedLinear]
+) -> dict[str, Any]:
+    """What transformers reads to open the directory."""
+    formats = [layer.quantized_weight.format for layer in layers.values()]
+    fmt = max(set(formats), key=formats.count)
+    skipped = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name not in layers
+    ]
+    if fmt.quant_type == "int8":
+        return {"quant_method": "qkern", **_as_fields(fmt), "skip_modules": skipped}
+    weight = next(iter(layers.values())).quantized_weight
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": fmt.quant_type,
+        "bnb_4bit_use_double_quant": fmt.double_quant,
+        "bnb_4bit_compute_dtype": str(weight.dtype).removeprefix("torch."),
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": skipped,
+    }
+
+
+def _as_fields(fmt: QuantFormat) -> dict[str, Any]:
+    return {
+        "quant_type": fmt.quant_type,
+        "blocksize": fmt.blocksize,
+        "double_quant": fmt.double_quant,
+    }
+
+
+def _as_text(value: Any) -> str:
+    return str(value).removeprefix("torch.")

@@ -1,0 +1,55 @@
+"""What qkern raises.
+
+Every error says what was found, where, what is allowed, and what to do next. Each class is also
+the builtin that a caller would expect, so ``except ValueError`` keeps working.
+"""
+
+from __future__ import annotations
+
+
+class QkernError(Exception):
+    """Base of everything that qkern raises on purpose."""
+
+
+class FormatError(QkernError, ValueError):
+    """A quantization format that does not exist, or a setting that it does not allow."""
+
+
+class ShapeError(QkernError, ValueError):
+    """A tensor whose shape does not fit the operation or the layer."""
+
+
+class DTypeError(QkernError, TypeError):
+    """A dtype that cannot be quantized, or that was asked for and is not supported."""
+
+
+class NonFiniteError(QkernError, ValueError):
+    """NaN or infinity among the values to quantize."""
+
+
+class CoverageError(QkernError, ValueError):
+    """Too few of a model's weights were quantized."""
+
+
+class CorruptFileError(QkernError, ValueError):
+    """A file whose content contradicts itself."""
+
+
+class AdapterMismatchError(QkernError, ValueError):
+    """An adapter that does not belong to the model at hand."""
+
+
+class DataError(QkernError, ValueError):
+    """Training data that cannot be used as it is."""
+
+
+class MissingDependencyError(QkernError, ImportError):
+    """An optional package that this call needs is not installed."""
+
+
+class NativeError(QkernError, RuntimeError):
+    """The native extension cannot do what was asked on this machine."""
+
+
+class FrozenWeightError(QkernError, RuntimeError):
+    """A quantized weight was asked for something that only a trainable one can do."""

@@ -1,0 +1,178 @@
+"""How quantized bytes are read: the format, its constants and all size arithmetic. No torch.
+
+A format is a table of codes (4-bit) or a step (int8), a block size and a kind of scale. How the
+codes were *chosen* is not part of it (see ``codec``): any bytes of a format decode the same way.
+
+Layout, shared by every back end and by the files:
+
+- blocks of ``blocksize`` values run over the flat row-major tensor, across row ends; the last
+  block may be shorter;
+- 4-bit: value ``2 i`` sits in the high nibble of byte ``i``, value ``2 i + 1`` in the low one; an
+  odd count is padded with the code of 0.0;
+- one fp32 ``absmax`` per block. Double quantization stores it as ``absmax - offset`` in an 8-bit
+  dynamic code, in groups of 256 with an fp32 ``nested_absmax`` each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from qkern.errors import FormatError
+
+# Codes of bitsandbytes' 4-bit types, fp32 literals. NF4: quantiles of N(0, 1), Dettmers et al.,
+# "QLoRA", https://arxiv.org/abs/2305.14314, appendix E.
+NF4: Final[tuple[float, ...]] = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+
+_FP4_MAGNITUDES = (
+    0.0,
+    0.0052083334885537624,
+    0.6666666865348816,
+    1.0,
+    0.3333333432674408,
+    0.5,
+    0.1666666716337204,
+    0.25,
+)
+# bitsandbytes' FP4: bit 3 is the sign, magnitudes are divided by 12.
+FP4: Final[tuple[float, ...]] = _FP4_MAGNITUDES + tuple(0.0 - m for m in _FP4_MAGNITUDES)
+
+CODES: Final[dict[str, tuple[float, ...]]] = {"nf4": NF4, "fp4": FP4}
+QUANT_TYPES: Final = ("nf4", "fp4", "int8")
+BLOCKSIZES: Final = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+NESTED_BLOCKSIZE: Final = 256
+DTYPES: Final = ("float32", "float16", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantFormat:
+    """How the bytes of a quantized tensor are read.
+
+    Args:
+        quant_type: ``"nf4"``, ``"fp4"`` (4 bits a weight) or ``"int8"`` (8 bits).
+        blocksize: values that share a scale, one of 32, 64, ... 4096.
+        double_quant: scales stored in 8 bits instead of 32.
+
+    Raises:
+        FormatError: for any other value.
+
+    Example:
+        >>> QuantFormat("nf4", blocksize=64).bits_per_weight(4096 * 4096)
+        4.1269550323486328
+    """
+
+    quant_type: str = "nf4"
+    blocksize: int = 64
+    double_quant: bool = True
+
+    def __post_init__(self) -> None:
+        if self.quant_type not in QUANT_TYPES:
+            msg = f"unknown quant_type {self.quant_type!r}: allowed are {', '.join(QUANT_TYPES)}"
+            raise FormatError(msg)
+        if isinstance(self.blocksize, bool) or self.blocksize not in BLOCKSIZES:
+            allowed = ", ".join(map(str, BLOCKSIZES))
+            msg = f"blocksize {self.blocksize!r} is not supported: allowed are {allowed}"
+            raise FormatError(msg)
+        if not isinstance(self.double_quant, bool):
+            msg = f"double_quant must be True or False, got {self.double_quant!r}"
+            raise FormatError(msg)
+
+    @property
+    def bits(self) -> int:
+        """Bits of one code, scales not counted."""
+        return 8 if self.quant_type == "int8" else 4
+
+    @property
+    def code(self) -> tuple[float, ...] | None:
+        """The 16 values of a 4-bit format, in units of absmax; None for int8."""
+        return CODES.get(self.quant_type)
+
+    def num_blocks(self, numel: int) -> int:
+        """Blocks, and so scales, of a tensor of ``numel`` values."""
+        return -(-numel // self.blocksize)
+
+    def num_nested(self, numel: int) -> int:
+        """Second-level scales of a tensor of ``numel`` values; 0 without double quantization."""
+        return -(-self.num_blocks(numel) // NESTED_BLOCKSIZE) if self.double_quant else 0
+
+    def packed_size(self, numel: int) -> int:
+        """Bytes of the codes of a tensor of ``numel`` values."""
+        return numel if self.bits == 8 else (numel + 1) // 2
+
+    def nbytes(self, numel: int) -> int:
+        """Bytes of codes and scales of a tensor of ``numel`` values."""
+        blocks = self.num_blocks(numel)
+        scales = blocks + 4 * self.num_nested(numel) + 4 if self.double_quant else 4 * blocks
+        return self.packed_size(numel) + scales
+
+    def bits_per_weight(self, numel: int) -> float:
+        """Bits of codes and scales per value of a tensor of ``numel`` values."""
+        return 8 * self.nbytes(numel) / numel
+
+    def rows_are_blocks(self, in_features: int) -> bool:
+        """Whether no block crosses a row of ``in_features`` values."""
+        return in_features > 0 and in_features % self.blocksize == 0
+
+    def replace(self, **changes: object) -> QuantFormat:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+
+def resolve_format(
+    quant_type: str | QuantFormat, *, blocksize: int = 64, double_quant: bool = True
+) -> QuantFormat:
+    """The format that a caller named; a ``QuantFormat`` serves in place of the name."""
+    if isinstance(quant_type, QuantFormat):
+        return quant_type
+    return QuantFormat(quant_type, blocksize, double_quant)
+
+
+@functools.cache
+def dynamic_code() -> tuple[float, ...]:
+    """The 256 values, ascending, that a double-quantized scale can take, in units of its group.
+
+    bitsandbytes' signed dynamic map: decade ``10^(i - 6)``, ``i = 0..6``, holds the ``2^i`` means of
+    neighbouring points of ``linspace(0.1, 1, 2^i + 1)``, with both signs; then 0 and 1 (there is no
+    -1). Dettmers et al., "8-bit Optimizers", https://arxiv.org/abs/2110.02861, section 2.1.
+    """
+    values = [0.0, 1.0]
+    for i in range(7):
+        means = _decade_means(2**i) * np.float32(10.0 ** (i - 6))
+        values += [*means.tolist(), *(-means).tolist()]
+    return tuple(sorted(values))
+
+
+def _decade_means(count: int) -> npt.NDArray[np.float32]:
+    """Means of neighbouring points of ``linspace(0.1, 1, count + 1)`` in fp32.
+
+    As torch computes them, since the table is fixed to the bit: stepped from both ends, each
+    point rounded once (a fused multiply-add; here the product is exact in fp64).
+    """
+    start, stop = np.float32(0.1), np.float32(1.0)
+    step = np.float64((stop - start) / np.float32(count))
+    i = np.arange(count + 1)
+    points = np.where(i < (count + 1) // 2, start + step * i, stop - step * (count - i))
+    points = points.astype(np.float32)
+    means: npt.NDArray[np.float32] = (points[:-1] + points[1:]) / np.float32(2)
+    return means

@@ -1,0 +1,130 @@
+"""Open a model directory: dense safetensors, GGUF (through transformers), or quantized."""
+
+from __future__ import annotations
+
+import importlib
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from qkern.checkpoint.load import is_quantized, load_into
+from qkern.errors import CorruptFileError, MissingDependencyError
+from qkern.files import read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load(
+    path: str | PathLike[str],
+    model: nn.Module | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """A quantized checkpoint as a model, ready to run; with its adapter if there is one.
+
+    Args:
+        path: a directory that ``qkern.save`` or transformers with bitsandbytes wrote.
+        model: to load into, of the same architecture; built from ``config.json`` by transformers
+            if None.
+        device: where to put it.
+        dtype: of the dense parameters and of what quantized ones dequantize to; that of the file
+            if None.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        CorruptFileError: if the files contradict the model or each other.
+        MissingDependencyError: if transformers is needed and not installed.
+    """
+    directory = Path(path)
+    built = _empty_model(directory) if model is None else model
+    load_into(built, directory)
+    if dtype is not None:
+        built = built.to(dtype)
+    built = built if device is None else built.to(device)
+    return built.eval() if model is None else built
+
+
+def load_model(
+    path: str | PathLike[str], *, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """A causal language model from a directory or a GGUF file, dense or quantized as it is there.
+
+    Args:
+        path: a directory with ``config.json`` and safetensors, or one that holds a single GGUF
+            file, or such a file.
+        dtype: of the dense parameters; that of the file if None.
+
+    Raises:
+        FileNotFoundError: if there is no model at ``path``.
+        CorruptFileError: if a directory holds several GGUF files.
+    """
+    transformers = _import("transformers")
+    directory, gguf = _resolve(path)
+    if gguf is None and is_quantized(directory):
+        return load(directory, dtype=dtype)  # type: ignore[return-value]
+    arguments: dict[str, Any] = {"dtype": dtype or "auto", "local_files_only": True}
+    if gguf is not None:
+        arguments |= {"gguf_file": gguf, "dtype": dtype or torch.float32}
+    model: PreTrainedModel = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, **arguments
+    )
+    return model.eval()
+
+
+def load_tokenizer(path: str | PathLike[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory or GGUF file."""
+    directory, gguf = _resolve(path)
+    arguments = {} if gguf is None else {"gguf_file": gguf}
+    tokenizer: PreTrainedTokenizerBase = _import("transformers").AutoTokenizer.from_pretrained(
+        directory, local_files_only=True, **arguments
+    )
+    return tokenizer
+
+
+def _resolve(path: str | PathLike[str]) -> tuple[Path, str | None]:
+    """The directory of a model, and the name of its GGUF file if that is what it holds."""
+    place = Path(path)
+    if place.is_file() and place.suffix == ".gguf":
+        return place.parent, place.name
+    if not place.is_dir():
+        msg = f"there is no model directory {place} (models are not downloaded)"
+        raise FileNotFoundError(msg)
+    if any(place.glob("*.safetensors")):
+        return place, None
+    ggufs = sorted(file.name for file in place.glob("*.gguf"))
+    if len(ggufs) > 1:
+        msg = f"{place} holds {len(ggufs)} GGUF files: name one, e.g. {place / ggufs[0]}"
+        raise CorruptFileError(msg)
+    if not ggufs:
+        msg = f"{place} holds neither safetensors nor GGUF weights"
+        raise FileNotFoundError(msg)
+    return place, ggufs[0]
+
+
+def _empty_model(directory: Path) -> nn.Module:
+    """The architecture of ``config.json`` with its parameters on meta, its buffers real."""
+    transformers = _import("transformers")
+    content = read_json(directory / "config.json")
+    content.pop("quantization_config", None)
+    names = content.get("architectures") or []
+    cls = getattr(transformers, str(names[0]), None) if names else None
+    if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
+        msg = f"{directory / 'config.json'}: architectures={names} names no transformers model"
+        raise CorruptFileError(msg)
+    config = transformers.AutoConfig.for_model(**content)
+    # Buffers are computed, not loaded (rotary tables): they must be real.
+    with _import("accelerate").init_empty_weights(include_buffers=False):
+        return cls(config)
+
+
+def _import(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        msg = f'this needs {name}: pip install "qkern[train]"'
+        raise MissingDependencyError(msg) from error

@@ -1,0 +1,348 @@
+"""Linear layers over a quantized weight: ``QuantizedLinear``, and with an adapter ``QLoRALinear``.
+
+    y = x W^T + bias                              QuantizedLinear
+    y = x W^T + bias + scaling (x A^T) B^T        QLoRALinear
+
+LoRA: Hu et al., https://arxiv.org/abs/2106.09685; over 4-bit weights: Dettmers et al.,
+https://arxiv.org/abs/2305.14314.
+"""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qkern import flat_keys
+from qkern.errors import FormatError, QkernError, ShapeError
+from qkern.formats import QuantFormat, resolve_format
+from qkern.tensor import QuantizedTensor, linear
+
+
+class QuantizedLinear(nn.Linear):
+    """``nn.Linear`` whose frozen weight is a ``QuantizedTensor``.
+
+    Its ``state_dict`` holds bitsandbytes' flat keys and loads strictly. Build it with
+    ``from_linear``.
+    """
+
+    weight: nn.Parameter
+
+    def __init__(self, weight: QuantizedTensor, bias: nn.Parameter | None = None) -> None:
+        nn.Module.__init__(self)
+        if weight.dim() != 2:
+            msg = f"a linear layer needs a weight of 2 dimensions, got {tuple(weight.shape)}"
+            raise ShapeError(msg)
+        self.out_features, self.in_features = weight.shape
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_parameter("bias", bias)
+
+    @classmethod
+    def from_linear(
+        cls,
+        layer: nn.Linear,
+        *,
+        quant_type: str | QuantFormat = "nf4",
+        blocksize: int = 64,
+        double_quant: bool = True,
+        nonfinite: str = "error",
+    ) -> QuantizedLinear:
+        """Quantize a dense layer's weight; its bias is kept, frozen.
+
+        Raises:
+            FormatError: if the layer is quantized already.
+            DTypeError: unless the weight is float32, float16 or bfloat16.
+            NonFiniteError: for NaN or infinity in the weight.
+        """
+        if isinstance(layer, QuantizedLinear):
+            msg = "the layer is quantized already"
+            raise FormatError(msg)
+        fmt = resolve_format(quant_type, blocksize=blocksize, double_quant=double_quant)
+        weight = QuantizedTensor.from_dense(layer.weight.detach(), fmt, nonfinite=nonfinite)
+        if layer.bias is not None:
+            layer.bias.requires_grad_(False)
+        return cls(weight, layer.bias).train(layer.training)
+
+    @property
+    def quantized_weight(self) -> QuantizedTensor:
+        """The weight, with its type."""
+        return self.weight  # type: ignore[return-value]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        return linear(x, self.quantized_weight, self.bias)
+
+    def extra_repr(self) -> str:
+        weight = self.weight
+        fmt = getattr(getattr(weight, "_local_tensor", weight), "format", None)
+        return f"{super().extra_repr()}, {fmt}"
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """A dense ``nn.Linear`` with the weight that this layer multiplies."""
+        weight = self.quantized_weight.dequantize(dtype)
+        layer = nn.Linear(self.in_features, self.out_features, self.bias is not None, "meta")
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        if self.bias is not None:
+            layer.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=False)
+        return layer.train(self.training)
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        weight = self._parameters.pop("weight")
+        try:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+        finally:
+            self._parameters = {"weight": weight, **self._parameters}
+        destination.update(_entries(weight, f"{prefix}weight"))
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        key = f"{prefix}weight"
+        owned = flat_keys.owned_keys(state_dict, key)
+        rest = {k: v for k, v in state_dict.items() if k not in set(owned)}
+        weight = self._parameters.pop("weight")
+        try:
+            super()._load_from_state_dict(
+                rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+        finally:
+            self._parameters = {"weight": weight, **self._parameters}
+        fmt = _local(weight).format
+        missing = flat_keys.missing_keys(state_dict, key, fmt)
+        if missing:
+            missing_keys += missing
+            if len(owned) > 0:
+                error_msgs.append(
+                    f"{key}: expected {fmt.quant_type} codes with their scales, found only "
+                    f"{', '.join(owned)}; load dense weights into a dense model, then quantize"
+                )
+            return
+        if strict:
+            known = set(flat_keys.companions(_local(weight), key)) | {key, f"{key}.absmax"}
+            known |= {f"{key}.nested_absmax", f"{key}.nested_quant_map"}
+            unexpected_keys += [k for k in owned if k not in known]
+        try:
+            assign = bool(local_metadata.get("assign_to_params_buffers", False))
+            self._load_weight({k: state_dict[k] for k in owned}, key, assign=assign)
+        except QkernError as error:
+            error_msgs.append(str(error))
+
+    def _load_weight(self, entries: dict[str, Any], key: str, *, assign: bool) -> None:
+        weight = self.weight
+        if _is_dtensor(weight):
+            _load_shard(weight, entries, key)
+            return
+        loaded = flat_keys.unflatten(entries, key)
+        mine = self.quantized_weight
+        same = loaded.format.replace(double_quant=False) == mine.format.replace(double_quant=False)
+        if loaded.shape != mine.shape or not same:
+            msg = (
+                f"{key}: the file holds {tuple(loaded.shape)} {loaded.format}, "
+                f"the module {tuple(mine.shape)} {mine.format}"
+            )
+            raise FormatError(msg)
+        with torch.no_grad():
+            if assign or mine.is_meta:
+                if not assign:
+                    msg = f"{key}: the module is on meta: pass assign=True"
+                    raise FormatError(msg)
+                self.weight = nn.Parameter(loaded, requires_grad=False)
+            elif loaded.format == mine.format:
+                mine.copy_(loaded.to(mine.dtype))
+                mine.undo.parts = None
+            else:  # 8-bit scales on one side, fp32 on the other
+                mine.data = loaded.to(device=mine.device, dtype=mine.dtype)
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """For ``torch.distributed.checkpoint``: keys below ``weight`` are no submodules."""
+        return {"weight": "_flat_names"}
+
+    @property
+    def _flat_names(self) -> SimpleNamespace:
+        names = SimpleNamespace()
+        for key in flat_keys.companions(_local(self.weight), "weight") | {"weight.absmax": 0}:
+            at = names
+            for name in key.split("."):
+                if not hasattr(at, name):
+                    setattr(at, name, SimpleNamespace())
+                at = getattr(at, name)
+        return names
+
+
+class QLoRALinear(QuantizedLinear):
+    """``QuantizedLinear`` with a trainable low-rank adapter in the same operator.
+
+    Args:
+        weight: (out_features, in_features).
+        bias: (out_features,) or None.
+        r: rank, 1 or more.
+        lora_alpha: the adapter's part is multiplied by ``lora_alpha / r``.
+        lora_dropout: probability of zeroing an input of the adapter's part, in training.
+        use_rslora: multiply by ``lora_alpha / sqrt(r)`` instead
+            (https://arxiv.org/abs/2312.03732).
+        init_lora_weights: True: A as ``nn.Linear`` is, B zero, so that training starts at the
+            base; False: B random too.
+        dtype: of the adapter; fp32 unless given.
+    """
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+
+    def __init__(
+        self,
+        weight: QuantizedTensor,
+        bias: nn.Parameter | None = None,
+        *,
+        r: int = 16,
+        lora_alpha: float = 32,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        init_lora_weights: bool = True,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(weight, bias)
+        if r < 1:
+            msg = f"the rank r must be 1 or more, got {r}"
+            raise ShapeError(msg)
+        if not 0.0 <= lora_dropout < 1.0:
+            msg = f"lora_dropout must be in [0, 1), got {lora_dropout}"
+            raise ShapeError(msg)
+        self.r, self.lora_dropout = r, lora_dropout
+        self.set_scaling(lora_alpha, use_rslora=use_rslora)
+        self.merged = False
+        like = {"device": weight.device, "dtype": dtype}
+        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **like))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **like))
+        self.reset_adapter(init_lora_weights=init_lora_weights)
+
+    @classmethod
+    def from_linear(  # type: ignore[override]
+        cls,
+        layer: nn.Linear,
+        *,
+        quant_type: str | QuantFormat = "nf4",
+        blocksize: int = 64,
+        double_quant: bool = True,
+        nonfinite: str = "error",
+        **lora: Any,
+    ) -> QLoRALinear:
+        """Quantize a dense layer, or take a quantized one over, and add an adapter.
+
+        Args:
+            layer: ``nn.Linear`` or ``QuantizedLinear``.
+            quant_type: see ``qkern.quantize``; unused for a quantized layer, as are the next
+                three.
+            blocksize: values that share a scale.
+            double_quant: store the scales in 8 bits.
+            nonfinite: "error" or "keep".
+            **lora: ``r``, ``lora_alpha`` and the other arguments of the class.
+        """
+        if isinstance(layer, QLoRALinear):
+            msg = "the layer has an adapter already"
+            raise FormatError(msg)
+        if not isinstance(layer, QuantizedLinear):
+            fmt = resolve_format(quant_type, blocksize=blocksize, double_quant=double_quant)
+            layer = QuantizedLinear.from_linear(layer, quant_type=fmt, nonfinite=nonfinite)
+        return cls(layer.quantized_weight, layer.bias, **lora).train(layer.training)
+
+    def set_scaling(self, lora_alpha: float, *, use_rslora: bool) -> None:
+        """Set the factor of the adapter's part."""
+        self.lora_alpha, self.use_rslora = lora_alpha, use_rslora
+        self.scaling = lora_alpha / (math.sqrt(self.r) if use_rslora else self.r)
+
+    def reset_adapter(self, *, init_lora_weights: bool = True) -> None:
+        """Initialize the adapter as PEFT does."""
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        if init_lora_weights:
+            nn.init.zeros_(self.lora_B)
+        else:
+            nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        if self.merged:
+            return super().forward(x)
+        weight, A, B = self.quantized_weight, self.lora_A, self.lora_B
+        if not (self.training and self.lora_dropout > 0.0):
+            return linear(x, weight, self.bias, lora_A=A, lora_B=B, scaling=self.scaling)
+        # Dropout is on the adapter's input alone, so its part is a pass of its own.
+        y = linear(x, weight, self.bias)  # (..., out_features)
+        dropped = nn.functional.dropout(x.to(A.dtype), self.lora_dropout)
+        h = nn.functional.linear(dropped, A)  # (..., r)
+        return (y + nn.functional.linear(h, B) * self.scaling).to(y.dtype)
+
+    def delta(self) -> Tensor:
+        """``scaling B A``, fp32 (out_features, in_features)."""
+        return (self.lora_B.detach().float() @ self.lora_A.detach().float()) * self.scaling
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, r={self.r}, scaling={self.scaling:g}"
+
+
+def _is_dtensor(tensor: Tensor) -> bool:
+    return hasattr(tensor, "_local_tensor") and hasattr(tensor, "device_mesh")
+
+
+def _local(weight: Any) -> QuantizedTensor:
+    local: QuantizedTensor = weight._local_tensor if _is_dtensor(weight) else weight
+    return local
+
+
+def _entries(weight: Any, key: str) -> dict[str, Tensor]:
+    if not _is_dtensor(weight):
+        return flat_keys.flatten(weight, key)
+    from torch.distributed.tensor import DTensor
+
+    def wrap(rows: Tensor) -> Tensor:
+        shape = torch.Size((weight.shape[0], rows.shape[1]))
+        return DTensor.from_local(
+            rows,
+            weight.device_mesh,
+            weight.placements,
+            run_check=False,
+            shape=shape,
+            stride=(rows.shape[1], 1),
+        )
+
+    return flat_keys.shard_entries(weight._local_tensor, key, wrap)
+
+
+def _load_shard(weight: Any, entries: dict[str, Any], key: str) -> None:
+    """Copy one rank's rows, from sharded or whole entries, into a sharded weight."""
+    local: QuantizedTensor = weight._local_tensor
+    state = flat_keys.read_state(entries, key)
+    if state["format"] != local.format or torch.Size(state["shape"]) != local.outer:
+        msg = (
+            f"{key}: the file holds {state['shape']} {state['format']}, "
+            f"the module {list(local.outer)} {local.format}"
+        )
+        raise FormatError(msg)
+    rank, first = weight.device_mesh.get_local_rank(), 0
+    if local.has_rows:
+        first = rank * -(-local.outer[0] // weight.device_mesh.size())
+
+    def rows(name: str, mine: Tensor) -> Tensor:
+        entry = entries[key + name]
+        if _is_dtensor(entry):
+            return entry._local_tensor  # type: ignore[no-any-return]
+        whole = entry.reshape(local.outer[0], -1) if local.has_rows else entry.reshape(mine.shape)
+        return whole[first : first + mine.shape[0]] if local.has_rows else whole
+
+    with torch.no_grad():
+        local.packed.copy_(rows("", local.packed))
+        local.absmax.copy_(rows(".absmax", local.absmax))
+        if local.nested_absmax is not None and local.offset is not None:
+            local.nested_absmax.copy_(entries[f"{key}.nested_absmax"])
+            local.offset.fill_(state["offset"])

@@ -1,0 +1,227 @@
+"""Model surgery: quantize a model's linear layers in place, and add adapters to them."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from qkern.coverage import CoverageReport, CoverageRow
+from qkern.errors import AdapterMismatchError, CoverageError, QkernError
+from qkern.formats import QuantFormat, resolve_format
+from qkern.layers import QLoRALinear, QuantizedLinear
+from qkern.tensor import QuantizedTensor
+
+__all__ = ["CoverageReport", "add_lora", "memory_footprint", "quantize_model"]
+
+
+def quantize_model(
+    model: nn.Module,
+    quant_type: str | QuantFormat = "nf4",
+    *,
+    blocksize: int = 64,
+    double_quant: bool = True,
+    exclude: Sequence[str] = (),
+    min_coverage: float | None = None,
+    nonfinite: str = "error",
+) -> CoverageReport:
+    """Replace every ``nn.Linear`` of a model by ``QuantizedLinear``, in place.
+
+    Left alone: the output head, weights that another module shares, subclasses of ``nn.Linear``,
+    and what ``exclude`` names. Each has its reason in the report. Layer by layer: an error leaves
+    a model whose layers are each done or untouched.
+
+    Args:
+        model: on any device; layers on meta stay there.
+        quant_type: "nf4", "fp4", "int8", or a ``QuantFormat``.
+        blocksize: values that share a scale.
+        double_quant: store the scales in 8 bits.
+        exclude: module paths, ends of paths ("down_proj") or globs ("*.layers.0.*").
+        min_coverage: least share of values that must be quantized, 0 to 1.
+        nonfinite: "error" or "keep", see ``qkern.quantize``.
+
+    Raises:
+        CoverageError: if less than ``min_coverage`` was quantized.
+        NonFiniteError: for NaN or infinity in a weight, naming the layer.
+    """
+    fmt = resolve_format(quant_type, blocksize=blocksize, double_quant=double_quant)
+    rows = []
+    done: dict[nn.Module, QuantizedLinear] = {}
+    reasons = _reasons(model, exclude)
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module in done:
+            model.set_submodule(name, done[module])
+            continue
+        weight = module._parameters.get("weight")
+        if weight is None or weight.dim() < 2:
+            continue
+        before = weight.numel() * weight.element_size()
+        reason = reasons.get(name, "")
+        if type(module) is nn.Linear and not reason:
+            done[module] = quantized = _quantize_layer(name, module, fmt, nonfinite)
+            model.set_submodule(name, quantized)
+            weight = quantized.quantized_weight
+        rows.append(_row(name, weight, before, reason or _class_reason(module), fmt))
+    report = CoverageReport(tuple(rows))
+    if min_coverage is not None and report.coverage < min_coverage:
+        msg = (
+            f"{report.coverage:.1%} of the values are quantized, at least {min_coverage:.1%} "
+            f"were asked for:\n{report}"
+        )
+        raise CoverageError(msg)
+    return report
+
+
+def add_lora(
+    model: nn.Module,
+    *,
+    r: int = 16,
+    lora_alpha: float = 32,
+    target_modules: str | Sequence[str] = "all-linear",
+    lora_dropout: float = 0.0,
+    use_rslora: bool = False,
+    init_lora_weights: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> list[str]:
+    """Give quantized layers a trainable adapter, in place, and freeze everything else.
+
+    Args:
+        model: after ``quantize_model``.
+        r: rank.
+        lora_alpha: the adapter's part is multiplied by ``lora_alpha / r``.
+        target_modules: "all-linear" for every quantized layer, names or ends of paths, or one
+            regular expression for whole paths, as in PEFT.
+        lora_dropout: probability of zeroing an input of the adapter's part, in training.
+        use_rslora: multiply by ``lora_alpha / sqrt(r)`` instead.
+        init_lora_weights: True to start at the base model, False for a random adapter.
+        dtype: of the adapters.
+
+    Returns:
+        The paths of the layers that got one.
+
+    Raises:
+        AdapterMismatchError: if no quantized layer matches, or one has an adapter already.
+    """
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedLinear)
+    }
+    names = [name for name in layers if _is_target(name, target_modules)]
+    if not names:
+        found = sorted({name.rpartition(".")[2] for name in layers})
+        msg = (
+            f"target_modules={target_modules!r} matches no quantized layer; quantized are: "
+            f"{', '.join(found) or 'none (call quantize_model first)'}"
+        )
+        raise AdapterMismatchError(msg)
+    adapted = [name for name in names if isinstance(layers[name], QLoRALinear)]
+    if adapted:
+        msg = f"{adapted[0]} and {len(adapted) - 1} more layers have an adapter already"
+        raise AdapterMismatchError(msg)
+    model.requires_grad_(False)
+    for name in names:
+        layer = QLoRALinear.from_linear(
+            layers[name],
+            r=r,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            use_rslora=use_rslora,
+            init_lora_weights=init_lora_weights,
+            dtype=dtype,
+        )
+        model.set_submodule(name, layer)
+    return names
+
+
+def memory_footprint(model: nn.Module) -> int:
+    """Bytes of a model's parameters and buffers as they are stored; shared ones count once."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return sum(
+        t.nbytes if isinstance(t, QuantizedTensor) else t.numel() * t.element_size()
+        for t in tensors.values()
+    )
+
+
+def _quantize_layer(
+    name: str, layer: nn.Linear, fmt: QuantFormat, nonfinite: str
+) -> QuantizedLinear:
+    try:
+        return QuantizedLinear.from_linear(layer, quant_type=fmt, nonfinite=nonfinite)
+    except QkernError as error:
+        raise type(error)(f"{name}.weight: {error}") from error
+
+
+def _row(
+    name: str, weight: Any, before: int, reason: str, fmt: QuantFormat
+) -> CoverageRow:
+    quantized = isinstance(weight, QuantizedTensor)
+    if quantized and weight.format != fmt:
+        same = weight.format.replace(double_quant=fmt.double_quant) == fmt
+        reason = "fp32 scales: 8 bits cannot hold them" if same else "was quantized before"
+    return CoverageRow(
+        name=name,
+        shape=tuple(weight.shape),
+        status=weight.format.quant_type if quantized else "dense",
+        reason=reason,
+        numel=weight.numel(),
+        bytes_before=before,
+        bytes_after=weight.nbytes if quantized else before,
+    )
+
+
+def _class_reason(module: nn.Module) -> str:
+    plain = type(module) is nn.Linear or isinstance(module, QuantizedLinear)
+    return "" if plain else f"a {type(module).__name__}, no nn.Linear"
+
+
+def _reasons(model: nn.Module, exclude: Sequence[str]) -> dict[str, str]:
+    """Path to reason, for the linear layers that must stay dense."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(name)
+    reasons = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, nn.Linear):
+            continue
+        shared = [other for other in owners[id(module.weight)] if other != name]
+        pattern = next((p for p in exclude if _matches(name, p)), None)
+        if pattern is not None:
+            reasons[name] = f"excluded by {pattern!r}"
+        elif module is _output_head(model):
+            reasons[name] = "the output head"
+        elif shared and any(model.get_submodule(other) is not module for other in shared):
+            reasons[name] = f"shares its weight with {shared[0]}"
+    return reasons
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    """The layer that makes logits, as transformers' models name it."""
+    get = getattr(model, "get_output_embeddings", None)
+    head: nn.Module | None = get() if callable(get) else None
+    return head
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return name == pattern or name.endswith(f".{pattern}") or fnmatch.fnmatchcase(name, pattern)
+
+
+def _is_target(name: str, targets: str | Sequence[str]) -> bool:
+    if targets == "all-linear":
+        return True
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, QLoRALinear]]:
+    """Paths and layers that have an adapter."""
+    for name, module in model.named_modules():
+        if isinstance(module, QLoRALinear):
+            yield name, module

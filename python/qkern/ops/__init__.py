@@ -1,0 +1,11 @@
+"""``torch.library`` operators over plain tensors: schema, fake, autograd and the CPU kernels.
+
+The only importer of ``kernels``. Every operator has the readable fallback of ``reference`` as its
+default implementation, for devices that have no kernels of their own.
+"""
+
+from qkern.ops.dequantize import dequantize
+from qkern.ops.linear import linear
+from qkern.ops.quantize import quantize, quantize_absmax
+
+__all__ = ["dequantize", "linear", "quantize", "quantize_absmax"]

@@ -1,0 +1,73 @@
+"""``qkern::dequantize``: codes and scales to values.
+
+    w[i] = round_to_dtype(code[i] * absmax[i // blocksize])     product in fp32, rounded once
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qkern import reference
+from qkern.formats import QuantFormat
+from qkern.ops import host
+
+# Schema fragment of a quantized tensor, the same in every operator.
+PARTS_SCHEMA = "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? offset"
+FORMAT_SCHEMA = "str quant_type, int blocksize"
+
+
+@torch.library.custom_op(
+    "qkern::dequantize",
+    mutates_args=(),
+    schema=f"({PARTS_SCHEMA}, {FORMAT_SCHEMA}, SymInt[] shape, ScalarType dtype) -> Tensor",
+)
+def dequantize(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """The dense tensor of ``shape`` and ``dtype``."""
+    fmt = QuantFormat(quant_type, blocksize, nested_absmax is not None)
+    parts = reference.Parts(packed, absmax, nested_absmax, offset)
+    numel = torch.Size(shape).numel()
+    return reference.dequantize(parts, fmt, numel, dtype).reshape(tuple(shape))
+
+
+@dequantize.register_fake
+def _(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    return packed.new_empty(shape, dtype=dtype)
+
+
+@dequantize.register_kernel("cpu")
+def _(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    fmt = QuantFormat(quant_type, blocksize, nested_absmax is not None)
+    parts = reference.Parts(packed, absmax, nested_absmax, offset)
+    out = torch.empty(tuple(shape), dtype=dtype)
+    host.dequantize_into(parts, fmt, out.reshape(-1))
+    return out

@@ -1,0 +1,217 @@
+"""``qkern::linear``: ``y = x W^T + bias + scaling (x A^T) B^T`` over quantized W, LoRA optional.
+
+    forward    h = x A^T              (M, r)
+               y = x W^T + s h B^T    (M, N)
+    backward   G = s dY B             (M, r)
+               dX = dY W + G A        (M, K)       ``qkern::linear_backward``
+               dA = G^T x, dB = s dY^T h, dbias = sum over M of dY
+
+M tokens, N out_features, K in_features, r rank, s scaling. Forward and backward multiply the same
+W: ``dequantize(q, x.dtype)``, rounded once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkern import reference
+from qkern.formats import QuantFormat
+from qkern.ops import host
+from qkern.ops.dequantize import FORMAT_SCHEMA, PARTS_SCHEMA
+
+_LORA_SCHEMA = "Tensor? lora_A, Tensor? lora_B, float scaling"
+
+
+def linear(
+    x: Tensor,
+    parts: reference.Parts,
+    fmt: QuantFormat,
+    out_features: int,
+    bias: Tensor | None = None,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    scaling: float = 1.0,
+) -> Tensor:
+    """The operator, with autocast: x, bias and adapter are cast, scales never are.
+
+    Args:
+        x: (..., in_features).
+        parts: the quantized weight, (out_features, in_features).
+        fmt: how its bytes are read.
+        out_features: rows of the weight.
+        bias: (out_features,) or None.
+        lora_A: (r, in_features) or None.
+        lora_B: (out_features, r) or None.
+        scaling: factor of the adapter's part.
+
+    Returns:
+        (..., out_features) in x's dtype, or in autocast's.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x = x.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        lora_A = None if lora_A is None else lora_A.to(dtype)
+        lora_B = None if lora_B is None else lora_B.to(dtype)
+    weight = (*parts, fmt.quant_type, fmt.blocksize, out_features)
+    out: Tensor = torch.ops.qkern.linear(x, *weight, bias, lora_A, lora_B, scaling)
+    return out
+
+
+@torch.library.custom_op(
+    "qkern::linear",
+    mutates_args=(),
+    schema=f"(Tensor x, {PARTS_SCHEMA}, {FORMAT_SCHEMA}, int out_features, Tensor? bias,"
+    f" {_LORA_SCHEMA}) -> Tensor",
+)
+def _linear(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    out_features: int,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    fmt = QuantFormat(quant_type, blocksize, nested_absmax is not None)
+    parts = reference.Parts(packed, absmax, nested_absmax, offset)
+    numel = out_features * x.shape[-1]
+    weight = reference.dequantize(parts, fmt, numel, x.dtype).reshape(out_features, -1)
+    return reference.linear(x, weight, bias, lora_A, lora_B, scaling)
+
+
+@_linear.register_fake
+def _(x: Tensor, *args: Any) -> Tensor:
+    out_features = args[6]
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+@_linear.register_kernel("cpu")
+def _(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    out_features: int,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    fmt = QuantFormat(quant_type, blocksize, nested_absmax is not None)
+    parts = reference.Parts(packed, absmax, nested_absmax, offset)
+    y = host.matmul(x, parts, fmt, out_features, bias)
+    if lora_A is None or lora_B is None:
+        return y
+    h = x.to(lora_A.dtype) @ lora_A.mT  # (..., r)
+    return (y + (h @ lora_B.mT) * scaling).to(x.dtype)
+
+
+@torch.library.custom_op(
+    "qkern::linear_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, {PARTS_SCHEMA}, {FORMAT_SCHEMA}, int in_features) -> Tensor",
+)
+def _linear_backward(
+    grad: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    in_features: int,
+) -> Tensor:
+    """``dY W``: (..., out_features) to (..., in_features)."""
+    fmt = QuantFormat(quant_type, blocksize, nested_absmax is not None)
+    parts = reference.Parts(packed, absmax, nested_absmax, offset)
+    numel = in_features * grad.shape[-1]
+    weight = reference.dequantize(parts, fmt, numel, grad.dtype).reshape(-1, in_features)
+    return grad @ weight
+
+
+@_linear_backward.register_fake
+def _(grad: Tensor, *args: Any) -> Tensor:
+    in_features = args[-1]
+    return grad.new_empty((*grad.shape[:-1], in_features))
+
+
+@_linear_backward.register_kernel("cpu")
+def _(
+    grad: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    in_features: int,
+) -> Tensor:
+    fmt = QuantFormat(quant_type, blocksize, nested_absmax is not None)
+    parts = reference.Parts(packed, absmax, nested_absmax, offset)
+    return host.matmul_backward(grad, parts, fmt, in_features)
+
+
+def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, packed, absmax, nested_absmax, offset, quant_type, blocksize = inputs[:7]
+    out_features, bias, lora_A, lora_B, scaling = inputs[7:]
+    needs_x = lora_A is not None and (ctx.needs_input_grad[9] or ctx.needs_input_grad[10])
+    ctx.save_for_backward(
+        x if needs_x else None, packed, absmax, nested_absmax, offset, lora_A, lora_B
+    )
+    ctx.sizes = (quant_type, blocksize, x.shape[-1], out_features)
+    ctx.scaling = scaling
+    ctx.x_dtype = x.dtype
+
+
+def _backward_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, *parts, lora_A, lora_B = ctx.saved_tensors
+    quant_type, blocksize, in_features, out_features = ctx.sizes
+    need_x, need_bias, need_A, need_B = (ctx.needs_input_grad[i] for i in (0, 8, 9, 10))
+    dX = dbias = dA = dB = G = None
+    if lora_A is not None and (need_x or need_A):
+        G = (grad.to(lora_B.dtype) @ lora_B) * ctx.scaling  # (..., r)
+    if need_x:
+        dX = torch.ops.qkern.linear_backward(grad, *parts, quant_type, blocksize, in_features)
+        if G is not None:
+            dX = (dX + G @ lora_A).to(ctx.x_dtype)  # (..., in_features)
+    if need_bias:
+        dbias = grad.reshape(-1, out_features).sum(0)
+    if need_A or need_B:
+        flat_x = x.reshape(-1, in_features).to(lora_A.dtype)  # (M, in_features)
+        flat_grad = grad.reshape(-1, out_features).to(lora_A.dtype)  # (M, out_features)
+        if need_A and G is not None:
+            dA = G.reshape(-1, G.shape[-1]).mT @ flat_x  # (r, in_features)
+        if need_B:
+            dB = flat_grad.mT @ (flat_x @ lora_A.mT) * ctx.scaling  # (out_features, r)
+    return (dX, *[None] * 7, dbias, dA, dB, None)
+
+
+def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad, packed, absmax, nested_absmax, offset, quant_type, blocksize, _ = inputs
+    ctx.save_for_backward(packed, absmax, nested_absmax, offset)
+    ctx.sizes = (quant_type, blocksize, grad.shape[-1])
+
+
+def _double_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """``dY W`` is linear in dY: its gradient is the forward product."""
+    product = None
+    if ctx.needs_input_grad[0]:
+        weight = (*ctx.saved_tensors, *ctx.sizes)
+        product = torch.ops.qkern.linear(grad, *weight, None, None, None, 1.0)
+    return (product, *[None] * 7)
+
+
+_linear.register_autograd(_backward_linear, setup_context=_setup_linear)
+_linear_backward.register_autograd(_double_backward, setup_context=_setup_backward)

@@ -1,0 +1,383 @@
+"""``QuantizedTensor``: packed codes and scales that act as the dense tensor they stand for.
+
+A wrapper subclass: shape and dtype are those of the dense tensor, the inner tensors hold the
+bytes. ``F.linear`` multiplies the packed bytes; every other operation without a rule in
+``tensor_dispatch`` works on the dequantized value; in-place ones quantize their result again.
+
+Inner tensors, for ``shape = (rows, ...)`` whose rows are whole blocks:
+
+    packed         uint8 (rows, row / 2)  or  int8 (rows, row)     sharded by rows (FSDP2)
+    absmax         fp32 or uint8 (rows, row / blocksize)           sharded by rows
+    nested_absmax  fp32 (groups,), offset fp32 (1,)                whole in every shard
+
+Where blocks cross rows, packed and absmax are flat and a shard holds all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkern import ops, reference, tensor_dispatch
+from qkern.codec import METHODS, NONFINITE, QuantizedArray, check_choice
+from qkern.errors import DTypeError, FrozenWeightError, ShapeError
+from qkern.formats import QuantFormat, resolve_format
+from qkern.ops import host
+from qkern.reference import Parts
+
+# Method wrappers are new objects at each access: compare them with ==, never with `is`.
+_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+_SET_REQUIRES_GRAD = torch.Tensor.requires_grad.__set__  # type: ignore[attr-defined]
+
+
+class QuantizedTensor(torch.Tensor):
+    """A frozen dense tensor, stored in 4 or 8 bits a value.
+
+    Build it with ``qkern.quantize`` or ``from_dense``; the constructor takes finished parts.
+
+    Args:
+        packed: codes, see the module's docstring.
+        absmax: scales, fp32 or 8-bit codes.
+        nested_absmax: second-level scales, with 8-bit ``absmax`` only.
+        offset: (1,) fp32, with 8-bit ``absmax`` only.
+        fmt: how the bytes are read.
+        shape: of the dense tensor.
+        dtype: that the dense tensor reports and dequantizes to by default.
+        outer: shape of the tensor that was quantized, for a shard of it.
+        start: flat index, in ``outer``, of this tensor's first value.
+        undo: what the last in-place addition replaced.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    offset: Tensor | None
+    format: QuantFormat
+    outer: torch.Size
+    start: int
+    undo: tensor_dispatch.Undo
+
+    @staticmethod
+    def __new__(
+        cls,
+        packed: Tensor,
+        absmax: Tensor,
+        nested_absmax: Tensor | None,
+        offset: Tensor | None,
+        fmt: QuantFormat,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        outer: Sequence[int] | None = None,
+        start: int = 0,
+        undo: tensor_dispatch.Undo | None = None,
+    ) -> QuantizedTensor:
+        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined, no-any-return]
+            cls, shape, dtype=dtype, device=packed.device, requires_grad=False
+        )
+
+    def __init__(
+        self,
+        packed: Tensor,
+        absmax: Tensor,
+        nested_absmax: Tensor | None,
+        offset: Tensor | None,
+        fmt: QuantFormat,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        outer: Sequence[int] | None = None,
+        start: int = 0,
+        undo: tensor_dispatch.Undo | None = None,
+    ) -> None:
+        self.packed = packed
+        self.absmax = absmax
+        self.nested_absmax = nested_absmax
+        self.offset = offset
+        self.format = fmt
+        self.outer = torch.Size(shape if outer is None else outer)
+        self.start = start
+        self.undo = tensor_dispatch.Undo() if undo is None else undo
+
+    @classmethod
+    def from_dense(
+        cls, values: Tensor, fmt: QuantFormat, *, nonfinite: str = "error"
+    ) -> QuantizedTensor:
+        """Quantize a dense tensor of any shape and strides, on its device; meta stays meta."""
+        if isinstance(values, QuantizedTensor):
+            msg = "the tensor is quantized already: dequantize it first to change its format"
+            raise DTypeError(msg)
+        packed, absmax = ops.quantize(values.detach(), fmt.quant_type, fmt.blocksize, nonfinite)
+        parts = Parts(packed, absmax, None, None)
+        if fmt.double_quant:
+            codes, nested_absmax, offset, safe = ops.quantize_absmax(absmax)
+            if safe.is_meta or bool(safe):
+                parts = Parts(packed, codes, nested_absmax, offset)
+            else:
+                fmt = fmt.replace(double_quant=False)
+        return cls.from_parts(parts, fmt, values.shape, values.dtype)
+
+    @classmethod
+    def from_parts(
+        cls, parts: Parts, fmt: QuantFormat, shape: Sequence[int], dtype: torch.dtype
+    ) -> QuantizedTensor:
+        """Wrap parts of any layout; rows that are whole blocks become rows of the parts."""
+        packed, absmax = parts.packed.reshape(-1), parts.absmax.reshape(-1)
+        if _rows_are_blocks(shape, fmt):
+            packed, absmax = packed.reshape(shape[0], -1), absmax.reshape(shape[0], -1)
+        return cls(packed, absmax, parts.nested_absmax, parts.offset, fmt, shape, dtype)
+
+    @property
+    def parts(self) -> Parts:
+        """The inner tensors."""
+        return Parts(self.packed, self.absmax, self.nested_absmax, self.offset)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether this is no shard of a larger tensor."""
+        return self.start == 0 and self.numel() == self.outer.numel()
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether packed and absmax have this tensor's rows, so that a shard holds its own only."""
+        return self.packed.dim() == 2
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales, not of the dense tensor."""
+        return sum(p.numel() * p.element_size() for p in self.parts if p is not None)
+
+    def like(
+        self,
+        parts: Sequence[Tensor | None] | None = None,
+        *,
+        shape: Sequence[int] | None = None,
+        dtype: torch.dtype | None = None,
+        start: int | None = None,
+        undo: tensor_dispatch.Undo | None = None,
+    ) -> QuantizedTensor:
+        """This tensor with some of its fields changed; parts are shared unless given."""
+        packed, absmax, nested_absmax, offset = self.parts if parts is None else parts
+        return QuantizedTensor(
+            packed,  # type: ignore[arg-type]
+            absmax,  # type: ignore[arg-type]
+            nested_absmax,
+            offset,
+            self.format,
+            self.shape if shape is None else shape,
+            self.dtype if dtype is None else dtype,
+            self.outer,
+            self.start if start is None else start,
+            undo,
+        )
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
+        """The dense tensor: ``code * absmax`` in fp32, rounded once.
+
+        Args:
+            dtype: float32, float16 or bfloat16; the reported dtype if None.
+        """
+        dtype = self.dtype if dtype is None else dtype
+        host.dtype_name(dtype)
+        fmt = self.format
+        if self.start == tensor_dispatch.UNKNOWN_START:
+            msg = "this is one rank's shard of a weight: gather it (unshard()) to dequantize it"
+            raise ShapeError(msg)
+        if self.is_whole or (self.has_rows and self.nested_absmax is None):
+            return _dense(self.parts, fmt, self.shape, dtype)
+        if self.has_rows:
+            return _dense(_decode_shard(self), fmt, self.shape, dtype)
+        flat = _dense(self.parts, fmt, self.outer, dtype).reshape(-1)
+        return flat[self.start : self.start + self.numel()].reshape(self.shape)
+
+    def assign(self, values: Tensor) -> QuantizedTensor:
+        """Quantize dense ``values`` into this tensor's own bytes.
+
+        Raises:
+            NonFiniteError: for NaN or infinity; the tensor stays as it was.
+            FormatError: where 8-bit scales cannot hold the result; the tensor stays as it was.
+        """
+        tensor_dispatch.assign(self, values)
+        return self
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        names = [name for name, part in self.parts._asdict().items() if part is not None]
+        return names, (self.format, self.dtype, tuple(self.outer), self.start)
+
+    @classmethod
+    def __tensor_unflatten__(
+        cls, inner: dict[str, Tensor], context: Any, size: Sequence[int], stride: Sequence[int]
+    ) -> QuantizedTensor:
+        fmt, dtype, outer, start = context
+        parts = (inner.get(name) for name in Parts._fields)
+        return cls(*parts, fmt, size, dtype, outer, start)  # type: ignore[arg-type]
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        fmt = self.format
+        return (
+            f"QuantizedTensor(shape={tuple(self.shape)}, dtype={self.dtype}, "
+            f"device={self.device}, {fmt.quant_type}, blocksize={fmt.blocksize}, "
+            f"double_quant={fmt.double_quant})"
+        )
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.linear:
+            return _linear(*args, **kwargs)
+        if func == _SET_DATA and isinstance(args[0], QuantizedTensor):
+            with torch._C.DisableTorchFunctionSubclass():
+                return tensor_dispatch.set_data(*args)
+        if func in (torch.Tensor.requires_grad_, _SET_REQUIRES_GRAD):
+            _refuse_grad(*args, **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return tensor_dispatch.dispatch(cls, func, args, kwargs or {})
+
+    def fsdp_pre_all_gather(self, mesh: Any) -> tuple[tuple[Tensor, ...], Any]:
+        """FSDP2: this rank's rows, padded to the same number on every rank.
+
+        The one-argument form of the hook: FSDP then leaves sizes and padding to the tensor.
+        """
+        if not self.has_rows:  # every rank holds everything: nothing to gather
+            return (self.packed.new_zeros(1),), self
+        rows = -(-self.outer[0] // mesh.size())
+        pad = [0, 0, 0, rows - self.packed.shape[0]]
+        gathered = (torch.nn.functional.pad(t, pad) for t in (self.packed, self.absmax))
+        return tuple(gathered), self
+
+    def fsdp_post_all_gather(
+        self, gathered: Any, shard: Any, param_dtype: torch.dtype, *, out: Any = None
+    ) -> Any:
+        """FSDP2: the whole weight from all ranks' rows; scales keep their dtype."""
+        if out is not None:
+            return None
+        parts = shard.parts
+        if shard.has_rows:
+            rows = shard.outer[0]
+            parts = (gathered[0][:rows], gathered[1][:rows], *parts[2:])
+        whole = QuantizedTensor(*parts, shard.format, shard.outer, param_dtype)
+        return whole, gathered
+
+
+def quantize(
+    values: Tensor,
+    quant_type: str | QuantFormat = "nf4",
+    *,
+    blocksize: int = 64,
+    double_quant: bool = True,
+    method: str = "absmax",
+    nonfinite: str = "error",
+) -> QuantizedTensor:
+    """Quantize a torch tensor on its device: ``qkern.quantize`` for tensors."""
+    fmt = resolve_format(quant_type, blocksize=blocksize, double_quant=double_quant)
+    check_choice("method", method, METHODS)
+    check_choice("nonfinite", nonfinite, NONFINITE)
+    return QuantizedTensor.from_dense(values, fmt, nonfinite=nonfinite)
+
+
+def dequantize(
+    q: QuantizedTensor, dtype: torch.dtype | None = None, *, out: Tensor | None = None
+) -> Tensor:
+    """The dense tensor, into ``out`` if it is given: ``qkern.dequantize`` for tensors."""
+    if out is None:
+        return q.dequantize(dtype)
+    if dtype not in (None, out.dtype) or out.shape != q.shape or out.device != q.device:
+        msg = (
+            f"out is {tuple(out.shape)} {out.dtype} on {out.device}: {tuple(q.shape)} "
+            f"{dtype or out.dtype} on {q.device} is needed"
+        )
+        raise ShapeError(msg)
+    if out.device.type == "cpu" and out.is_contiguous() and q.is_whole:
+        host.dequantize_into(q.parts, q.format, out)
+        return out
+    return out.copy_(q.dequantize(out.dtype))
+
+
+def from_array(q: QuantizedArray) -> QuantizedTensor:
+    """The tensor that shares a ``QuantizedArray``'s memory."""
+    arrays = (q.packed, q.absmax, q.nested_absmax, q.offset)
+    parts = Parts(*(None if a is None else torch.from_numpy(a) for a in arrays))  # type: ignore[arg-type]
+    return QuantizedTensor.from_parts(parts, q.format, q.shape, getattr(torch, q.dtype))
+
+
+def linear(
+    x: Tensor,
+    weight: QuantizedTensor,
+    bias: Tensor | None = None,
+    *,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    scaling: float = 1.0,
+) -> Tensor:
+    """``x W^T + bias + scaling (x A^T) B^T`` on the packed bytes of W.
+
+    Args:
+        x: (..., in_features), float32, float16 or bfloat16.
+        weight: (out_features, in_features).
+        bias: (out_features,) or None.
+        lora_A: (r, in_features) or None.
+        lora_B: (out_features, r) or None.
+        scaling: factor of the adapter's part.
+
+    Returns:
+        (..., out_features) in x's dtype, or in autocast's.
+
+    Raises:
+        ShapeError: if the last dimension of x is not in_features.
+    """
+    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        msg = (
+            f"linear expects x of (..., {weight.shape[-1]}) for a weight of "
+            f"{tuple(weight.shape)}, got {tuple(x.shape)}"
+        )
+        raise ShapeError(msg)
+    if not weight.is_whole:  # a shard or a slice, outside of training
+        return reference.linear(x, weight.dequantize(x.dtype), bias, lora_A, lora_B, scaling)
+    out_features = weight.shape[0]
+    return ops.linear(
+        x, weight.parts, weight.format, out_features, bias, lora_A, lora_B, scaling
+    )
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002
+    """``F.linear`` where an argument is quantized."""
+    if isinstance(input, QuantizedTensor):
+        input = input.dequantize()  # noqa: A001
+    if isinstance(weight, QuantizedTensor):
+        return linear(input, weight, bias)
+    return torch.nn.functional.linear(input, weight, bias)
+
+
+def _dense(parts: Parts, fmt: QuantFormat, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return ops.dequantize(*parts, fmt.quant_type, fmt.blocksize, list(shape), dtype)
+
+
+def _decode_shard(q: QuantizedTensor) -> Parts:
+    """Parts with fp32 scales of a shard whose groups of scales start in mid-tensor."""
+    first = q.start // q.format.blocksize
+    group, lead = divmod(first, reference.NESTED_BLOCKSIZE)
+    codes = torch.nn.functional.pad(q.absmax.reshape(-1), [lead, 0])
+    assert q.nested_absmax is not None and q.offset is not None
+    absmax = reference.dequantize_absmax(codes, q.nested_absmax[group:], q.offset)[lead:]
+    return Parts(q.packed, absmax.reshape(q.absmax.shape), None, None)
+
+
+def _rows_are_blocks(shape: Sequence[int], fmt: QuantFormat) -> bool:
+    rows = shape[0] if len(shape) >= 2 else 0
+    return rows > 0 and fmt.rows_are_blocks(torch.Size(shape).numel() // rows)
+
+
+def _refuse_grad(tensor: Tensor, requires_grad: bool = True) -> None:
+    if requires_grad and isinstance(tensor, QuantizedTensor):
+        msg = (
+            "a quantized weight cannot require a gradient: train an adapter on it "
+            "(qkern.add_lora), or dequantize the layer to train it whole"
+        )
+        raise FrozenWeightError(msg)

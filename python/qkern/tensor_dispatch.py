@@ -1,0 +1,253 @@
+"""What torch operators do to a ``QuantizedTensor``.
+
+Structural ones (detach, clone, move, slice rows, copy) act on the inner tensors. All others run
+on the dequantized value, and an in-place one quantizes its result again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from qkern import ops
+from qkern.errors import FormatError, ShapeError
+
+if TYPE_CHECKING:
+    from qkern.tensor import QuantizedTensor
+
+aten = torch.ops.aten
+_RULES: dict[Any, Callable[..., Any]] = {}
+# Of rows that were made empty and filled from elsewhere, as FSDP2 makes its padded shards.
+UNKNOWN_START = -1
+
+
+@dataclasses.dataclass
+class Undo:
+    """Parts that the last in-place addition replaced, shared by all aliases of a tensor.
+
+    PEFT merges an adapter by ``weight.data += delta`` and takes it back by ``-=``. Quantizing
+    twice would change a good part of the bytes, so the inverse addition puts these back.
+    """
+
+    parts: tuple[Tensor | None, ...] | None = None
+
+
+def dispatch(cls: type[QuantizedTensor], func: Any, args: Any, kwargs: Any) -> Any:
+    """Run ``func``: by its rule, else on dequantized arguments."""
+    rule = _RULES.get(func)
+    if rule is not None and isinstance(args[0], cls):
+        result = rule(func, *args, **kwargs)
+        if result is not NotImplemented:
+            return result
+    arguments = func._schema.arguments
+    if arguments and arguments[0].is_write and isinstance(args[0], cls):
+        return _in_place(func, args, kwargs)
+
+    def dense(value: Any) -> Any:
+        return value.dequantize() if isinstance(value, cls) else value
+
+    return func(*pytree.tree_map(dense, args), **pytree.tree_map(dense, kwargs))
+
+
+def assign(q: QuantizedTensor, values: Tensor) -> None:
+    """Quantize dense ``values`` into the bytes of ``q``; nothing is written on an error."""
+    if values.shape != q.shape or not q.is_whole:
+        msg = f"cannot assign {tuple(values.shape)} to a quantized tensor of {tuple(q.shape)}"
+        raise ShapeError(msg)
+    for old, new in zip(q.parts, _quantize_like(q, values), strict=True):
+        if old is not None:
+            old.copy_(new.reshape(old.shape))
+
+
+def set_data(q: QuantizedTensor, value: Tensor) -> None:
+    """``q.data = value``: take over quantized parts, quantize dense ones."""
+    if type(value) is not type(q):
+        assign(q, value)
+        return
+    if value.shape != q.shape:
+        msg = f"cannot set data of {tuple(value.shape)} on a quantized {tuple(q.shape)}"
+        raise ShapeError(msg)
+    q.packed, q.absmax, q.nested_absmax, q.offset = value.parts
+    q.format, q.outer, q.start, q.undo = value.format, value.outer, value.start, value.undo
+    if value.dtype != q.dtype or value.device != q.device:
+        # dtype and device live in the C++ half, which only a swap of the whole tensor changes.
+        torch.Tensor.data.__set__(q, value)  # type: ignore[attr-defined]
+
+
+def _quantize_like(q: QuantizedTensor, values: Tensor) -> tuple[Tensor, ...]:
+    fmt = q.format
+    packed, absmax = ops.quantize(values.detach(), fmt.quant_type, fmt.blocksize, "error")
+    if not fmt.double_quant:
+        return packed, absmax, absmax, absmax
+    codes, nested_absmax, offset, safe = ops.quantize_absmax(absmax)
+    if not bool(safe):
+        msg = (
+            "8-bit scales cannot hold the new values (a decoded scale changes its sign or is off "
+            "by more than 1/8): quantize the weight with double_quant=False"
+        )
+        raise FormatError(msg)
+    return packed, codes, nested_absmax, offset
+
+
+def _in_place(func: Any, args: Any, kwargs: Any) -> QuantizedTensor:
+    q = args[0]
+    before = q.dequantize()
+    rest = [a.dequantize() if isinstance(a, type(q)) else a for a in args[1:]]
+    after = func(before.clone(), *rest, **kwargs)
+    inverse = _INVERSE.get(func)
+    if inverse is not None and q.undo.parts is not None:
+        old = q.like([None if p is None else p.clone() for p in q.undo.parts])
+        redone = inverse(old.dequantize(), *rest, **kwargs)
+        if _same_bytes(q, _quantize_like(q, redone)):
+            for part, kept in zip(q.parts, q.undo.parts, strict=True):
+                if part is not None:
+                    part.copy_(kept)
+            q.undo.parts = None
+            return q  # type: ignore[no-any-return]
+    kept = tuple(None if p is None else p.clone() for p in q.parts)
+    assign(q, after)
+    q.undo.parts = kept if inverse is not None else None
+    return q  # type: ignore[no-any-return]
+
+
+_INVERSE = {aten.add_.Tensor: aten.sub_.Tensor, aten.sub_.Tensor: aten.add_.Tensor}
+
+
+def _same_bytes(q: QuantizedTensor, parts: tuple[Tensor, ...]) -> bool:
+    return all(
+        old is None or torch.equal(old.reshape(-1), new.reshape(-1))
+        for old, new in zip(q.parts, parts, strict=True)
+    )
+
+
+def _rule(*overloads: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def register(rule: Callable[..., Any]) -> Callable[..., Any]:
+        _RULES.update(dict.fromkeys(overloads, rule))
+        return rule
+
+    return register
+
+
+def _map(q: QuantizedTensor, fn: Callable[[Tensor], Tensor]) -> list[Tensor | None]:
+    return [None if part is None else fn(part) for part in q.parts]
+
+
+@_rule(aten.detach.default, aten.alias.default)
+def _(func: Any, q: QuantizedTensor) -> Any:
+    return q.like(undo=q.undo)
+
+
+@_rule(aten.clone.default)
+def _(func: Any, q: QuantizedTensor, *, memory_format: Any = None) -> Any:
+    return q.like(_map(q, torch.clone), undo=Undo(q.undo.parts))
+
+
+@_rule(aten._to_copy.default)
+def _(func: Any, q: QuantizedTensor, **kwargs: Any) -> Any:
+    dtype = kwargs.get("dtype") or q.dtype
+    if not dtype.is_floating_point:
+        return NotImplemented
+    device = kwargs.get("device") or q.device
+    blocking = not kwargs.get("non_blocking", False)
+    # A dtype changes what is reported and dequantized to; codes and scales stay.
+    return q.like(
+        _map(q, lambda t: t.to(device, non_blocking=not blocking, copy=True)), dtype=dtype
+    )
+
+
+@_rule(aten.empty_like.default)
+def _(func: Any, q: QuantizedTensor, **kwargs: Any) -> Any:
+    device = kwargs.get("device") or q.device
+    dtype = kwargs.get("dtype") or q.dtype
+    if not dtype.is_floating_point:
+        return NotImplemented
+    return q.like(_map(q, lambda t: torch.empty_like(t, device=device)), dtype=dtype)
+
+
+@_rule(aten.new_zeros.default)
+def _(func: Any, q: QuantizedTensor, size: Any, **kwargs: Any) -> Any:
+    """Rows for a shard (FSDP2); any other size is an ordinary dense tensor."""
+    if len(size) != q.dim() or list(size[1:]) != list(q.shape[1:]) or q.dim() < 2:
+        return torch.zeros(size, dtype=kwargs.get("dtype") or q.dtype, device=q.device)
+    if not q.has_rows:
+        return q.like(_map(q, torch.zeros_like), shape=size, start=UNKNOWN_START)
+    packed, absmax = (t.new_zeros(size[0], t.shape[1]) for t in (q.packed, q.absmax))
+    return q.like((packed, absmax, q.nested_absmax, q.offset), shape=size, start=UNKNOWN_START)
+
+
+@_rule(aten.split.Tensor)
+def _(func: Any, q: QuantizedTensor, size: int, dim: int = 0) -> Any:
+    if dim != 0 or q.dim() < 2:
+        return NotImplemented
+    return [_slice_rows(q, i, min(i + size, q.shape[0])) for i in range(0, q.shape[0], size)]
+
+
+@_rule(aten.slice.Tensor)
+def _(
+    func: Any, q: QuantizedTensor, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+) -> Any:
+    if dim != 0 or step != 1 or q.dim() < 2:
+        return NotImplemented
+    first, last, _ = slice(start, end).indices(q.shape[0])
+    return _slice_rows(q, first, max(first, last))
+
+
+@_rule(aten.view.default, aten._unsafe_view.default)
+def _(func: Any, q: QuantizedTensor, size: Any) -> Any:
+    if list(size) in ([-1], [q.numel()]):
+        return q.like(shape=(q.numel(),), undo=q.undo)
+    return q.like(undo=q.undo) if list(size) == list(q.shape) else NotImplemented
+
+
+@_rule(aten.as_strided.default)
+def _(func: Any, q: QuantizedTensor, size: Any, stride: Any, storage_offset: Any = None) -> Any:
+    same = list(size) == list(q.shape) and list(stride) == list(q.stride())
+    return q.like(undo=q.undo) if same else NotImplemented
+
+
+@_rule(aten.copy_.default)
+def _(func: Any, q: QuantizedTensor, source: Tensor, non_blocking: bool = False) -> Any:
+    if isinstance(source, type(q)) and _same_layout(q, source):
+        for mine, theirs in zip(q.parts, source.parts, strict=True):
+            if mine is not None and theirs is not None:
+                mine.copy_(theirs, non_blocking=non_blocking)
+        q.start = source.start
+        return q
+    dense = source.dequantize() if isinstance(source, type(q)) else source
+    dense = dense.to(device=q.device, dtype=q.dtype).expand(q.shape)
+    # DDP spreads rank 0's parameters as dense values: bytes that already say so stay.
+    if not torch.equal(q.dequantize(), dense):
+        assign(q, dense)
+        q.undo.parts = None
+    return q
+
+
+@_rule(aten.is_pinned.default)
+def _(func: Any, q: QuantizedTensor, device: Any = None) -> bool:
+    return q.packed.is_pinned()
+
+
+@_rule(aten._pin_memory.default)
+def _(func: Any, q: QuantizedTensor, device: Any = None) -> Any:
+    return q.like(_map(q, lambda t: t.pin_memory()))
+
+
+def _same_layout(q: QuantizedTensor, other: QuantizedTensor) -> bool:
+    shapes = [[None if p is None else p.shape for p in t.parts] for t in (q, other)]
+    return q.format == other.format and q.shape == other.shape and shapes[0] == shapes[1]
+
+
+def _slice_rows(q: QuantizedTensor, first: int, last: int) -> QuantizedTensor:
+    """Rows ``first`` to ``last`` as a view; where blocks cross rows, a window on all parts."""
+    row = q.numel() // max(q.shape[0], 1)
+    start = UNKNOWN_START if q.start == UNKNOWN_START else q.start + first * row
+    shape = (last - first, *q.shape[1:])
+    if not q.has_rows:
+        return q.like(shape=shape, start=start)
+    packed, absmax = q.packed[first:last], q.absmax[first:last]
+    return q.like((packed, absmax, q.nested_absmax, q.offset), shape=shape, start=start)

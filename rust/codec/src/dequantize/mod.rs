@@ -1,0 +1,54 @@
+//! 4-bit dequantization: `fp32(table[code] * absmax)`, then one rounding to the output dtype.
+//!
+//! The product depends on the code and the block alone, so bodies scale (and round) the table
+//! once a block and look the codes up in it.
+
+pub(crate) mod scalar;
+#[cfg(test)]
+mod tests;
+
+use crate::codebook::check_table;
+use crate::error::CodecError;
+use crate::layout::{check_blocksize, check_len, num_blocks, packed_len};
+use crate::parallel::{self, JOB};
+use crate::simd::Engine;
+use crate::values::{with_slice, ValuesMut};
+
+/// Writes the values of 4-bit codes in `packed` with one scale a block in `absmax`.
+///
+/// Scales may be negative, zero, infinite or NaN.
+///
+/// # Errors
+/// [`CodecError::TableNotFinite`], [`CodecError::Blocksize`] and [`CodecError::Length`].
+pub fn dequantize_4bit(
+    engine: Engine,
+    packed: &[u8],
+    absmax: &[f32],
+    table: &[f32; 16],
+    blocksize: usize,
+    values: ValuesMut<'_>,
+) -> Result<(), CodecError> {
+    check_table(table)?;
+    check_blocksize(blocksize)?;
+    let len = values.len();
+    check_len("packed", packed.len(), packed_len(len), (len, "values"))?;
+    check_len("absmax", absmax.len(), num_blocks(len, blocksize), (len, "values"))?;
+
+    let whole = len / blocksize * blocksize;
+    let (blocks, tail) = values.split_at(whole);
+    let (packed, tail_packed) = packed.split_at(whole / 2);
+    let (absmax, tail_absmax) = absmax.split_at(whole / blocksize);
+
+    let inputs = packed.chunks(JOB / 2).zip(absmax.chunks(JOB / blocksize));
+    parallel::for_each(whole, engine.threads, inputs.zip(blocks.chunks(JOB)), |((p, a), v)| {
+        (engine.bodies.dequantize_4bit)(p, a, table, blocksize, v);
+    });
+    if let &[absmax] = tail_absmax {
+        parallel::alone(|| {
+            with_slice!(tail, ValuesMut, v => {
+                scalar::dequantize_block(tail_packed, absmax, table, v);
+            });
+        });
+    }
+    Ok(())
+}

@@ -1,0 +1,119 @@
+//! The reference body: plain Rust, any machine.
+//!
+//! The index is the sum of 15 comparisons, which compilers turn into SIMD code of the baseline.
+
+use crate::codebook::Codebook;
+use crate::quantize::SMALLEST;
+use crate::values::{with_slice, Element, Values};
+
+/// Values that are widened and coded together: divides every block.
+const STRIP: usize = 32;
+
+/// Quantizes whole blocks; tells whether all values were finite.
+pub(crate) fn quantize(
+    values: Values<'_>,
+    code: &Codebook,
+    blocksize: usize,
+    packed: &mut [u8],
+    absmax: &mut [f32],
+) -> bool {
+    with_slice!(values, Values, v => {
+        let outputs = packed.chunks_exact_mut(blocksize / 2).zip(absmax);
+        v.chunks_exact(blocksize).zip(outputs).fold(true, |finite, (block, (packed, absmax))| {
+            quantize_block(block, code, packed, absmax);
+            finite && absmax.is_finite()
+        })
+    })
+}
+
+/// Quantizes one whole block, the scaled values by a multiplication.
+pub(crate) fn quantize_block<T: Element>(
+    block: &[T],
+    code: &Codebook,
+    packed: &mut [u8],
+    absmax: &mut f32,
+) {
+    *absmax = block_absmax(block);
+    let inverse = 1.0 / at_least_smallest(*absmax);
+    encode(block, code, packed, |x| x * inverse);
+}
+
+/// Quantizes the ragged last block, the scaled values by a division.
+pub(crate) fn quantize_tail<T: Element>(
+    block: &[T],
+    code: &Codebook,
+    packed: &mut [u8],
+    absmax: &mut f32,
+) {
+    *absmax = at_least_smallest(block_absmax(block));
+    encode(block, code, packed, |x| x / *absmax);
+}
+
+/// The largest magnitude; NaN if there is one.
+///
+/// Magnitudes are compared as integers, where NaN is larger than infinity and cannot hide.
+pub(crate) fn block_absmax<T: Element>(block: &[T]) -> f32 {
+    let mut largest = [0_u32; STRIP];
+    let mut wide = [0.0_f32; STRIP];
+    for strip in block.chunks(STRIP) {
+        let wide = &mut wide[..strip.len()];
+        T::widen(strip, wide);
+        for (largest, x) in largest.iter_mut().zip(wide) {
+            *largest = (*largest).max(x.to_bits() & 0x7fff_ffff);
+        }
+    }
+    absmax_from_bits(largest.into_iter().max().unwrap_or(0))
+}
+
+/// The float with these bits; any NaN becomes the canonical one.
+pub(crate) fn absmax_from_bits(bits: u32) -> f32 {
+    let absmax = f32::from_bits(bits);
+    if absmax.is_nan() {
+        f32::NAN
+    } else {
+        absmax
+    }
+}
+
+/// `max(absmax, 1e-38)`, but NaN stays.
+fn at_least_smallest(absmax: f32) -> f32 {
+    if absmax < SMALLEST {
+        SMALLEST
+    } else {
+        absmax
+    }
+}
+
+/// Codes and packs the scaled values of one block.
+fn encode<T: Element>(
+    block: &[T],
+    code: &Codebook,
+    packed: &mut [u8],
+    scale: impl Fn(f32) -> f32 + Copy,
+) {
+    let mut wide = [0.0_f32; STRIP];
+    for (strip, packed) in block.chunks(STRIP).zip(packed.chunks_mut(STRIP / 2)) {
+        T::widen(strip, &mut wide[..strip.len()]);
+        let mut codes = indices(&wide.map(|x| scale(x).clamp(-1.0, 1.0)), code.bounds())
+            .map(|index| code.order()[usize::from(index & 15)]);
+        if strip.len() % 2 == 1 {
+            codes[strip.len()] = code.zero_code();
+        }
+        for (byte, pair) in packed.iter_mut().zip(codes.as_chunks::<2>().0) {
+            *byte = pair[0] << 4 | pair[1];
+        }
+    }
+}
+
+/// How many bounds lie below each value; a NaN is above all of them.
+///
+/// It counts down the bounds that do not, for the sake of NaN.
+fn indices(scaled: &[f32; STRIP], bounds: &[f32; 15]) -> [u8; STRIP] {
+    let mut counts = [15_i32; STRIP];
+    for bound in bounds {
+        for (count, s) in counts.iter_mut().zip(scaled) {
+            *count -= i32::from(s <= bound);
+        }
+    }
+    counts.map(|count| count as u8)
+}

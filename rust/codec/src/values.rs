@@ -1,0 +1,200 @@
+//! Weights in one of the three dtypes that have a codec.
+
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+
+use crate::error::CodecError;
+
+/// What to do with NaN and infinity among the values to quantize.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum NonFinite {
+    /// Refuse the call; what the outputs hold is then unspecified.
+    #[default]
+    Error,
+    /// Code them, with the damage confined to their own blocks: the scale becomes NaN or infinity.
+    Keep,
+}
+
+/// Values to quantize.
+#[derive(Clone, Copy, Debug)]
+pub enum Values<'a> {
+    /// 32-bit floats.
+    F32(&'a [f32]),
+    /// IEEE half precision.
+    F16(&'a [f16]),
+    /// bfloat16.
+    Bf16(&'a [bf16]),
+}
+
+/// Where dequantized values go.
+#[derive(Debug)]
+pub enum ValuesMut<'a> {
+    /// 32-bit floats.
+    F32(&'a mut [f32]),
+    /// IEEE half precision.
+    F16(&'a mut [f16]),
+    /// bfloat16.
+    Bf16(&'a mut [bf16]),
+}
+
+/// Runs the same expression on whichever slice a [`Values`] or [`ValuesMut`] holds.
+macro_rules! with_slice {
+    ($values:expr, $kind:ident, $slice:ident => $body:expr) => {
+        match $values {
+            $crate::values::$kind::F32($slice) => $body,
+            $crate::values::$kind::F16($slice) => $body,
+            $crate::values::$kind::Bf16($slice) => $body,
+        }
+    };
+}
+pub(crate) use with_slice;
+
+impl<'a> Values<'a> {
+    /// Number of values.
+    pub fn len(&self) -> usize {
+        with_slice!(self, Values, v => v.len())
+    }
+
+    /// Whether there are no values.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The values before and from `mid`.
+    pub(crate) fn split_at(self, mid: usize) -> (Self, Self) {
+        match self {
+            Self::F32(v) => pair(v.split_at(mid), Values::F32),
+            Self::F16(v) => pair(v.split_at(mid), Values::F16),
+            Self::Bf16(v) => pair(v.split_at(mid), Values::Bf16),
+        }
+    }
+
+    /// Consecutive pieces of `size` values, the last of which may be shorter.
+    pub(crate) fn chunks(self, size: usize) -> impl Iterator<Item = Values<'a>> + Send {
+        let mut rest = self;
+        std::iter::from_fn(move || {
+            let (chunk, others) = rest.split_at(size.min(rest.len()));
+            rest = others;
+            (!chunk.is_empty()).then_some(chunk)
+        })
+    }
+
+    /// The error that names the values which are NaN or infinite.
+    pub(crate) fn nonfinite_error(self) -> CodecError {
+        let (index, count) = with_slice!(self, Values, v => find_nonfinite(v));
+        CodecError::NonFinite { index, count }
+    }
+}
+
+impl<'a> ValuesMut<'a> {
+    /// Number of values.
+    pub fn len(&self) -> usize {
+        with_slice!(self, ValuesMut, v => v.len())
+    }
+
+    /// Whether there are no values.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The values before and from `mid`.
+    pub(crate) fn split_at(self, mid: usize) -> (Self, Self) {
+        match self {
+            Self::F32(v) => pair(v.split_at_mut(mid), ValuesMut::F32),
+            Self::F16(v) => pair(v.split_at_mut(mid), ValuesMut::F16),
+            Self::Bf16(v) => pair(v.split_at_mut(mid), ValuesMut::Bf16),
+        }
+    }
+
+    /// Consecutive pieces of `size` values, the last of which may be shorter.
+    pub(crate) fn chunks(self, size: usize) -> impl Iterator<Item = ValuesMut<'a>> + Send {
+        let mut rest = self;
+        std::iter::from_fn(move || {
+            let whole = std::mem::replace(&mut rest, ValuesMut::F32(&mut []));
+            let mid = size.min(whole.len());
+            let (chunk, others) = whole.split_at(mid);
+            rest = others;
+            (!chunk.is_empty()).then_some(chunk)
+        })
+    }
+}
+
+fn pair<S, V>((left, right): (S, S), wrap: impl Fn(S) -> V) -> (V, V) {
+    (wrap(left), wrap(right))
+}
+
+fn find_nonfinite<T: Element>(values: &[T]) -> (usize, usize) {
+    let mut found = values.iter().enumerate().filter(|(_, v)| !v.is_finite());
+    found.next().map_or((0, 0), |(index, _)| (index, 1 + found.count()))
+}
+
+/// A dtype that has a codec.
+pub(crate) trait Element: Copy {
+    /// Zero.
+    const ZERO: Self;
+    /// Whether the value is neither NaN nor infinite.
+    fn is_finite(self) -> bool;
+    /// Widens a slice, exactly.
+    fn widen(from: &[Self], to: &mut [f32]);
+    /// Rounds a slice to nearest, ties to even.
+    fn narrow(from: &[f32], to: &mut [Self]);
+}
+
+impl Element for f32 {
+    const ZERO: Self = 0.0;
+    fn is_finite(self) -> bool {
+        self.is_finite()
+    }
+    fn widen(from: &[Self], to: &mut [f32]) {
+        to.copy_from_slice(from);
+    }
+    fn narrow(from: &[f32], to: &mut [Self]) {
+        to.copy_from_slice(from);
+    }
+}
+
+macro_rules! impl_element {
+    ($type:ty) => {
+        impl Element for $type {
+            const ZERO: Self = <$type>::ZERO;
+            fn is_finite(self) -> bool {
+                <$type>::is_finite(self)
+            }
+            fn widen(from: &[Self], to: &mut [f32]) {
+                from.convert_to_f32_slice(to);
+            }
+            fn narrow(from: &[f32], to: &mut [Self]) {
+                to.convert_from_f32_slice(from);
+            }
+        }
+    };
+}
+impl_element!(f16);
+impl_element!(bf16);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chunks_cover_everything_once() {
+        let v: Vec<f32> = (0..10_u8).map(f32::from).collect();
+        let lens: Vec<usize> = Values::F32(&v).chunks(4).map(|c| c.len()).collect();
+        assert_eq!(lens, [4, 4, 2]);
+        assert_eq!(Values::F32(&[]).chunks(4).count(), 0);
+
+        let mut v = vec![f16::ZERO; 10];
+        for (i, chunk) in ValuesMut::F16(&mut v).chunks(4).enumerate() {
+            let ValuesMut::F16(chunk) = chunk else { unreachable!("the dtype stays") };
+            chunk.fill(f16::from_f32(i as f32));
+        }
+        let v: Vec<f32> = v.into_iter().map(f32::from).collect();
+        assert_eq!(v, [0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 2.0, 2.0]);
+    }
+
+    #[test]
+    fn the_first_nonfinite_value_is_named_and_all_are_counted() {
+        let v = [0.0, f32::NAN, 1.0, f32::NEG_INFINITY];
+        assert_eq!(Values::F32(&v).nonfinite_error(), CodecError::NonFinite { index: 1, count: 2 });
+    }
+}

@@ -1,0 +1,48 @@
+//! Errors as the classes of `qkern.errors`, which is imported when the first one is raised.
+
+use pyo3::exceptions::PyRuntimeError;
+use pyo3::prelude::*;
+use qkern_codec::CodecError;
+
+/// A tensor whose size or place in memory does not fit the call.
+pub(crate) fn shape(py: Python<'_>, message: String) -> PyErr {
+    raise(py, "ShapeError", message)
+}
+
+/// A dtype that is not the one that the call takes.
+pub(crate) fn dtype(py: Python<'_>, message: String) -> PyErr {
+    raise(py, "DTypeError", message)
+}
+
+/// A setting that no format allows.
+pub(crate) fn format(py: Python<'_>, message: String) -> PyErr {
+    raise(py, "FormatError", message)
+}
+
+/// The error of the codec; `NonFiniteError` carries `index` and `count` as attributes too.
+pub(crate) fn codec(py: Python<'_>, error: &CodecError) -> PyErr {
+    let class = match error {
+        CodecError::Length { .. } => "ShapeError",
+        CodecError::NonFinite { .. } => "NonFiniteError",
+        CodecError::UnknownSimd { .. } | CodecError::UnavailableSimd { .. } => "NativeError",
+        _ => "FormatError",
+    };
+    let raised = raise(py, class, error.to_string());
+    if let CodecError::NonFinite { index, count } = error {
+        let value = raised.value(py);
+        if let Err(failed) = value.setattr("index", index).and(value.setattr("count", count)) {
+            return failed;
+        }
+    }
+    raised
+}
+
+fn raise(py: Python<'_>, class: &str, message: String) -> PyErr {
+    match py.import("qkern.errors").and_then(|module| module.getattr(class)) {
+        Ok(class) => match class.call1((message,)) {
+            Ok(error) => PyErr::from_value(error),
+            Err(failed) => failed,
+        },
+        Err(_) => PyRuntimeError::new_err(message), // the extension was taken out of its package
+    }
+}

@@ -1,0 +1,205 @@
+//! The functions of `qkern._native`: arguments checked, GIL released, errors translated.
+
+use pyo3::prelude::*;
+use qkern_codec::{Bodies, Codebook, CodecError, Engine, NonFinite};
+
+use crate::arrays::{check_apart, table, Input, InputValues, Output, OutputValues};
+use crate::errors;
+
+/// Quantizes `values` to 4-bit codes; writes `packed` and `absmax`.
+#[pyfunction]
+#[pyo3(signature = (values, dtype, code, blocksize, packed, absmax, *, nonfinite="error", threads=0, simd=None))]
+#[allow(clippy::too_many_arguments)] // the signature that Python sees
+pub(crate) fn quantize_4bit(
+    py: Python<'_>,
+    values: &Bound<'_, PyAny>,
+    dtype: &str,
+    code: &Bound<'_, PyAny>,
+    blocksize: usize,
+    packed: &Bound<'_, PyAny>,
+    absmax: &Bound<'_, PyAny>,
+    nonfinite: &str,
+    threads: usize,
+    simd: Option<&str>,
+) -> PyResult<()> {
+    let engine = engine(py, threads, simd)?;
+    let nonfinite = policy(py, nonfinite)?;
+    let code = Codebook::new(&table("code", code)?).map_err(|e| errors::codec(py, &e))?;
+    let values = InputValues::new(values, dtype)?;
+    let mut packed = Output::<u8>::new("packed", packed)?;
+    let mut absmax = Output::<f32>::new("absmax", absmax)?;
+    check_apart(py, &[packed.memory(), absmax.memory()], &[values.memory()])?;
+
+    let (values, packed, absmax) = (values.slice()?, packed.slice()?, absmax.slice()?);
+    detached(py, || {
+        qkern_codec::quantize_4bit(engine, values, &code, blocksize, nonfinite, packed, absmax)
+    })
+}
+
+/// Writes the `values` of 4-bit codes.
+#[pyfunction]
+#[pyo3(signature = (packed, absmax, code, blocksize, values, dtype, *, threads=0, simd=None))]
+#[allow(clippy::too_many_arguments)] // the signature that Python sees
+pub(crate) fn dequantize_4bit(
+    py: Python<'_>,
+    packed: &Bound<'_, PyAny>,
+    absmax: &Bound<'_, PyAny>,
+    code: &Bound<'_, PyAny>,
+    blocksize: usize,
+    values: &Bound<'_, PyAny>,
+    dtype: &str,
+    threads: usize,
+    simd: Option<&str>,
+) -> PyResult<()> {
+    let engine = engine(py, threads, simd)?;
+    let code = table("code", code)?;
+    let packed = Input::<u8>::new("packed", packed)?;
+    let absmax = Input::<f32>::new("absmax", absmax)?;
+    let mut values = OutputValues::new(values, dtype)?;
+    check_apart(py, &[values.memory()], &[packed.memory(), absmax.memory()])?;
+
+    let (packed, absmax, values) = (packed.slice()?, absmax.slice()?, values.slice()?);
+    detached(py, || qkern_codec::dequantize_4bit(engine, packed, absmax, &code, blocksize, values))
+}
+
+/// Quantizes `values` to 8-bit integers; writes `packed` and `absmax`.
+#[pyfunction]
+#[pyo3(signature = (values, dtype, blocksize, packed, absmax, *, nonfinite="error", threads=0, simd=None))]
+#[allow(clippy::too_many_arguments)] // the signature that Python sees
+pub(crate) fn quantize_int8(
+    py: Python<'_>,
+    values: &Bound<'_, PyAny>,
+    dtype: &str,
+    blocksize: usize,
+    packed: &Bound<'_, PyAny>,
+    absmax: &Bound<'_, PyAny>,
+    nonfinite: &str,
+    threads: usize,
+    simd: Option<&str>,
+) -> PyResult<()> {
+    let engine = engine(py, threads, simd)?;
+    let nonfinite = policy(py, nonfinite)?;
+    let values = InputValues::new(values, dtype)?;
+    let mut packed = Output::<i8>::new("packed", packed)?;
+    let mut absmax = Output::<f32>::new("absmax", absmax)?;
+    check_apart(py, &[packed.memory(), absmax.memory()], &[values.memory()])?;
+
+    let (values, packed, absmax) = (values.slice()?, packed.slice()?, absmax.slice()?);
+    detached(py, || {
+        qkern_codec::quantize_int8(engine, values, blocksize, nonfinite, packed, absmax)
+    })
+}
+
+/// Writes the `values` of 8-bit integers.
+#[pyfunction]
+#[pyo3(signature = (packed, absmax, blocksize, values, dtype, *, threads=0, simd=None))]
+#[allow(clippy::too_many_arguments)] // the signature that Python sees
+pub(crate) fn dequantize_int8(
+    py: Python<'_>,
+    packed: &Bound<'_, PyAny>,
+    absmax: &Bound<'_, PyAny>,
+    blocksize: usize,
+    values: &Bound<'_, PyAny>,
+    dtype: &str,
+    threads: usize,
+    simd: Option<&str>,
+) -> PyResult<()> {
+    let engine = engine(py, threads, simd)?;
+    let packed = Input::<i8>::new("packed", packed)?;
+    let absmax = Input::<f32>::new("absmax", absmax)?;
+    let mut values = OutputValues::new(values, dtype)?;
+    check_apart(py, &[values.memory()], &[packed.memory(), absmax.memory()])?;
+
+    let (packed, absmax, values) = (packed.slice()?, absmax.slice()?, values.slice()?);
+    detached(py, || qkern_codec::dequantize_int8(engine, packed, absmax, blocksize, values))
+}
+
+/// Codes scales in 8 bits; writes `codes` and `nested_absmax`, returns `(offset, safe)`.
+#[pyfunction]
+pub(crate) fn quantize_absmax(
+    py: Python<'_>,
+    absmax: &Bound<'_, PyAny>,
+    nested_code: &Bound<'_, PyAny>,
+    codes: &Bound<'_, PyAny>,
+    nested_absmax: &Bound<'_, PyAny>,
+) -> PyResult<(f32, bool)> {
+    let absmax = Input::<f32>::new("absmax", absmax)?;
+    let table = table("nested_code", nested_code)?;
+    let mut codes = Output::<u8>::new("codes", codes)?;
+    let mut nested = Output::<f32>::new("nested_absmax", nested_absmax)?;
+    check_apart(py, &[codes.memory(), nested.memory()], &[absmax.memory()])?;
+
+    let (absmax, codes, nested) = (absmax.slice()?, codes.slice()?, nested.slice()?);
+    let scales = detached(py, || qkern_codec::quantize_absmax(absmax, &table, codes, nested))?;
+    Ok((scales.offset, scales.safe))
+}
+
+/// Writes the scales, `absmax`, of 8-bit codes.
+#[pyfunction]
+pub(crate) fn dequantize_absmax(
+    py: Python<'_>,
+    codes: &Bound<'_, PyAny>,
+    nested_code: &Bound<'_, PyAny>,
+    nested_absmax: &Bound<'_, PyAny>,
+    offset: f32,
+    absmax: &Bound<'_, PyAny>,
+) -> PyResult<()> {
+    let codes = Input::<u8>::new("codes", codes)?;
+    let table = table("nested_code", nested_code)?;
+    let nested = Input::<f32>::new("nested_absmax", nested_absmax)?;
+    let mut absmax = Output::<f32>::new("absmax", absmax)?;
+    check_apart(py, &[absmax.memory()], &[codes.memory(), nested.memory()])?;
+
+    let (codes, nested, absmax) = (codes.slice()?, nested.slice()?, absmax.slice()?);
+    detached(py, || qkern_codec::dequantize_absmax(codes, &table, nested, offset, absmax))
+}
+
+/// Name of the SIMD body in use.
+#[pyfunction]
+pub(crate) fn simd(py: Python<'_>) -> PyResult<&'static str> {
+    Ok(engine(py, 0, None)?.bodies.name())
+}
+
+/// Names of the SIMD bodies that this machine can run, best first.
+#[pyfunction]
+pub(crate) fn available_simd() -> Vec<&'static str> {
+    qkern_codec::available().iter().map(|bodies| bodies.name()).collect()
+}
+
+/// Which instruction sets this machine has, by name.
+#[pyfunction]
+pub(crate) fn cpu_features(py: Python<'_>) -> PyResult<Bound<'_, pyo3::types::PyDict>> {
+    let features = pyo3::types::PyDict::new(py);
+    for (name, present) in qkern_codec::cpu_features() {
+        features.set_item(name, present)?;
+    }
+    Ok(features)
+}
+
+fn engine(py: Python<'_>, threads: usize, simd: Option<&str>) -> PyResult<Engine> {
+    let bodies = match simd {
+        Some(name) => Bodies::named(name, "the simd argument"),
+        None => Bodies::detect(),
+    };
+    let bodies = bodies.map_err(|error| errors::codec(py, &error))?;
+    Ok(Engine { bodies, threads })
+}
+
+fn policy(py: Python<'_>, nonfinite: &str) -> PyResult<NonFinite> {
+    match nonfinite {
+        "error" => Ok(NonFinite::Error),
+        "keep" => Ok(NonFinite::Keep),
+        _ => Err(errors::format(
+            py,
+            format!("nonfinite is {nonfinite:?}: allowed are \"error\" and \"keep\""),
+        )),
+    }
+}
+
+/// Runs `work` without the GIL.
+fn detached<T: Send>(
+    py: Python<'_>,
+    work: impl FnOnce() -> Result<T, CodecError> + Send,
+) -> PyResult<T> {
+    py.detach(work).map_err(|error| errors::codec(py, &error))
+}

@@ -1,0 +1,213 @@
+"""What two gloo processes check; run by test_distributed.py through torch's launcher.
+
+Prints one line per leg that worked; any difference from one process is an error.
+"""
+
+from __future__ import annotations
+
+import datetime
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from qkern.layers import QuantizedLinear
+
+sys.path.insert(0, str(Path(__file__).parent))
+from toys import Stack
+
+BATCH = 8
+ALIGNED = (256, 192, 320, 256)
+UNEVEN = (256, 65, 257)  # rows that two ranks cannot share evenly; 65 inputs: blocks cross rows
+
+
+def batch(step: int, widths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Inputs and targets of a step, the same on every rank."""
+    generator = torch.Generator().manual_seed(100 + step)
+    x = torch.randn(BATCH, widths[0], generator=generator)
+    return x, torch.randn(BATCH, widths[-1], generator=generator)
+
+
+def train(model: nn.Module, widths: tuple[int, ...], steps: int = 3) -> list[float]:
+    """Losses of a few AdamW steps, each rank on its share of the batch, averaged."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    share = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
+    if not isinstance(model, DistributedDataParallel) and not hasattr(model, "unshard"):
+        share = slice(None)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for step in range(steps):
+        x, y = batch(step, widths)
+        loss = (model(x[share]) - y[share]).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        mean = loss.detach().clone()
+        if share != slice(None):
+            dist.all_reduce(mean)
+            mean /= world
+        losses.append(mean.item())
+    return losses
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    """The model with only its adapters trainable."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    return model
+
+
+def sharded(widths: tuple[int, ...], **policy: object) -> nn.Module:
+    """The model with every layer and the whole sharded over the ranks."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = frozen(Stack(widths))
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh, **policy)
+    return fully_shard(model, mesh=mesh, **policy)
+
+
+def check_equal(widths: tuple[int, ...], model: nn.Module, tolerance: float = 1e-5) -> None:
+    """Losses and adapters as one process gets them."""
+    alone = frozen(Stack(widths))
+    expected, got = train(alone, widths), train(model, widths)
+    torch.testing.assert_close(torch.tensor(got), torch.tensor(expected), rtol=tolerance, atol=0)
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    pairs = zip(inner.named_parameters(), alone.named_parameters(), strict=True)
+    for (_, mine), (name, theirs) in pairs:
+        if theirs.requires_grad:
+            full = mine.full_tensor() if isinstance(mine, DTensor) else mine
+            difference = (full - theirs).abs().max().item()
+            assert difference < 2e-5, f"{name} differs by {difference}"
+
+
+def ddp_equals_one_process() -> None:
+    """DistributedDataParallel as it is."""
+    model = frozen(Stack(ALIGNED))
+    before = [layer.weight.packed.clone() for layer in model.layers]
+    check_equal(ALIGNED, DistributedDataParallel(model))
+    for layer, packed in zip(model.layers, before, strict=True):
+        assert torch.equal(layer.weight.packed, packed), "DDP changed the packed bytes"
+
+
+def ddp_spreads_rank_0() -> None:
+    """A rank that starts with another weight gets rank 0's values."""
+    model = frozen(Stack(ALIGNED))
+    expected = model.layers[0].weight.dequantize()
+    if dist.get_rank() == 1:
+        model.layers[0].weight.packed.zero_()
+    DistributedDataParallel(model)
+    error = (model.layers[0].weight.dequantize() - expected).abs().max() / expected.abs().max()
+    assert error < 1e-2, f"rank 1 is off by {error:.3g} after the broadcast"
+
+
+def fsdp2_equals_one_process() -> None:
+    """fully_shard: half of the bytes on each rank, the same losses."""
+    model = sharded(ALIGNED)
+    local = model.layers[0].weight._local_tensor
+    assert local.packed.shape[0] * dist.get_world_size() == 192, local.packed.shape
+    check_equal(ALIGNED, model)
+
+
+def fsdp2_uneven_rows() -> None:
+    """Rows that do not divide, and rows that share blocks (held whole by every rank)."""
+    check_equal(UNEVEN, sharded(UNEVEN))
+
+
+def fsdp2_unshards_the_same_bytes() -> None:
+    """What a rank gathers is what was quantized."""
+    whole, model = Stack(ALIGNED), sharded(ALIGNED)
+    for mine, theirs in zip(model.layers, whole.layers, strict=True):
+        mine.unshard()
+        assert torch.equal(mine.weight.packed, theirs.weight.packed)
+        assert torch.equal(mine.weight.dequantize(), theirs.weight.dequantize())
+
+
+def fsdp2_mixed_precision_keeps_scales() -> None:
+    """A bf16 policy changes the dtype of the product, never the scales."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = sharded(ALIGNED, mp_policy=policy)
+    train(model, ALIGNED, steps=1)
+    model.layers[0].unshard()
+    weight = model.layers[0].weight
+    assert weight.dtype == torch.bfloat16
+    assert weight.nested_absmax.dtype == torch.float32
+    assert torch.equal(weight.packed, Stack(ALIGNED).layers[0].weight.packed)
+
+
+def fsdp2_state_dict_round_trip() -> None:
+    """Sharded and full state dicts under the flat keys, and back into other weights."""
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_model_state_dict,
+        set_model_state_dict,
+    )
+
+    model = sharded(UNEVEN)
+    state = get_model_state_dict(model)
+    other = sharded(UNEVEN)
+    for layer in other.layers:
+        layer.weight._local_tensor.packed.zero_()
+    set_model_state_dict(other, state)
+    full = get_model_state_dict(other, options=StateDictOptions(full_state_dict=True))
+    if dist.get_rank() == 0:
+        for key, value in Stack(UNEVEN).state_dict().items():
+            assert torch.equal(full[key].reshape(-1), value.reshape(-1)), key
+    check_equal(UNEVEN, other)
+
+
+def fsdp2_checkpointing_and_compile() -> None:
+    """Recomputation inside a sharded layer, and a compiled model."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+        apply_activation_checkpointing,
+    )
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = frozen(Stack(ALIGNED))
+    apply_activation_checkpointing(model, check_fn=lambda m: isinstance(m, QuantizedLinear))
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    alone = frozen(Stack(ALIGNED))
+    expected = train(alone, ALIGNED)
+    torch.testing.assert_close(train(model, ALIGNED), expected, rtol=1e-5, atol=0)
+    compiled = torch.compile(sharded(ALIGNED), backend="aot_eager")
+    x, y = batch(0, ALIGNED)
+    loss = (compiled(x) - y).square().mean()
+    loss.backward()
+    torch.testing.assert_close(loss.item(), expected[0], rtol=1e-5, atol=0)
+
+
+LEGS: tuple[Callable[[], None], ...] = (
+    ddp_equals_one_process,
+    ddp_spreads_rank_0,
+    fsdp2_equals_one_process,
+    fsdp2_uneven_rows,
+    fsdp2_unshards_the_same_bytes,
+    fsdp2_mixed_precision_keeps_scales,
+    fsdp2_state_dict_round_trip,
+    fsdp2_checkpointing_and_compile,
+)
+
+
+def main() -> None:
+    """Run the legs named on the command line, or all."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=30))
+    for leg in LEGS:
+        if len(sys.argv) == 1 or leg.__name__ in sys.argv[1:]:
+            leg()
+            dist.barrier()
+            if dist.get_rank() == 0:
+                print(f"works: {leg.__name__}", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

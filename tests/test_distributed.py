@@ -1,0 +1,30 @@
+"""DDP and FSDP2 on two gloo processes give what one process gives (see distributed_worker.py)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch.distributed")
+WORKER = Path(__file__).with_name("distributed_worker.py")
+
+
+def test_two_processes_equal_one() -> None:
+    import distributed_worker
+
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    run = subprocess.run(
+        [*command, "--nproc-per-node", "2", str(WORKER)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    worked = [line for line in run.stdout.splitlines() if line.startswith("works: ")]
+    assert worked == [f"works: {leg.__name__}" for leg in distributed_worker.LEGS]

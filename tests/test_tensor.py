@@ -1,0 +1,319 @@
+"""The tensor and the layers in PyTorch's life: state dicts, files, copies, casts, autograd, compile."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from toys import Stack, tiny_llama, token_ids
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import qkern
+from qkern import reference
+from qkern.layers import QLoRALinear, QuantizedLinear
+from qkern.tensor import QuantizedTensor
+
+# (rows, columns): whole blocks; blocks across rows; odd count; fewer values than a block
+SHAPES = [(8, 128), (5, 96), (7, 33), (3, 5), (192, 172)]
+FORMATS = [("nf4", True), ("nf4", False), ("fp4", True), ("int8", True), ("int8", False)]
+
+
+def layer(in_features: int = 128, out_features: int = 64, **settings: object) -> QuantizedLinear:
+    torch.manual_seed(0)
+    return QuantizedLinear.from_linear(nn.Linear(in_features, out_features), **settings)
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    quantized = tiny_llama()
+    qkern.quantize_model(quantized)
+    return quantized
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(token_ids()).logits
+
+
+# -- the value -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("quant_type", "double_quant"), FORMATS)
+def test_parts_and_value_are_the_references(
+    shape: tuple[int, int], quant_type: str, double_quant: bool
+) -> None:
+    w = torch.randn(shape)
+    q = qkern.quantize(w, quant_type, double_quant=double_quant)
+    parts = reference.quantize(w, q.format)
+    for got, expected in zip(q.parts, parts, strict=True):
+        assert (got is None) == (expected is None)
+        if expected is not None:
+            assert torch.equal(got.reshape(-1), expected)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        expected = reference.dequantize(parts, q.format, w.numel(), dtype).reshape(shape)
+        assert torch.equal(q.dequantize(dtype), expected)
+
+
+def test_wrapper_reports_the_dense_tensor() -> None:
+    q = qkern.quantize(torch.randn(64, 128, dtype=torch.bfloat16))
+    assert (q.shape, q.dtype, q.numel()) == ((64, 128), torch.bfloat16, 8192)
+    assert q.packed.shape == (64, 64)
+    assert q.absmax.shape == (64, 2)
+    assert q.nbytes == q.format.nbytes(8192)
+
+
+@pytest.mark.parametrize("columns", [128, 172])
+def test_slices_of_rows_dequantize_to_the_rows(columns: int) -> None:
+    q = qkern.quantize(torch.randn(40, columns))
+    dense = q.dequantize()
+    for rows in (slice(3, 9), slice(0, 40), slice(39, 40), slice(5, 5)):
+        assert torch.equal(q[rows].dequantize(), dense[rows])
+    assert torch.equal(torch.cat([part.dequantize() for part in q.split(7)]), dense)
+
+
+def test_other_operators_see_the_dense_value() -> None:
+    q = qkern.quantize(torch.randn(6, 64))
+    dense = q.dequantize()
+    assert torch.equal(q + 1, dense + 1)
+    assert torch.equal(q.t() @ dense, dense.t() @ dense)
+    assert q.norm() == dense.norm()
+    assert torch.equal(q[:, 3], dense[:, 3])
+
+
+def test_gradient_of_a_quantized_weight_is_refused() -> None:
+    q = qkern.quantize(torch.randn(4, 64))
+    for ask in (lambda: q.requires_grad_(), lambda: setattr(q, "requires_grad", True)):
+        with pytest.raises(qkern.FrozenWeightError, match="add_lora"):
+            ask()
+    q.requires_grad_(False)
+
+
+def test_quantizing_twice_is_refused() -> None:
+    with pytest.raises(qkern.DTypeError, match="already"):
+        qkern.quantize(qkern.quantize(torch.randn(4, 64)))
+    with pytest.raises(qkern.FormatError, match="already"):
+        QuantizedLinear.from_linear(layer())
+
+
+def test_in_place_addition_quantizes_again_and_its_inverse_restores_the_bytes() -> None:
+    q = qkern.quantize(torch.randn(64, 128))
+    before, delta = [p.clone() for p in q.parts], torch.randn(64, 128) * 0.3
+    q.data += delta
+    assert not torch.equal(q.packed, before[0])
+    q.data -= delta
+    assert all(torch.equal(a, b) for a, b in zip(q.parts, before, strict=True))
+    q.data += delta
+    q.data -= delta * 2  # not the inverse: an ordinary assignment
+    assert not torch.equal(q.packed, before[0])
+
+
+# -- state dicts and files -------------------------------------------------------------------
+
+
+def test_state_dict_has_flat_bitsandbytes_keys(model: nn.Module) -> None:
+    prefix = "model.layers.0.self_attn.q_proj.weight"
+    state = {k: v for k, v in model.state_dict().items() if k.startswith(prefix)}
+    shapes = {k.removeprefix(prefix): (v.dtype, tuple(v.shape)) for k, v in state.items()}
+    blob = shapes.pop(".quant_state.bitsandbytes__nf4")
+    assert blob[0] == torch.uint8
+    assert shapes == {
+        "": (torch.uint8, (8192, 1)),
+        ".absmax": (torch.uint8, (256,)),
+        ".quant_map": (torch.float32, (16,)),
+        ".nested_absmax": (torch.float32, (1,)),
+        ".nested_quant_map": (torch.float32, (256,)),
+    }
+    assert all(type(v) is Tensor for v in state.values())
+
+
+@pytest.mark.parametrize(("quant_type", "double_quant"), FORMATS)
+def test_strict_round_trip_through_safetensors(
+    quant_type: str, double_quant: bool, tmp_path: Path
+) -> None:
+    settings = {"quant_type": quant_type, "double_quant": double_quant}
+    source = layer(172, 65, **settings)
+    save_file(source.state_dict(), tmp_path / "m.safetensors")
+    torch.manual_seed(1)
+    target = QuantizedLinear.from_linear(nn.Linear(172, 65), **settings)
+    target.load_state_dict(load_file(tmp_path / "m.safetensors"), strict=True)
+    x = torch.randn(3, 172)
+    assert torch.equal(target(x), source(x))
+
+
+def test_strict_load_names_missing_and_unexpected_keys() -> None:
+    state = layer().state_dict()
+    state["weight.bogus"] = state.pop("weight.absmax")
+    with pytest.raises(RuntimeError, match=r"weight\.absmax") as caught:
+        layer().load_state_dict(state)
+    assert "weight.bogus" in str(caught.value)
+    with pytest.raises(RuntimeError, match="scales"):  # never silently the old scales
+        layer().load_state_dict(state, strict=False)
+
+
+def test_loading_another_blocksize_or_dense_weights_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="blocksize=128"):
+        layer().load_state_dict(layer(blocksize=128).state_dict())
+    with pytest.raises(RuntimeError, match="dense"):
+        layer().load_state_dict(nn.Linear(128, 64).state_dict())
+
+
+def test_lying_entries_are_refused() -> None:
+    good = layer().state_dict()
+    lies = {
+        "weight.absmax": good["weight.absmax"][:1],
+        "weight.quant_map": torch.full((16,), float("nan")),
+        "weight.nested_absmax": good["weight.nested_absmax"].double(),
+        "weight.quant_state.bitsandbytes__nf4": torch.tensor([123], dtype=torch.uint8),
+    }
+    for key, lie in lies.items():
+        with pytest.raises(RuntimeError, match=r"weight"):
+            layer().load_state_dict({**good, key: lie}, strict=False)
+
+
+def test_meta_and_assign(model: nn.Module) -> None:
+    with torch.device("meta"):
+        empty = QuantizedLinear.from_linear(nn.Linear(128, 64))
+    assert empty.weight.is_meta
+    source = layer()
+    empty.load_state_dict(source.state_dict(), strict=True, assign=True)
+    x = torch.randn(2, 128)
+    assert torch.equal(empty(x), source(x))
+
+
+def test_fp32_and_8_bit_scales_load_into_each_other() -> None:
+    single, double = layer(double_quant=False), layer()
+    x = torch.randn(2, 128)
+    target = layer()
+    target.load_state_dict(single.state_dict())
+    assert torch.equal(target(x), single(x))
+    target.load_state_dict(double.state_dict())
+    assert torch.equal(target(x), double(x))
+
+
+def test_copies_and_pickles_are_equal_and_apart(model: nn.Module) -> None:
+    expected = logits(model)
+    copied, pickled = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    assert torch.equal(logits(copied), expected)
+    assert torch.equal(logits(pickled), expected)
+    parts = [m.model.layers[0].mlp.up_proj.weight.packed for m in (model, copied)]
+    assert parts[0].data_ptr() != parts[1].data_ptr()
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=True)
+    assert loaded.keys() == model.state_dict().keys()
+
+
+def test_casts_never_touch_the_bytes(model: nn.Module) -> None:
+    cast = copy.deepcopy(model)
+    original = model.model.layers[0].mlp.up_proj.weight
+    for step in (
+        lambda m: m.to(torch.bfloat16),
+        lambda m: m.half(),
+        lambda m: m.float(),
+        lambda m: m.to("cpu", torch.float16),
+        lambda m: m.to("meta") and m,
+    ):
+        step(cast)
+        weight = cast.model.layers[0].mlp.up_proj.weight
+        assert isinstance(weight, QuantizedTensor)
+        assert isinstance(weight, nn.Parameter)
+        assert not weight.requires_grad
+        assert weight.nested_absmax.dtype == torch.float32
+        assert weight.dtype == cast.lm_head.weight.dtype
+        if not weight.is_meta:
+            assert torch.equal(weight.packed, original.packed)
+    kbit = copy.deepcopy(model)
+    for parameter in kbit.parameters():  # as PEFT's prepare_model_for_kbit_training does
+        parameter.data = parameter.data.to(torch.float32)
+    assert torch.equal(logits(kbit), logits(model))
+
+
+def test_optimizer_given_all_parameters_leaves_the_weights() -> None:
+    stack = Stack()
+    before = stack.layers[0].weight.packed.clone()
+    optimizer = torch.optim.AdamW(stack.parameters(), lr=0.1, weight_decay=0.5)
+    stack(torch.randn(2, 256)).sum().backward()
+    optimizer.step()
+    assert torch.equal(stack.layers[0].weight.packed, before)
+
+
+# -- autograd, checkpointing, compile --------------------------------------------------------
+
+
+def losses_and_gradients(stack: nn.Module, run: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
+    for parameter in stack.parameters():
+        parameter.grad = None
+    x = torch.randn(4, 256, generator=torch.Generator().manual_seed(3), requires_grad=True)
+    loss = (stack if run is None else run)(x).square().mean()
+    loss.backward()
+    return [loss.detach(), x.grad, *(p.grad for p in stack.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(reentrant: bool) -> None:
+    stack = Stack()
+    expected = losses_and_gradients(stack)
+    got = losses_and_gradients(stack, lambda x: checkpoint(stack, x, use_reentrant=reentrant))
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_compile_fullgraph_equals_eager_without_recompiling_for_every_shape() -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    stack = Stack()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(stack, fullgraph=True, backend=counter)
+    for a, b in zip(
+        losses_and_gradients(stack, compiled), losses_and_gradients(stack), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+    for size in (5, 6, 7, 8):
+        compiled(torch.randn(size, 256))
+    assert counter.frame_count <= 3
+
+
+def test_compile_of_f_linear_over_a_quantized_weight() -> None:
+    torch._dynamo.reset()
+    q, x = qkern.quantize(torch.randn(64, 128)), torch.randn(2, 128)
+    compiled = torch.compile(nn.functional.linear, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, q), nn.functional.linear(x, q))
+
+
+def test_compile_with_checkpointing_inside() -> None:
+    torch._dynamo.reset()
+    stack = Stack()
+
+    def run(x: Tensor) -> Tensor:
+        return checkpoint(stack, x, use_reentrant=False)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for a, b in zip(
+        losses_and_gradients(stack, compiled), losses_and_gradients(stack), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_autocast_casts_x_and_adapter_but_never_scales() -> None:
+    lora = QLoRALinear.from_linear(layer(), init_lora_weights=False)
+    x = torch.randn(3, 128)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = lora(x)
+    assert y.dtype == torch.bfloat16
+    plain = lora.to(torch.bfloat16)
+    torch.testing.assert_close(y, plain(x.bfloat16()), rtol=0.02, atol=0.02)
+
+
+def test_wrong_in_features_names_what_was_expected() -> None:
+    with pytest.raises(qkern.ShapeError, match=r"128.*\(3, 64\)"):
+        layer()(torch.randn(3, 64))
