@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qkern import reference
+from qkern import kernels, reference
 from qkern.formats import QuantFormat
 from qkern.ops import host
 
@@ -37,8 +37,7 @@ def dequantize(
     """The dense tensor of ``shape`` and ``dtype``."""
     fmt = QuantFormat(quant_type, blocksize, nested_absmax is not None)
     parts = reference.Parts(packed, absmax, nested_absmax, offset)
-    numel = torch.Size(shape).numel()
-    return reference.dequantize(parts, fmt, numel, dtype).reshape(tuple(shape))
+    return dense(parts, fmt, shape, dtype)
 
 
 @dequantize.register_fake
@@ -55,19 +54,18 @@ def _(
     return packed.new_empty(shape, dtype=dtype)
 
 
-@dequantize.register_kernel("cpu")
-def _(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    offset: Tensor | None,
-    quant_type: str,
-    blocksize: int,
-    shape: Sequence[int],
-    dtype: torch.dtype,
+def dense(
+    parts: reference.Parts, fmt: QuantFormat, shape: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
-    fmt = QuantFormat(quant_type, blocksize, nested_absmax is not None)
-    parts = reference.Parts(packed, absmax, nested_absmax, offset)
-    out = torch.empty(tuple(shape), dtype=dtype)
-    host.dequantize_into(parts, fmt, out.reshape(-1))
-    return out
+    """The values by the best way that their device has: host code, a kernel, the reference."""
+    numel = torch.Size(shape).numel()
+    device = parts.packed.device
+    if device.type == "cpu":
+        out = torch.empty(tuple(shape), dtype=dtype)
+        host.dequantize_into(parts, fmt, out)
+        return out
+    if kernels.is_supported(device):
+        from qkern.kernels.dequantize import dequantize as launch
+
+        return launch(*parts, fmt, numel, dtype).reshape(tuple(shape))
+    return reference.dequantize(parts, fmt, numel, dtype).reshape(tuple(shape))

@@ -20,7 +20,7 @@ from torch import Tensor
 from qkern import reference
 from qkern.formats import QuantFormat
 from qkern.ops import host
-from qkern.ops.dequantize import FORMAT_SCHEMA, PARTS_SCHEMA
+from qkern.ops.dequantize import FORMAT_SCHEMA, PARTS_SCHEMA, dense
 
 _LORA_SCHEMA = "Tensor? lora_A, Tensor? lora_B, float scaling"
 
@@ -83,8 +83,7 @@ def _linear(
 ) -> Tensor:
     fmt = QuantFormat(quant_type, blocksize, nested_absmax is not None)
     parts = reference.Parts(packed, absmax, nested_absmax, offset)
-    numel = out_features * x.shape[-1]
-    weight = reference.dequantize(parts, fmt, numel, x.dtype).reshape(out_features, -1)
+    weight = dense(parts, fmt, (out_features, x.shape[-1]), x.dtype)
     return reference.linear(x, weight, bias, lora_A, lora_B, scaling)
 
 
@@ -136,9 +135,7 @@ def _linear_backward(
     """``dY W``: (..., out_features) to (..., in_features)."""
     fmt = QuantFormat(quant_type, blocksize, nested_absmax is not None)
     parts = reference.Parts(packed, absmax, nested_absmax, offset)
-    numel = in_features * grad.shape[-1]
-    weight = reference.dequantize(parts, fmt, numel, grad.dtype).reshape(-1, in_features)
-    return grad @ weight
+    return grad @ dense(parts, fmt, (grad.shape[-1], in_features), grad.dtype)
 
 
 @_linear_backward.register_fake
