@@ -5,9 +5,9 @@ Prints one line per leg that worked; any difference from one process is an error
 
 from __future__ import annotations
 
-import datetime
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -199,7 +199,7 @@ LEGS: tuple[Callable[[], None], ...] = (
 def main() -> None:
     """Run the legs named on the command line, or all."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=30))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=30))
     for leg in LEGS:
         if len(sys.argv) == 1 or leg.__name__ in sys.argv[1:]:
             leg()

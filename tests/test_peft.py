@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from toys import tiny_llama, token_ids
 from torch import Tensor, nn
+from toys import tiny_llama, token_ids
 
 import qkern
 

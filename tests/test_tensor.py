@@ -1,4 +1,4 @@
-"""The tensor and the layers in PyTorch's life: state dicts, files, copies, casts, autograd, compile."""
+"""The tensor and the layers in PyTorch's life: files, copies, casts, autograd, compile."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from toys import Stack, tiny_llama, token_ids
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from toys import Stack, tiny_llama, token_ids
 
 import qkern
 from qkern import reference
@@ -90,7 +90,7 @@ def test_other_operators_see_the_dense_value() -> None:
 
 def test_gradient_of_a_quantized_weight_is_refused() -> None:
     q = qkern.quantize(torch.randn(4, 64))
-    for ask in (lambda: q.requires_grad_(), lambda: setattr(q, "requires_grad", True)):
+    for ask in (q.requires_grad_, lambda: setattr(q, "requires_grad", True)):
         with pytest.raises(qkern.FrozenWeightError, match="add_lora"):
             ask()
     q.requires_grad_(False)
@@ -249,7 +249,9 @@ def test_optimizer_given_all_parameters_leaves_the_weights() -> None:
 # -- autograd, checkpointing, compile --------------------------------------------------------
 
 
-def losses_and_gradients(stack: nn.Module, run: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
+def losses_and_gradients(
+    stack: nn.Module, run: Callable[[Tensor], Tensor] | None = None
+) -> list[Tensor]:
     for parameter in stack.parameters():
         parameter.grad = None
     x = torch.randn(4, 256, generator=torch.Generator().manual_seed(3), requires_grad=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -38,7 +40,7 @@ class Stack(nn.Module):
         torch.manual_seed(0)
         self.layers = nn.ModuleList(
             QLoRALinear.from_linear(nn.Linear(a, b), r=r, lora_alpha=16, init_lora_weights=False)
-            for a, b in zip(widths, widths[1:])
+            for a, b in pairwise(widths)
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,0 +1,164 @@
+"""Adapter files: strict loading, typed errors, merge and unmerge."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from toys import tiny_llama, token_ids
+from torch import Tensor, nn
+
+import qkern
+from qkern.adapters import read_quantization
+
+
+def adapted(seed: int = 1, **lora: object) -> nn.Module:
+    model = tiny_llama()
+    qkern.quantize_model(model)
+    torch.manual_seed(seed)
+    qkern.add_lora(model, **{"r": 4, "init_lora_weights": False, **lora})
+    return model
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(token_ids()).logits
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    qkern.save_adapter(adapted(), tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_files_have_pefts_names_and_keys(saved: Path) -> None:
+    assert {f.name for f in saved.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    keys = load_file(saved / "adapter_model.safetensors").keys()
+    assert len(keys) == 28
+    assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in keys
+    config = json.loads((saved / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 4, 32)
+    assert "q_proj" in config["target_modules"]
+    assert read_quantization(saved) == qkern.QuantFormat("nf4")
+
+
+def test_reload_attaches_or_overwrites(saved: Path) -> None:
+    expected = logits(adapted())
+    fresh = tiny_llama()
+    qkern.quantize_model(fresh)
+    qkern.load_adapter(fresh, saved)
+    assert torch.equal(logits(fresh), expected)
+    other = adapted(seed=2)
+    assert not torch.equal(logits(other), expected)
+    qkern.load_adapter(other, saved)
+    assert torch.equal(logits(other), expected)
+
+
+def test_some_layers_only_and_ranks_of_their_own(tmp_path: Path) -> None:
+    model = tiny_llama()
+    qkern.quantize_model(model)
+    qkern.add_lora(model, r=2, target_modules=["layers.0.mlp.up_proj"], init_lora_weights=False)
+    qkern.add_lora(
+        model, r=3, lora_alpha=5, target_modules=["v_proj"], init_lora_weights=False
+    )
+    qkern.save_adapter(model, tmp_path)
+    fresh = tiny_llama()
+    qkern.quantize_model(fresh)
+    qkern.load_adapter(fresh, tmp_path)
+    assert torch.equal(logits(fresh), logits(model))
+
+
+def test_merge_is_near_and_unmerge_restores_the_bytes() -> None:
+    model = adapted(lora_alpha=0.5)
+    before = {n: p.clone() for n, p in model.state_dict().items()}
+    expected = logits(model)
+    qkern.merge_adapter(model)
+    changed = sum(not torch.equal(p, before[n]) for n, p in model.state_dict().items())
+    assert changed > 0
+    with pytest.raises(qkern.AdapterMismatchError, match="merged already"):
+        qkern.merge_adapter(model)
+    qkern.unmerge_adapter(model)
+    assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
+    assert torch.equal(logits(model), expected)
+    with pytest.raises(qkern.AdapterMismatchError, match="not merged"):
+        qkern.unmerge_adapter(model)
+
+
+def edit_config(path: Path, **changes: object) -> None:
+    file = path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def edit_tensors(path: Path, change: object) -> None:
+    file = path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file({k: t.clone().contiguous() for k, t in tensors.items()}, file)
+
+
+KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "text"),
+    [
+        (lambda p: edit_config(p, peft_type="IA3"), "IA3"),
+        (lambda p: edit_config(p, use_dora=True), "use_dora"),
+        (lambda p: edit_config(p, modules_to_save=["lm_head"]), "modules_to_save"),
+        (lambda p: edit_tensors(p, lambda t: t.pop(KEY)), "q_proj needs lora_A"),
+        (lambda p: edit_tensors(p, lambda t: t.update({KEY: t[KEY][:, :5]})), r"128, 5, 4"),
+        (
+            lambda p: edit_tensors(
+                p, lambda t: t.update({k.replace("q_proj", "query"): t.pop(k) for k in list(t)
+                                       if "q_proj" in k})
+            ),
+            "nearest: .*_proj",
+        ),
+        (lambda p: edit_tensors(p, lambda t: t.update(x=torch.ones(1))), "unexpected entry x"),
+        (lambda p: (p / "adapter_model.safetensors").write_bytes(b"junk"), "safetensors"),
+        (lambda p: (p / "adapter_config.json").write_text("[]"), "object is needed"),
+        (lambda p: (p / "adapter_config.json").write_text("{"), "not valid JSON"),
+    ],
+)
+def test_a_spoilt_adapter_is_refused_with_its_reason(
+    saved: Path, spoil: object, text: str
+) -> None:
+    spoil(saved)
+    model = tiny_llama()
+    qkern.quantize_model(model)
+    with pytest.raises(qkern.QkernError, match=text):
+        qkern.load_adapter(model, saved)
+
+
+def test_a_file_for_fewer_layers_than_the_model_has_is_refused(tmp_path: Path) -> None:
+    qkern.save_adapter(adapted(target_modules=["q_proj"]), tmp_path)
+    with pytest.raises(qkern.AdapterMismatchError, match="no entry for 12"):
+        qkern.load_adapter(adapted(), tmp_path)
+
+
+def test_pickles_and_missing_files(saved: Path) -> None:
+    model = tiny_llama()
+    qkern.quantize_model(model)
+    (saved / "adapter_model.safetensors").rename(saved / "adapter_model.bin")
+    with pytest.raises(qkern.CorruptFileError, match="pickle"):
+        qkern.load_adapter(model, saved)
+    with pytest.raises(FileNotFoundError):
+        qkern.load_adapter(model, saved / "nowhere")
+    with pytest.raises(qkern.AdapterMismatchError, match="add_lora"):
+        qkern.save_adapter(model, saved)
+
+
+def test_a_failing_write_keeps_the_old_file(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (saved / "adapter_model.safetensors").read_bytes()
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    with pytest.raises(OSError, match="No space"):
+        qkern.save_adapter(adapted(seed=5), saved)
+    assert (saved / "adapter_model.safetensors").read_bytes() == before
+    assert len(list(saved.iterdir())) == 2

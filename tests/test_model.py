@@ -1,0 +1,171 @@
+"""Model surgery: what is quantized, what is left and why, and adapters on top."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from toys import tiny_llama, token_ids
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import qkern
+
+
+def reasons(report: qkern.CoverageReport) -> dict[str, str]:
+    return {row.name: row.reason for row in report.rows}
+
+
+def test_every_linear_but_the_head_is_quantized() -> None:
+    model = tiny_llama()
+    report = qkern.quantize_model(model)
+    quantized = [n for n, m in model.named_modules() if isinstance(m, qkern.QuantizedLinear)]
+    assert len(quantized) == len(report.quantized) == 14
+    assert reasons(report)["lm_head"] == "the output head"
+    assert type(model.lm_head) is nn.Linear
+    assert not any(model.get_submodule(name).weight.requires_grad for name in quantized)
+
+
+def test_report_counts_bytes_and_prints_a_table() -> None:
+    model = tiny_llama()
+    before = qkern.memory_footprint(model)
+    report = qkern.quantize_model(model)
+    saved = report.bytes_before - report.bytes_after
+    assert before - qkern.memory_footprint(model) == saved > 0
+    linear = 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 192 * 128)
+    assert sum(row.numel for row in report.quantized) == linear
+    assert report.coverage == pytest.approx(linear / (linear + 2 * 96 * 128))
+    text = str(report)
+    assert "model.layers.*.mlp.down_proj" in text
+    assert "14 of 16 weights quantized" in text
+
+
+def test_tied_head_is_left_and_stays_tied() -> None:
+    model = tiny_llama(tie_word_embeddings=True)
+    report = qkern.quantize_model(model)
+    assert "lm_head" in reasons(report)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_shared_modules_and_shared_weights() -> None:
+    shared, owner = nn.Linear(64, 64), nn.Linear(64, 64)
+    tied = nn.Linear(64, 64)
+    tied.weight = owner.weight
+    model = nn.ModuleDict({"a": shared, "b": shared, "c": owner, "d": tied})
+    report = qkern.quantize_model(model)
+    assert model["a"] is model["b"]
+    assert isinstance(model["a"], qkern.QuantizedLinear)
+    assert model["c"].weight is model["d"].weight
+    assert "shares its weight with c" in reasons(report)["d"]
+
+
+@pytest.mark.parametrize("pattern", ["down_proj", "model.layers.*.mlp.down_proj", "*down*"])
+def test_exclude_takes_names_and_globs(pattern: str) -> None:
+    model = tiny_llama()
+    report = qkern.quantize_model(model, exclude=[pattern])
+    assert len(report.quantized) == 12
+    assert pattern in reasons(report)["model.layers.0.mlp.down_proj"]
+    assert reasons(report)["lm_head"] == "the output head"  # the defaults stay
+
+
+def test_other_layer_classes_are_named() -> None:
+    model = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=32))
+    report = qkern.quantize_model(model)
+    assert "Conv1D" in reasons(report)["transformer.h.0.attn.c_attn"]
+    with pytest.raises(qkern.CoverageError, match="0.0%"):
+        qkern.quantize_model(model, min_coverage=0.5)
+
+
+def test_quantizing_again_changes_nothing() -> None:
+    model = tiny_llama()
+    qkern.quantize_model(model)
+    packed = model.model.layers[0].mlp.up_proj.weight.packed
+    report = qkern.quantize_model(model, "int8")
+    assert model.model.layers[0].mlp.up_proj.weight.packed is packed
+    assert reasons(report)["model.layers.0.mlp.up_proj"] == "was quantized before"
+
+
+def test_unsafe_double_quantization_is_reported() -> None:
+    layer = nn.Linear(256, 64)
+    with torch.no_grad():
+        layer.weight[::2] *= 1e-4
+    report = qkern.quantize_model(nn.Sequential(layer))
+    assert "fp32 scales" in report.rows[0].reason
+
+
+def test_a_nonfinite_weight_is_named_and_the_rest_is_consistent() -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
+    with pytest.raises(qkern.NonFiniteError, match=r"layers\.1\.mlp\.up_proj\.weight.*index 389"):
+        qkern.quantize_model(model)
+    done = model.model.layers[0].mlp
+    assert isinstance(done.up_proj, qkern.QuantizedLinear)
+    assert type(model.model.layers[1].mlp.up_proj) is nn.Linear
+    assert torch.isfinite(done(torch.randn(2, 128))).all()
+
+
+def test_int8_is_nearly_exact_and_nf4_is_near() -> None:
+    with torch.no_grad():
+        exact = tiny_llama()(token_ids()).logits
+        errors = {}
+        for quant_type in ("int8", "nf4", "fp4"):
+            model = tiny_llama()
+            qkern.quantize_model(model, quant_type)
+            errors[quant_type] = ((model(token_ids()).logits - exact).norm() / exact.norm()).item()
+    assert errors["int8"] < 0.02 < errors["nf4"] < errors["fp4"] < 0.4
+
+
+def test_add_lora_trains_only_adapters() -> None:
+    model = tiny_llama()
+    qkern.quantize_model(model)
+    with torch.no_grad():
+        base = model(token_ids()).logits
+    names = qkern.add_lora(model, r=4, lora_alpha=8)
+    assert len(names) == 14
+    assert torch.equal(model(token_ids()).logits, base)
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {f"{n}.lora_{x}" for n in names for x in "AB"}
+
+
+def test_qlora_linear_has_the_parameters_that_the_paper_counts() -> None:
+    layer = qkern.QLoRALinear.from_linear(nn.Linear(1000, 1000), r=8)
+    assert sum(p.numel() for p in layer.parameters() if p.requires_grad) == 16_000
+    assert layer.scaling == 4.0
+
+
+@pytest.mark.parametrize(
+    ("targets", "count"),
+    [(["q_proj", "v_proj"], 4), (["layers.1.mlp.up_proj"], 1), (r".*\.0\.self_attn\..*", 4)],
+)
+def test_target_modules(targets: object, count: int) -> None:
+    model = tiny_llama()
+    qkern.quantize_model(model)
+    assert len(qkern.add_lora(model, target_modules=targets)) == count
+
+
+def test_add_lora_says_what_is_wrong() -> None:
+    with pytest.raises(qkern.AdapterMismatchError, match="quantize_model first"):
+        qkern.add_lora(tiny_llama())
+    model = tiny_llama()
+    qkern.quantize_model(model)
+    with pytest.raises(qkern.AdapterMismatchError, match="q_proj"):
+        qkern.add_lora(model, target_modules=["query"])
+    qkern.add_lora(model)
+    with pytest.raises(qkern.AdapterMismatchError, match="already"):
+        qkern.add_lora(model)
+    for settings in ({"r": 0}, {"lora_dropout": 1.0}):
+        with pytest.raises(qkern.ShapeError):
+            qkern.QLoRALinear.from_linear(nn.Linear(64, 64), **settings)
+
+
+def test_dropout_acts_in_training_alone_and_only_on_the_adapter() -> None:
+    layer = qkern.QLoRALinear.from_linear(
+        nn.Linear(64, 32), lora_dropout=0.5, init_lora_weights=False
+    )
+    x = torch.randn(4, 64)
+    assert torch.equal(layer.eval()(x), layer(x))
+    layer.train()
+    assert not torch.equal(layer(x), layer(x))
+    with torch.no_grad():
+        layer.lora_B.zero_()
+    torch.testing.assert_close(layer(x), layer.eval()(x))

@@ -1,0 +1,389 @@
+"""Training runs on a tiny model: they learn, save, resume to the bit, stop, and refuse."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from chat_model import save_chat_model, write_chats
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import TrainerCallback
+
+import qkern
+from qkern import adapters
+from qkern.errors import DataError, FormatError
+from qkern.formats import QuantFormat
+from qkern.training import (
+    DivergedError,
+    FinetuneConfig,
+    FinetuneResult,
+    SettingError,
+    TrainingInterrupted,
+    finetune,
+)
+from qkern.training.base import load_finetuned, load_frozen
+from qkern.training.order import LengthGroupedOrder
+from qkern.training.run import Session
+from qkern.training.trainer import AdapterTrainer, trained_token_loss
+
+# 24 rows in batches of 4 are 6 steps an epoch: 9 steps end in the second one.
+CONFIG = FinetuneConfig(
+    steps=9, lr=2e-2, batch_size=4, r=4, lora_alpha=8, lora_dropout=0.1, save_steps=0, dtype="float32"
+)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_chat_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_chats(tmp_path_factory.mktemp("data") / "chats.jsonl")
+
+
+@pytest.fixture(scope="module")
+def whole(model_dir: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> FinetuneResult:
+    """An uninterrupted run."""
+    return finetune(model_dir, data, tmp_path_factory.mktemp("whole"), CONFIG)
+
+
+def weights(directory: Path) -> dict[str, Tensor]:
+    return load_file(directory / adapters.WEIGHTS_NAME)
+
+
+def equal(a: Path, b: Path) -> bool:
+    left, right = weights(a), weights(b)
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.arange(3, 40)[None]).logits
+
+
+def test_a_run_learns_and_writes_its_files(whole: FinetuneResult) -> None:
+    assert whole.steps == 9
+    assert whole.losses[-1] < 0.8 * whole.losses[0]
+    names = {path.name for path in whole.output_dir.iterdir()}
+    files = {"adapter_config.json", "adapter_model.safetensors", "finetune.json", "loss.png"}
+    assert names == files | {"training_log.json"}
+    log = json.loads((whole.output_dir / "training_log.json").read_text())
+    assert [entry["loss"] for entry in log["history"]] == whole.losses
+    assert log["config"]["lr"] == CONFIG.lr
+    assert log["result"]["steps"] == 9
+    assert log["data"]["examples"] == 24
+    assert (whole.output_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_figures_of_a_run(whole: FinetuneResult) -> None:
+    assert whole.coverage > 0.5
+    assert whole.bytes_after < 0.7 * whole.bytes_before
+    assert whole.trainable == sum(t.numel() for t in weights(whole.output_dir).values())
+    assert whole.tokens_per_second > 0
+    assert whole.peak_memory > whole.bytes_after
+    json.dumps(whole.as_dict())
+
+
+def test_only_the_adapter_was_trained(whole: FinetuneResult, model_dir: Path) -> None:
+    base = load_frozen(model_dir, QuantFormat(), dtype=torch.float32).model
+    for name, parameter in base.named_parameters():
+        trained = whole.model.get_parameter(name)
+        assert torch.equal(torch.as_tensor(parameter), torch.as_tensor(trained)), name
+
+
+def test_a_reloaded_adapter_gives_the_same_logits(whole: FinetuneResult, model_dir: Path) -> None:
+    again = load_finetuned(model_dir, whole.output_dir, dtype=torch.float32)
+    assert torch.equal(logits(again), logits(whole.model))
+    assert whole.model.config.use_cache
+    assert adapters.read_quantization(whole.output_dir) == QuantFormat("nf4", 64)
+
+
+def test_peft_reads_the_adapter(whole: FinetuneResult, model_dir: Path) -> None:
+    base = load_frozen(model_dir, QuantFormat(), dtype=torch.float32).model
+    peft = PeftModel.from_pretrained(base, str(whole.output_dir))
+    torch.testing.assert_close(logits(peft), logits(whole.model), rtol=1e-4, atol=1e-4)
+
+
+def test_the_same_seed_gives_the_same_run(
+    whole: FinetuneResult, model_dir: Path, data: Path, tmp_path: Path
+) -> None:
+    again = finetune(model_dir, data, tmp_path, CONFIG)
+    assert again.losses == whole.losses
+    assert equal(tmp_path, whole.output_dir)
+
+
+# After step 4 inside the first epoch, at its end, and inside the second one.
+@pytest.mark.parametrize("stop", [4, 6, 7])
+def test_resume_equals_an_uninterrupted_run(
+    stop: int, whole: FinetuneResult, model_dir: Path, data: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(TrainingInterrupted) as caught:
+        patch.setattr(AdapterTrainer, "train", _with_callback(_SendSigint(stop)))
+        finetune(model_dir, data, tmp_path, CONFIG)
+    assert caught.value.step == stop
+    assert caught.value.checkpoint == tmp_path / f"checkpoint-{stop}"
+    assert not (tmp_path / adapters.WEIGHTS_NAME).exists()
+    torch.manual_seed(1234)  # nothing may depend on the state of this process
+    result = finetune(model_dir, data, tmp_path, resume=True)
+    assert result.losses == whole.losses
+    assert result.history[-1]["tokens"] == whole.history[-1]["tokens"]
+    assert equal(tmp_path, whole.output_dir)
+
+
+def test_resume_with_random_order_and_accumulation(
+    model_dir: Path, data: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    config = dataclasses.replace(
+        CONFIG, steps=5, batch_size=2, grad_accum=3, group_by_length=False, save_steps=2
+    )
+    straight = finetune(model_dir, data, tmp_path / "a", config)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
+        patch.setattr(AdapterTrainer, "train", _with_callback(_Fail(4)))
+        finetune(model_dir, data, tmp_path / "b", config)
+    resumed = finetune(model_dir, data, tmp_path / "b", resume=True)
+    assert resumed.losses == straight.losses
+    assert equal(tmp_path / "a", tmp_path / "b")
+
+
+def test_an_unfinished_checkpoint_is_passed_over(
+    whole: FinetuneResult, model_dir: Path, data: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(TrainingInterrupted):
+        patch.setattr(AdapterTrainer, "train", _with_callback(_SendSigint(4)))
+        finetune(model_dir, data, tmp_path, CONFIG)
+    (tmp_path / "checkpoint-8").mkdir()
+    result = finetune(model_dir, data, tmp_path, resume=True)
+    assert result.losses == whole.losses
+
+
+def test_checkpoints_hold_the_adapter_only(model_dir: Path, data: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, steps=4, save_steps=1, save_total_limit=2)
+    result = finetune(model_dir, data, tmp_path, config)
+    checkpoints = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+    assert checkpoints == ["checkpoint-3", "checkpoint-4"]
+    names = {path.name for path in (tmp_path / "checkpoint-4").iterdir()}
+    states = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+    assert names == states | {"adapter_config.json", "adapter_model.safetensors"}
+    assert equal(tmp_path / "checkpoint-4", result.output_dir)
+
+
+def test_a_second_interrupt_stops_at_once(
+    model_dir: Path, data: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(AdapterTrainer, "train", _with_callback(_SendSigint(3, times=2)))
+    with pytest.raises(TrainingInterrupted, match="nothing was saved yet"):
+        finetune(model_dir, data, tmp_path, CONFIG, say=lines.append)
+    assert any("again: stop at once" in line for line in lines)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_run_in_a_thread_leaves_signals_alone(
+    model_dir: Path, data: Path, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(CONFIG, steps=1)
+    results: list[FinetuneResult] = []
+    run = threading.Thread(
+        target=lambda: results.append(finetune(model_dir, data, tmp_path, config))
+    )
+    run.start()
+    run.join()
+    assert results[0].steps == 1
+
+
+def test_a_diverging_run_keeps_the_old_adapter(
+    whole: FinetuneResult, model_dir: Path, data: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    qkern.save_adapter(whole.model, tmp_path)
+    before = weights(tmp_path)
+    monkeypatch.setattr(AdapterTrainer, "compute_loss", _poisoned(AdapterTrainer.compute_loss))
+    with pytest.raises(DivergedError, match="the loss is nan at step 1"):
+        finetune(model_dir, data, tmp_path, CONFIG, overwrite=True)
+    after = weights(tmp_path)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_an_infinite_gradient_stops_before_the_update(
+    model_dir: Path, data: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    poison = _poisoned(AdapterTrainer.compute_loss, factor=1e38)  # finite loss, infinite gradient
+    monkeypatch.setattr(AdapterTrainer, "compute_loss", poison)
+    config = dataclasses.replace(CONFIG, max_grad_norm=1e30)
+    with pytest.raises(DivergedError, match="not finite at step 1"):
+        finetune(model_dir, data, tmp_path, config)
+
+
+def test_an_adapter_with_nan_is_not_saved(model_dir: Path, data: Path, tmp_path: Path) -> None:
+    session = Session(model_dir, None, CONFIG, lambda _: None)  # type: ignore[arg-type]
+    name, parameter = next((n, p) for n, p in session.model.named_parameters() if p.requires_grad)
+    parameter.data[0, 0] = torch.nan
+    from qkern.training.trainer import check_adapter
+
+    with pytest.raises(DivergedError, match=name):
+        check_adapter(session.model)
+
+
+def test_an_earlier_run_is_not_overwritten(
+    whole: FinetuneResult, model_dir: Path, data: Path
+) -> None:
+    with pytest.raises(FileExistsError, match="resume it, overwrite it, or use another"):
+        finetune(model_dir, data, whole.output_dir, CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"lr": 1e-3}, "lr 0.02 to 0.001"), ({"seed": 5, "r": 8}, "r 4 to 8, seed 0 to 5")],
+)
+def test_resume_refuses_other_settings(
+    changes: dict[str, Any], message: str, whole: FinetuneResult, model_dir: Path, data: Path
+) -> None:
+    config = dataclasses.replace(CONFIG, **changes)
+    with pytest.raises(SettingError, match=message):
+        finetune(model_dir, data, whole.output_dir, config, resume=True)
+
+
+def test_resume_refuses_other_data(whole: FinetuneResult, model_dir: Path, tmp_path: Path) -> None:
+    other = write_chats(tmp_path / "other.jsonl", count=23)
+    with pytest.raises(SettingError, match="token ids .* are not those"):
+        finetune(model_dir, other, whole.output_dir, resume=True)
+
+
+def test_resume_of_nothing(model_dir: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="nothing to resume"):
+        finetune(model_dir, data, tmp_path, resume=True)
+
+
+def test_gradient_checkpointing_and_bfloat16(model_dir: Path, data: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, steps=3, gradient_checkpointing=True, dtype="bfloat16")
+    result = finetune(model_dir, data, tmp_path, config)
+    assert result.losses[-1] < result.losses[0]
+
+
+def test_loss_on_trained_positions_equals_the_models_own(model_dir: Path) -> None:
+    model = load_frozen(model_dir, QuantFormat(), dtype=torch.float32).model
+    ids = torch.randint(3, 259, (3, 12))
+    labels = ids.clone()
+    labels[:, :5] = -100
+    labels[1, 9:] = -100
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    expected = model(**inputs).loss
+    torch.testing.assert_close(trained_token_loss(model, inputs), expected)
+    total = (labels[:, 1:] != -100).sum()
+    halved = trained_token_loss(model, inputs, total=2 * total)
+    torch.testing.assert_close(2 * halved, expected)
+
+
+def test_order_groups_lengths_and_depends_on_seed_and_epoch() -> None:
+    lengths = [(7 * i) % 50 + 1 for i in range(101)]
+    order = LengthGroupedOrder(lengths, batch=4, seed=3)
+    first = list(order)
+    assert sorted(first) == list(range(101))
+    assert list(order) == first
+    assert lengths[first[0]] == max(lengths)
+    batches = [[lengths[i] for i in first[j : j + 4]] for j in range(0, 100, 4)]
+    spread = sum(max(batch) - min(batch) for batch in batches) / len(batches)
+    assert spread < 8
+    order.set_epoch(1)
+    assert sorted(order) == sorted(first)
+    assert list(order) != first
+    assert list(LengthGroupedOrder(lengths, batch=4, seed=4)) != first
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr": 0.0}, "lr is 0.0: allowed is more than 0"),
+        ({"steps": 0}, "steps is 0"),
+        ({"batch_size": 0}, "batch_size is 0: allowed is 1 or more"),
+        ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
+        ({"dtype": "int4"}, "dtype is 'int4': allowed is auto, float32, bfloat16, float16"),
+        ({"schedule": "step"}, "schedule is 'step'"),
+        ({"max_length": 1}, "max_length is 1: allowed is 2 or more"),
+    ],
+)
+def test_settings_out_of_range(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        FinetuneConfig(**changes)
+
+
+def test_settings_of_the_format_and_the_machine(model_dir: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="blocksize 60"):
+        FinetuneConfig(blocksize=60)
+    with pytest.raises(SettingError, match="does not train on a CPU"):
+        finetune(model_dir, data, tmp_path / "a", FinetuneConfig(dtype="float16", device="cpu"))
+    if not torch.cuda.is_available():
+        with pytest.raises(SettingError, match="torch sees no GPU"):
+            finetune(model_dir, data, tmp_path / "b", FinetuneConfig(device="cuda"))
+
+
+def test_settings_survive_json() -> None:
+    config = dataclasses.replace(CONFIG, target_modules=("q_proj", "v_proj"))
+    assert FinetuneConfig.from_dict(json.loads(json.dumps(config.as_dict()))) == config
+
+
+def test_steps_of_a_run() -> None:
+    config = FinetuneConfig(epochs=2, batch_size=4, grad_accum=2)
+    assert config.total_steps(24) == 6
+    assert config.total_steps(25) == 8  # a short step at the end of each epoch
+    assert config.total_steps(1) == 2
+    assert dataclasses.replace(config, steps=3).total_steps(24) == 3
+
+
+def test_bad_data_is_found_before_the_model_is_loaded(model_dir: Path, tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"text": "a"}\n{"tekst": "b"}\n')
+    with pytest.raises(DataError, match="line 2"):
+        finetune(model_dir, path, tmp_path / "out", CONFIG)
+    assert not (tmp_path / "out").exists()
+
+
+class _SendSigint(TrainerCallback):
+    """Ctrl-C during a step."""
+
+    def __init__(self, step: int, times: int = 1) -> None:
+        self.step, self.times = step, times
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step - 1:
+            for _ in range(self.times):
+                os.kill(os.getpid(), signal.SIGINT)
+
+
+class _Fail(TrainerCallback):
+    """A crash in the middle of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step - 1:
+            msg = "power cut"
+            raise RuntimeError(msg)
+
+
+def _with_callback(callback: TrainerCallback) -> Any:
+    original = AdapterTrainer.train
+
+    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.add_callback(callback)
+        return original(self, *args, **kwargs)
+
+    return train
+
+
+def _poisoned(compute_loss: Any, factor: float = float("nan")) -> Any:
+    def poisoned(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = compute_loss(self, *args, **kwargs)
+        return loss * factor
+
+    return poisoned
