@@ -22,6 +22,10 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.register_profile("dev", max_examples=25, deadline=None, derandomize=True)
     hypothesis.settings.register_profile("thorough", max_examples=300, deadline=None)
     hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+    if torch is not None:
+        # The models here are tiny: a second thread costs more than it gives, and much more
+        # on a machine that is busy with something else.
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
