@@ -26,16 +26,23 @@ impl Codebook {
         let mut order: [u8; 16] = core::array::from_fn(|i| i as u8);
         let value = |i: u8| table[usize::from(i)];
         order.sort_by(|&a, &b| value(a).partial_cmp(&value(b)).unwrap_or(Ordering::Equal));
-        #[allow(clippy::manual_midpoint)] // it rounds the sum to fp32, as bitsandbytes does
-        let bounds = core::array::from_fn(|i| (value(order[i]) + value(order[i + 1])) / 2.0);
+        let midpoint = |i: usize| (value(order[i]) + value(order[i + 1])) / 2.0;
+        let bounds: [f32; 15] = core::array::from_fn(|i| unclamped(midpoint(i)));
         let in_order = order.is_sorted();
         let uniform = if in_order { UniformBins::new(&bounds) } else { None };
         Ok(Self { bounds, order, uniform })
     }
 
-    /// The 15 midpoints of the sorted values, ascending.
+    /// The 15 midpoints of the sorted values, ascending, for scaled values that are not clamped
+    /// to [-1, 1] (see [`unclamped`]).
     pub(crate) fn bounds(&self) -> &[f32; 15] {
         &self.bounds
+    }
+
+    /// The code of the scaled value 0.0, which pads an odd count.
+    pub(crate) fn zero_code(&self) -> u8 {
+        let below = self.bounds.iter().filter(|&&bound| bound < 0.0).count();
+        self.order[below]
     }
 
     /// Place in the table as given of each sorted value.
@@ -47,11 +54,18 @@ impl Codebook {
     pub(crate) fn uniform(&self) -> Option<&UniformBins> {
         self.uniform.as_ref()
     }
+}
 
-    /// The code of the scaled value 0.0, which pads an odd count.
-    pub(crate) fn zero_code(&self) -> u8 {
-        let below = self.bounds.iter().filter(|&&bound| bound < 0.0).count();
-        self.order[below]
+/// The bound that has on any value the effect that `bound` has on the value clamped to [-1, 1].
+///
+/// Rounding can carry a scaled value past 1 by some ulps.
+fn unclamped(bound: f32) -> f32 {
+    if bound >= 1.0 {
+        f32::INFINITY
+    } else if bound < -1.0 {
+        f32::NEG_INFINITY
+    } else {
+        bound
     }
 }
 
@@ -85,10 +99,9 @@ impl UniformBins {
 
     /// Bins for ascending `bounds` if some width keeps them apart.
     ///
-    /// Bounds must lie inside (-1, 1), so that a scaled value which rounding carried past 1 gets
-    /// the index of 1 without being clamped.
+    /// Bounds must be finite, that is, lie in [-1, 1).
     fn new(bounds: &[f32; 15]) -> Option<Self> {
-        if !bounds.iter().all(|b| b.abs() < 1.0) {
+        if !bounds.iter().all(|bound| bound.is_finite()) {
             return None;
         }
         // The widest range of bins that fits 5 bits ends below 15.5.
@@ -149,7 +162,7 @@ pub(crate) mod tests {
         1.0,
     ];
 
-    fn fp4() -> [f32; 16] {
+    pub(crate) fn fp4() -> [f32; 16] {
         let m = [0.0, 0.0052083335, 0.6666667, 1.0, 0.33333334, 0.5, 0.16666667, 0.25];
         core::array::from_fn(|i| if i < 8 { m[i] } else { 0.0 - m[i - 8] })
     }
@@ -202,10 +215,12 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_bound_that_clamping_could_reach_has_no_bins() {
+    fn a_table_with_a_bound_beyond_one_has_no_bins() {
         let mut table = NF4;
         table[15] = 1.5; // the last bound becomes 1.11
-        assert!(Codebook::new(&table).unwrap().uniform().is_none());
+        let code = Codebook::new(&table).unwrap();
+        assert_eq!(code.bounds[14], f32::INFINITY);
+        assert!(code.uniform().is_none());
     }
 
     #[test]

@@ -1,57 +1,94 @@
 //! The float environment that the bodies assume: round to nearest, subnormals kept.
 //!
-//! Other libraries change it (`torch.set_flush_denormal(True)`, compilers with fast math), and a
+//! Other libraries change it (`torch.set_flush_denormal(True)`, code built with fast math), and a
 //! new thread inherits its maker's; results must not depend on that.
 #![allow(unsafe_code)]
 
-/// Holds the calling thread in the default float environment; dropping it puts the old one back.
-pub(crate) struct DefaultFloatEnv {
+/// Runs `work` in the default float environment of the calling thread.
+pub(crate) fn in_default_float_env<R>(work: impl FnOnce() -> R) -> R {
+    let _guard = Guard::enter();
+    apart(work)
+}
+
+/// Keeps the arithmetic of `work` where the call is: the compiler may move it past a write of the
+/// control register, but not a call that writes memory.
+#[inline(never)]
+fn apart<R>(work: impl FnOnce() -> R) -> R {
+    work()
+}
+
+/// Puts the environment back that it found.
+struct Guard {
     #[cfg(target_arch = "x86_64")]
     found: u32,
 }
 
-#[cfg(target_arch = "x86_64")]
-impl DefaultFloatEnv {
-    /// All exceptions masked, round to nearest even, no flushing of subnormals.
-    const DEFAULT: u32 = 0x1f80;
-    /// The bits that change results: rounding, flush to zero, denormals are zero.
-    const MODES: u32 = 0xe040;
+#[cfg(not(target_arch = "x86_64"))]
+impl Guard {
+    fn enter() -> Self {
+        Self {}
+    }
+}
 
-    pub(crate) fn enter() -> Self {
-        let mut found = 0_u32;
-        // SAFETY: stores the control register to a local, no other effect.
-        unsafe {
-            std::arch::asm!("stmxcsr [{}]", in(reg) &raw mut found, options(nostack, preserves_flags));
-        }
-        if found & Self::MODES != 0 {
-            write_mxcsr(Self::DEFAULT);
+#[cfg(target_arch = "x86_64")]
+impl Guard {
+    fn enter() -> Self {
+        let found = mxcsr::read();
+        if found & mxcsr::MODES != 0 {
+            mxcsr::write(mxcsr::DEFAULT);
         }
         Self { found }
     }
 }
 
 #[cfg(target_arch = "x86_64")]
-impl Drop for DefaultFloatEnv {
+impl Drop for Guard {
     fn drop(&mut self) {
-        if self.found & Self::MODES != 0 {
-            write_mxcsr(self.found);
+        if self.found & mxcsr::MODES != 0 {
+            mxcsr::write(self.found);
         }
     }
 }
 
+/// The control register of SSE and AVX.
 #[cfg(target_arch = "x86_64")]
-fn write_mxcsr(value: u32) {
-    // SAFETY: the value is the default or was read from the register, so no reserved bit is set.
-    unsafe {
-        std::arch::asm!("ldmxcsr [{}]", in(reg) &raw const value, options(nostack, preserves_flags));
+mod mxcsr {
+    use std::arch::asm;
+
+    /// All exceptions masked, round to nearest even, no flushing of subnormals.
+    pub(super) const DEFAULT: u32 = 0x1f80;
+    /// The bits that change results: flush to zero, rounding, denormals are zero.
+    pub(super) const MODES: u32 = 0xe040;
+    /// Flush to zero and denormals are zero.
+    #[cfg(test)]
+    pub(super) const FLUSH: u32 = 0x8040;
+
+    pub(super) fn read() -> u32 {
+        let mut value = 0_u32;
+        // SAFETY: stores the register to a local variable.
+        unsafe {
+            asm!("stmxcsr [{}]", in(reg) &raw mut value, options(nostack, preserves_flags));
+        }
+        value
+    }
+
+    pub(super) fn write(value: u32) {
+        // SAFETY: `value` is the default or was read from the register, so no reserved bit is set.
+        unsafe {
+            asm!("ldmxcsr [{}]", in(reg) &raw const value, options(nostack, preserves_flags));
+        }
     }
 }
 
-#[cfg(not(target_arch = "x86_64"))]
-impl DefaultFloatEnv {
-    pub(crate) fn enter() -> Self {
-        Self {}
-    }
+/// Runs `work` as if another library had told the processor to flush subnormals to zero.
+#[cfg(test)]
+pub(crate) fn flushing_subnormals<R>(work: impl FnOnce() -> R) -> R {
+    #[cfg(target_arch = "x86_64")]
+    mxcsr::write(mxcsr::DEFAULT | mxcsr::FLUSH);
+    let result = apart(work);
+    #[cfg(target_arch = "x86_64")]
+    mxcsr::write(mxcsr::DEFAULT);
+    result
 }
 
 #[cfg(all(test, target_arch = "x86_64"))]
@@ -59,19 +96,16 @@ mod tests {
     use super::*;
     use std::hint::black_box;
 
+    #[inline(never)]
+    fn tiny() -> f32 {
+        black_box(black_box(1e-39_f32) * black_box(0.5))
+    }
+
     #[test]
     fn subnormals_count_inside_and_the_old_mode_returns() {
-        const FLUSH: u32 = DefaultFloatEnv::DEFAULT | 0x8040;
-        let tiny = || black_box(1e-39_f32) * black_box(0.5);
-        write_mxcsr(FLUSH);
-        let outside = tiny();
-        let inside = {
-            let _env = DefaultFloatEnv::enter();
-            tiny()
-        };
-        let after = tiny();
-        write_mxcsr(DefaultFloatEnv::DEFAULT);
-        assert_eq!((outside, after), (0.0, 0.0));
+        let [outside, inside, after] =
+            flushing_subnormals(|| [tiny(), in_default_float_env(tiny), tiny()]);
+        assert_eq!([outside, after], [0.0, 0.0]);
         assert_eq!(inside, 5e-40);
     }
 }

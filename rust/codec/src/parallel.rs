@@ -5,13 +5,13 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
-use crate::float_env::DefaultFloatEnv;
+use crate::float_env::in_default_float_env;
 
 /// Values in a job: whole blocks of every block size, and whole groups of 16 blocks.
 pub(crate) const JOB: usize = 1 << 16;
 
 /// Below this many values, waking a thread costs more than it saves.
-const MIN_PARALLEL: usize = 1 << 20;
+const MIN_PARALLEL: usize = 1 << 21;
 
 /// Runs `work` on every job, on up to `threads` threads (0: as many as the pool has).
 ///
@@ -24,14 +24,14 @@ where
 {
     let pool = if threads == 1 || len < MIN_PARALLEL { None } else { pool() };
     let Some(pool) = pool else {
-        return alone(|| jobs.for_each(work));
+        return in_default_float_env(|| jobs.for_each(work));
     };
     let threads = if threads == 0 { pool.current_num_threads() } else { threads };
     let helpers = threads.min(len.div_ceil(JOB)) - 1;
     let jobs = Mutex::new(&mut jobs);
     let take = || jobs.lock().unwrap_or_else(PoisonError::into_inner).next();
     let run = || {
-        alone(|| {
+        in_default_float_env(|| {
             while let Some(job) = take() {
                 work(job);
             }
@@ -43,12 +43,6 @@ where
         }
         run();
     });
-}
-
-/// Runs `work` on the calling thread, in the float environment that the bodies assume.
-pub(crate) fn alone<R>(work: impl FnOnce() -> R) -> R {
-    let _env = DefaultFloatEnv::enter();
-    work()
 }
 
 /// The threads of this process, or none in a process where there cannot be any.

@@ -92,7 +92,13 @@ impl Engine {
 /// The bodies that this machine can run, best first; the last is `scalar`.
 pub fn available() -> &'static [&'static Bodies] {
     static AVAILABLE: OnceLock<Vec<&'static Bodies>> = OnceLock::new();
-    AVAILABLE.get_or_init(|| vec![&SCALAR])
+    AVAILABLE.get_or_init(|| native().chain([&SCALAR]).collect())
+}
+
+/// No instruction set of this architecture has bodies.
+#[cfg(not(target_arch = "x86_64"))]
+fn native() -> impl Iterator<Item = &'static Bodies> {
+    std::iter::empty()
 }
 
 static SCALAR: Bodies = Bodies {
@@ -102,3 +108,82 @@ static SCALAR: Bodies = Bodies {
     quantize_int8: quantize_int8::scalar::quantize,
     dequantize_int8: dequantize_int8::scalar::dequantize,
 };
+
+#[cfg(target_arch = "x86_64")]
+use x86::available as native;
+
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code)]
+mod x86 {
+    use super::{dequantize, dequantize_int8, quantize, quantize_int8, Bodies};
+    use std::arch::is_x86_feature_detected as has;
+
+    /// The only way to the tables below, which is what makes their calls sound.
+    pub(super) fn available() -> impl Iterator<Item = &'static Bodies> {
+        let avx2 = has!("avx2") && has!("f16c");
+        let avx512 = avx2
+            && has!("avx512f")
+            && has!("avx512bw")
+            && has!("avx512dq")
+            && has!("avx512vl")
+            && has!("avx512vbmi");
+        avx512.then_some(&AVX512).into_iter().chain(avx2.then_some(&AVX2))
+    }
+
+    static AVX512: Bodies = Bodies {
+        name: "avx512",
+        // SAFETY: handed out by `available` only, where the features were found.
+        quantize_4bit: |v, c, b, p, a| unsafe { quantize::avx512::quantize(v, c, b, p, a) },
+        // SAFETY: as above.
+        dequantize_4bit: |p, a, t, b, v| unsafe { dequantize::avx512::dequantize(p, a, t, b, v) },
+        // SAFETY: as above.
+        quantize_int8: |v, b, q, a| unsafe { quantize_int8::avx512::quantize(v, b, q, a) },
+        // SAFETY: as above.
+        dequantize_int8: |q, a, b, v| unsafe { dequantize_int8::avx512::dequantize(q, a, b, v) },
+    };
+
+    static AVX2: Bodies = Bodies {
+        name: "avx2",
+        // SAFETY: handed out by `available` only, where the features were found.
+        quantize_4bit: |v, c, b, p, a| unsafe { quantize::avx2::quantize(v, c, b, p, a) },
+        // SAFETY: as above.
+        dequantize_4bit: |p, a, t, b, v| unsafe { dequantize::avx2::dequantize(p, a, t, b, v) },
+        // SAFETY: as above.
+        quantize_int8: |v, b, q, a| unsafe { quantize_int8::avx2::quantize(v, b, q, a) },
+        // SAFETY: as above.
+        dequantize_int8: |q, a, b, v| unsafe { dequantize_int8::avx2::dequantize(q, a, b, v) },
+    };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_machine_has_the_scalar_bodies_last() {
+        let names: Vec<_> = available().iter().map(|bodies| bodies.name()).collect();
+        assert_eq!(names.last(), Some(&"scalar"));
+        let order: Vec<_> = KNOWN.into_iter().filter(|name| names.contains(name)).collect();
+        assert_eq!(names, order, "best first, each once");
+    }
+
+    #[test]
+    fn available_bodies_are_found_by_name() {
+        for bodies in available() {
+            assert_eq!(Bodies::named(bodies.name(), VARIABLE).unwrap().name(), bodies.name());
+        }
+    }
+
+    #[test]
+    fn other_names_are_refused_with_the_choice_there_is() {
+        let error = Bodies::named("sse2", VARIABLE).unwrap_err().to_string();
+        assert!(error.starts_with("QKERN_SIMD names the SIMD body \"sse2\""), "{error}");
+        assert!(error.ends_with("allowed are avx512, avx2, scalar"), "{error}");
+        for name in KNOWN {
+            if !available().iter().any(|bodies| bodies.name() == name) {
+                let error = Bodies::named(name, VARIABLE).unwrap_err().to_string();
+                assert!(error.contains("cannot run") && error.contains("scalar"), "{error}");
+            }
+        }
+    }
+}

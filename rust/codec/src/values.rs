@@ -128,6 +128,18 @@ fn find_nonfinite<T: Element>(values: &[T]) -> (usize, usize) {
     found.next().map_or((0, 0), |(index, _)| (index, 1 + found.count()))
 }
 
+/// A NaN made quiet and cut to the bits that survive in bfloat16; any other value as it is.
+///
+/// Scales that are NaN go through this before they are multiplied, so that rounding the product
+/// cannot overflow it.
+pub(crate) fn plain_nan(scale: f32) -> f32 {
+    if scale.is_nan() {
+        f32::from_bits((scale.to_bits() & 0xffff_0000) | 0x0040_0000)
+    } else {
+        scale
+    }
+}
+
 /// A dtype that has a codec.
 pub(crate) trait Element: Copy {
     /// Zero.

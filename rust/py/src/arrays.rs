@@ -200,9 +200,7 @@ fn checked<'py, T: Element>(
 fn layout_error(py: Python<'_>, name: &str) -> PyErr {
     errors::shape(
         py,
-        format!(
-            "{name} is not contiguous and aligned in memory: pass numpy.ascontiguousarray of it"
-        ),
+        format!("{name} is not contiguous and aligned in memory: pass a contiguous copy of it"),
     )
 }
 

@@ -3,12 +3,17 @@
 //! The product depends on the code and the block alone, so bodies scale (and round) the table
 //! once a block and look the codes up in it.
 
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx2;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512;
 pub(crate) mod scalar;
 #[cfg(test)]
 mod tests;
 
 use crate::codebook::check_table;
 use crate::error::CodecError;
+use crate::float_env::in_default_float_env;
 use crate::layout::{check_blocksize, check_len, num_blocks, packed_len};
 use crate::parallel::{self, JOB};
 use crate::simd::Engine;
@@ -44,7 +49,7 @@ pub fn dequantize_4bit(
         (engine.bodies.dequantize_4bit)(p, a, table, blocksize, v);
     });
     if let &[absmax] = tail_absmax {
-        parallel::alone(|| {
+        in_default_float_env(|| {
             with_slice!(tail, ValuesMut, v => {
                 scalar::dequantize_block(tail_packed, absmax, table, v);
             });

@@ -1,6 +1,6 @@
 //! The reference body: plain Rust, any machine.
 
-use crate::values::{with_slice, Element, ValuesMut};
+use crate::values::{plain_nan, with_slice, Element, ValuesMut};
 
 /// Dequantizes whole blocks.
 pub(crate) fn dequantize(
@@ -25,6 +25,7 @@ pub(crate) fn dequantize_block<T: Element>(
     table: &[f32; 16],
     block: &mut [T],
 ) {
+    let absmax = plain_nan(absmax);
     let mut scaled = [T::ZERO; 16];
     T::narrow(&table.map(|value| value * absmax), &mut scaled);
     let high = |byte: u8| scaled[usize::from(byte >> 4)];

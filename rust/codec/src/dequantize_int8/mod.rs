@@ -1,15 +1,20 @@
 //! int8 dequantization: `fp32(code * fp32(absmax * fp32(1 / 127)))`, then one rounding to the
 //! output dtype.
 
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx2;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512;
 pub(crate) mod scalar;
 #[cfg(test)]
 mod tests;
 
 use crate::error::CodecError;
+use crate::float_env::in_default_float_env;
 use crate::layout::{check_blocksize, check_len, num_blocks};
 use crate::parallel::{self, JOB};
 use crate::simd::Engine;
-use crate::values::{with_slice, ValuesMut};
+use crate::values::{plain_nan, with_slice, ValuesMut};
 
 /// fp32(1 / 127), bitsandbytes' constant.
 const STEP: f32 = 7.874015718698502e-3;
@@ -40,7 +45,7 @@ pub fn dequantize_int8(
         (engine.bodies.dequantize_int8)(q, a, blocksize, v);
     });
     if let &[absmax] = tail_absmax {
-        parallel::alone(|| {
+        in_default_float_env(|| {
             with_slice!(tail, ValuesMut, v => scalar::dequantize_block(tail_codes, absmax, v));
         });
     }
@@ -49,5 +54,5 @@ pub fn dequantize_int8(
 
 /// What the codes of a block are multiplied by.
 pub(crate) fn step(absmax: f32) -> f32 {
-    absmax * STEP
+    plain_nan(absmax * STEP)
 }

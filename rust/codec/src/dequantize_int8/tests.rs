@@ -1,1 +1,97 @@
+//! Every body against the oracle, bit for bit.
 
+use proptest::prelude::*;
+
+use super::*;
+use crate::oracle;
+use crate::simd::available;
+use crate::testing::{hard_values, lengths, shapes, Random, Weights, BLOCKSIZES};
+
+fn codes(seed: u64, len: usize) -> Vec<i8> {
+    Random(seed).bytes(len).into_iter().map(|byte| byte as i8).collect() // -128 too
+}
+
+fn check(codes: &[i8], scales: &[f32], blocksize: usize) {
+    let exact = oracle::dequantize_int8(codes, scales, blocksize);
+    let expected = [
+        Weights::F32(exact.clone()),
+        Weights::F16(exact.iter().map(|&x| oracle::to_f16(x)).collect()),
+        Weights::Bf16(exact.iter().map(|&x| oracle::to_bf16(x)).collect()),
+    ];
+    for &bodies in available() {
+        let engine = Engine { bodies, threads: 1 };
+        for (mut found, expected) in Weights::room(codes.len()).into_iter().zip(&expected) {
+            dequantize_int8(engine, codes, scales, blocksize, found.values_mut()).unwrap();
+            let (found, expected) = (found.bits(), expected.bits());
+            let wrong = found.iter().zip(&expected).position(|(f, e)| f != e);
+            let len = codes.len();
+            assert_eq!(wrong, None, "{} value, {len} values by {blocksize}", bodies.name());
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn any_codes((seed, blocksize, len) in shapes()) {
+        let scales = hard_values(seed, num_blocks(len, blocksize), 4);
+        check(&codes(seed, len), &scales, blocksize);
+    }
+
+    #[test]
+    fn any_scale(bits in any::<u32>()) {
+        check(&codes(0, 300), &[f32::from_bits(bits); 5], 64);
+    }
+}
+
+#[test]
+fn every_block_size_and_length() {
+    for blocksize in BLOCKSIZES {
+        for len in lengths(blocksize) {
+            let scales = hard_values(len as u64, num_blocks(len, blocksize), 4);
+            check(&codes(len as u64, len), &scales, blocksize);
+        }
+    }
+}
+
+#[test]
+fn bodies_agree_on_the_bits_of_nan() {
+    let codes = codes(4, 64);
+    let absmax = [f32::from_bits(0xffbf_ffff), f32::from_bits(0x7f80_0001)];
+    for &bodies in available() {
+        let (mut found, engine) = ([0.0_f32; 64], Engine { bodies, threads: 1 });
+        dequantize_int8(engine, &codes, &absmax, 32, ValuesMut::F32(&mut found)).unwrap();
+        assert_eq!(found.map(f32::to_bits)[0], 0xffff_0000, "{}", bodies.name());
+        assert_eq!(found.map(f32::to_bits)[63], 0x7fc0_0000, "{}", bodies.name());
+    }
+}
+
+#[test]
+fn any_number_of_threads() {
+    let len = 3 * (1 << 20) + 12_345;
+    let (codes, absmax) = (codes(1, len), hard_values(1, num_blocks(len, 64), 4));
+    for &bodies in available() {
+        for room in Weights::room(len) {
+            let run = |threads| {
+                let (mut found, engine) = (room.clone(), Engine { bodies, threads });
+                dequantize_int8(engine, &codes, &absmax, 64, found.values_mut()).unwrap();
+                found.bits()
+            };
+            let alone = run(1);
+            for threads in [0, 2, 7] {
+                assert!(run(threads) == alone, "{} with {threads} threads", bodies.name());
+            }
+        }
+    }
+}
+
+#[test]
+fn wrong_sizes_are_refused() {
+    let engine = Engine::detect().unwrap();
+    let run = |codes: usize, absmax: usize| {
+        let (codes, absmax) = (vec![0; codes], vec![0.0; absmax]);
+        dequantize_int8(engine, &codes, &absmax, 64, ValuesMut::F32(&mut [0.0; 65]))
+    };
+    assert_eq!(run(65, 2), Ok(()));
+    assert!(matches!(run(64, 2), Err(CodecError::Length { what: "packed", .. })));
+    assert!(matches!(run(65, 1), Err(CodecError::Length { what: "absmax", .. })));
+}

@@ -10,6 +10,10 @@
 //! byte i = code(2 i) << 4 | code(2 i + 1)
 //! ```
 
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx2;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512;
 pub(crate) mod scalar;
 #[cfg(test)]
 mod tests;
@@ -18,6 +22,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::codebook::Codebook;
 use crate::error::CodecError;
+use crate::float_env::in_default_float_env;
 use crate::layout::{check_blocksize, check_len, num_blocks, packed_len};
 use crate::parallel::{self, JOB};
 use crate::simd::Engine;
@@ -58,7 +63,7 @@ pub fn quantize_4bit(
         }
     });
     if let [absmax] = tail_absmax {
-        parallel::alone(|| {
+        in_default_float_env(|| {
             with_slice!(tail, Values, v => scalar::quantize_tail(v, code, tail_packed, absmax));
         });
         if !absmax.is_finite() {

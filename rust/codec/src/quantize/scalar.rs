@@ -1,6 +1,4 @@
 //! The reference body: plain Rust, any machine.
-//!
-//! The index is the sum of 15 comparisons, which compilers turn into SIMD code of the baseline.
 
 use crate::codebook::Codebook;
 use crate::quantize::SMALLEST;
@@ -36,6 +34,23 @@ pub(crate) fn quantize_block<T: Element>(
     *absmax = block_absmax(block);
     let inverse = 1.0 / at_least_smallest(*absmax);
     encode(block, code, packed, |x| x * inverse);
+}
+
+/// Quantizes the blocks that hold NaN or infinity again, by the rules for those.
+#[cold]
+pub(crate) fn repair<T: Element>(
+    values: &[T],
+    code: &Codebook,
+    blocksize: usize,
+    packed: &mut [u8],
+    absmax: &mut [f32],
+) {
+    let outputs = packed.chunks_exact_mut(blocksize / 2).zip(absmax);
+    for (block, (packed, absmax)) in values.chunks_exact(blocksize).zip(outputs) {
+        if !absmax.is_finite() {
+            quantize_block(block, code, packed, absmax);
+        }
+    }
 }
 
 /// Quantizes the ragged last block, the scaled values by a division.
@@ -85,29 +100,24 @@ fn at_least_smallest(absmax: f32) -> f32 {
 }
 
 /// Codes and packs the scaled values of one block.
-fn encode<T: Element>(
-    block: &[T],
-    code: &Codebook,
-    packed: &mut [u8],
-    scale: impl Fn(f32) -> f32 + Copy,
-) {
+fn encode<T: Element>(block: &[T], code: &Codebook, packed: &mut [u8], scale: impl Fn(f32) -> f32) {
     let mut wide = [0.0_f32; STRIP];
     for (strip, packed) in block.chunks(STRIP).zip(packed.chunks_mut(STRIP / 2)) {
         T::widen(strip, &mut wide[..strip.len()]);
-        let mut codes = indices(&wide.map(|x| scale(x).clamp(-1.0, 1.0)), code.bounds())
-            .map(|index| code.order()[usize::from(index & 15)]);
+        let mut codes = indices(&wide.map(&scale), code.bounds())
+            .map(|index| code.order()[usize::from(index % 16)]);
         if strip.len() % 2 == 1 {
             codes[strip.len()] = code.zero_code();
         }
-        for (byte, pair) in packed.iter_mut().zip(codes.as_chunks::<2>().0) {
-            *byte = pair[0] << 4 | pair[1];
+        for (byte, [high, low]) in packed.iter_mut().zip(codes.as_chunks::<2>().0) {
+            *byte = high << 4 | low;
         }
     }
 }
 
 /// How many bounds lie below each value; a NaN is above all of them.
 ///
-/// It counts down the bounds that do not, for the sake of NaN.
+/// It counts down the bounds that do not, for the sake of NaN. Compilers make SIMD code of it.
 fn indices(scaled: &[f32; STRIP], bounds: &[f32; 15]) -> [u8; STRIP] {
     let mut counts = [15_i32; STRIP];
     for bound in bounds {

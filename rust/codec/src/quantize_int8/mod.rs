@@ -8,6 +8,10 @@
 //!
 //! `|x * factor|` stays below 127.5: `factor` is a normal float within half an ulp of `127 / a`.
 
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx2;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512;
 pub(crate) mod scalar;
 #[cfg(test)]
 mod tests;
@@ -15,6 +19,7 @@ mod tests;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::error::CodecError;
+use crate::float_env::in_default_float_env;
 use crate::layout::{check_blocksize, check_len, num_blocks};
 use crate::parallel::{self, JOB};
 use crate::simd::Engine;
@@ -56,7 +61,7 @@ pub fn quantize_int8(
         }
     });
     if let [absmax] = tail_absmax {
-        parallel::alone(|| {
+        in_default_float_env(|| {
             with_slice!(tail, Values, v => scalar::quantize_block(v, tail_codes, absmax));
         });
         if !absmax.is_finite() {

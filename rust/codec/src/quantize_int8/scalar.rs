@@ -26,6 +26,22 @@ pub(crate) fn quantize(
     })
 }
 
+/// Zeroes the codes of the blocks that hold NaN or infinity, and puts their scales right.
+#[cold]
+pub(crate) fn repair<T: Element>(
+    values: &[T],
+    blocksize: usize,
+    codes: &mut [i8],
+    absmax: &mut [f32],
+) {
+    let outputs = codes.chunks_exact_mut(blocksize).zip(absmax);
+    for (block, (codes, absmax)) in values.chunks_exact(blocksize).zip(outputs) {
+        if !absmax.is_finite() {
+            quantize_block(block, codes, absmax);
+        }
+    }
+}
+
 /// Quantizes one block of any length.
 pub(crate) fn quantize_block<T: Element>(block: &[T], codes: &mut [i8], absmax: &mut f32) {
     *absmax = block_absmax(block);

@@ -1,0 +1,153 @@
+//! Double quantization: scales in 8 bits, relative to their mean, in groups of 256.
+//!
+//! ```text
+//! offset     = mean of absmax, summed in f64 in a fixed order (per group, then over groups)
+//! r          = absmax - offset
+//! nested     = max |r| of the group
+//! code       = place of the value nearest to r / nested; a tie goes to the lower value
+//! absmax'    = fp32(fp32(table[code] * nested) + offset)
+//! ```
+
+mod search;
+#[cfg(test)]
+mod tests;
+
+use crate::error::CodecError;
+use crate::float_env::in_default_float_env;
+use crate::layout::check_len;
+use search::Search;
+
+/// Scales that share a second-level scale.
+pub const NESTED_BLOCKSIZE: usize = 256;
+
+/// What [`quantize_absmax`] finds out beside codes and second-level scales.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct NestedScales {
+    /// Mean of the scales, to be added when decoding.
+    pub offset: f32,
+    /// Whether every scale of a block that is not all zeros survives: the decoded one has its
+    /// sign and is at most 1/8 of its magnitude away.
+    pub safe: bool,
+}
+
+/// Codes the scales of a tensor in 8 bits.
+///
+/// `table` holds 256 ascending values, `codes` one entry a scale, `nested` one a group.
+///
+/// # Errors
+/// [`CodecError::Length`] and [`CodecError::TableNotAscending`].
+pub fn quantize_absmax(
+    absmax: &[f32],
+    table: &[f32; 256],
+    codes: &mut [u8],
+    nested: &mut [f32],
+) -> Result<NestedScales, CodecError> {
+    let len = absmax.len();
+    check_len("codes", codes.len(), len, (len, "scales"))?;
+    check_len("nested_absmax", nested.len(), len.div_ceil(NESTED_BLOCKSIZE), (len, "scales"))?;
+    let search = prepare(table)?;
+
+    Ok(in_default_float_env(|| {
+        let offset = mean(absmax);
+        let groups = absmax.chunks(NESTED_BLOCKSIZE);
+        let outputs = codes.chunks_mut(NESTED_BLOCKSIZE).zip(nested);
+        let mut safe = true;
+        for (group, (codes, nested)) in groups.zip(outputs) {
+            let (scale, survive) = quantize_group(group, offset, table, &search, codes);
+            *nested = scale;
+            safe &= survive;
+        }
+        NestedScales { offset, safe }
+    }))
+}
+
+/// Writes the scales that [`quantize_absmax`] coded.
+///
+/// # Errors
+/// [`CodecError::Length`].
+pub fn dequantize_absmax(
+    codes: &[u8],
+    table: &[f32; 256],
+    nested: &[f32],
+    offset: f32,
+    absmax: &mut [f32],
+) -> Result<(), CodecError> {
+    let len = absmax.len();
+    check_len("codes", codes.len(), len, (len, "scales"))?;
+    check_len("nested_absmax", nested.len(), len.div_ceil(NESTED_BLOCKSIZE), (len, "scales"))?;
+    in_default_float_env(|| {
+        let groups = absmax.chunks_mut(NESTED_BLOCKSIZE).zip(codes.chunks(NESTED_BLOCKSIZE));
+        for ((absmax, codes), &nested) in groups.zip(nested) {
+            for (absmax, &code) in absmax.iter_mut().zip(codes) {
+                *absmax = decode(table, code, nested, offset);
+            }
+        }
+    });
+    Ok(())
+}
+
+/// Two roundings: Rust never fuses a product and a sum.
+fn decode(table: &[f32; 256], code: u8, nested: f32, offset: f32) -> f32 {
+    table[usize::from(code)] * nested + offset
+}
+
+fn mean(absmax: &[f32]) -> f32 {
+    if absmax.is_empty() {
+        return 0.0;
+    }
+    // Four groups side by side: each sum is a chain of additions that must wait for each other.
+    let (fours, rest) = absmax.as_chunks::<{ 4 * NESTED_BLOCKSIZE }>();
+    let group_sum = |group: &[f32]| group.iter().fold(0.0, |sum, &a| sum + f64::from(a));
+    let mut total = 0.0;
+    for four in fours {
+        let groups = four.as_chunks::<NESTED_BLOCKSIZE>().0;
+        let mut sums = [0.0_f64; 4];
+        for i in 0..NESTED_BLOCKSIZE {
+            for (sum, group) in sums.iter_mut().zip(groups) {
+                *sum += f64::from(group[i]);
+            }
+        }
+        total = sums.into_iter().fold(total, |total, sum| total + sum);
+    }
+    total = rest.chunks(NESTED_BLOCKSIZE).map(group_sum).fold(total, |total, sum| total + sum);
+    (total / absmax.len() as f64) as f32
+}
+
+/// Writes the codes of a group of scales; returns their second-level scale, and whether they
+/// survive.
+fn quantize_group(
+    group: &[f32],
+    offset: f32,
+    table: &[f32; 256],
+    search: &Search,
+    codes: &mut [u8],
+) -> (f32, bool) {
+    // Magnitudes as integers, where NaN is the largest and cannot hide.
+    let magnitude = |a: &f32| (a - offset).abs().to_bits() as i32;
+    let nested = f32::from_bits(group.iter().map(magnitude).fold(0, i32::max) as u32);
+
+    let mut normalised = [0.0; NESTED_BLOCKSIZE];
+    for (normalised, a) in normalised.iter_mut().zip(group) {
+        *normalised = (a - offset) / nested;
+    }
+    for (code, &normalised) in codes.iter_mut().zip(&normalised) {
+        // NaN: zero by zero, or a scale that is not finite.
+        *code = search.count_below(if normalised.is_nan() { 0.0 } else { normalised });
+    }
+    let survive = group.iter().zip(codes).fold(true, |all, (&a, &mut code)| {
+        let decoded = decode(table, code, nested, offset);
+        // Within 1/8 of a scale that is not zero lie only values of its sign.
+        all & (a == 0.0 || (decoded - a).abs() <= a.abs() / 8.0)
+    });
+    (nested, survive)
+}
+
+/// The bounds between 256 ascending values.
+fn prepare(table: &[f32; 256]) -> Result<Search, CodecError> {
+    let wrong = |i: &usize| !table[*i].is_finite() || (*i > 0 && table[i - 1] > table[*i]);
+    if let Some(index) = (0..table.len()).find(wrong) {
+        return Err(CodecError::TableNotAscending { index });
+    }
+    let bounds: [f32; 255] = core::array::from_fn(|i| (table[i] + table[i + 1]) / 2.0);
+    Ok(Search::new(&bounds))
+}

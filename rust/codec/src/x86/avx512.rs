@@ -1,0 +1,151 @@
+//! Vectors of 64 bytes.
+//!
+//! AVX-512 here means F, BW, DQ, VL and VBMI: Ice Lake, Zen 4 and later.
+
+use std::arch::x86_64::*;
+
+use half::{bf16, f16};
+
+use crate::x86::Plain;
+
+/// Reads 64 bytes.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(crate) fn load<T: Plain, const N: usize>(from: &[T; N]) -> __m512i {
+    const { assert!(size_of::<[T; N]>() == 64) }
+    // SAFETY: the array is 64 bytes long; the load takes any alignment.
+    unsafe { _mm512_loadu_si512(from.as_ptr().cast()) }
+}
+
+/// Reads 16 floats.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(crate) fn load_f32(from: &[f32; 16]) -> __m512 {
+    _mm512_castsi512_ps(load(from))
+}
+
+/// Reads 16 half-precision values as floats, exactly.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(crate) fn load_f16(from: &[f16; 16]) -> __m512 {
+    // SAFETY: the array is 32 bytes long; the load takes any alignment.
+    let halves = unsafe { _mm256_loadu_si256(from.as_ptr().cast()) };
+    _mm512_cvtph_ps(halves)
+}
+
+/// Reads 32 bfloat16 values as floats, exactly: those at even places, those at odd places.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(crate) fn load_bf16(from: &[bf16; 32]) -> [__m512; 2] {
+    let pairs = load(from);
+    let even = _mm512_slli_epi32::<16>(pairs);
+    let odd = _mm512_and_si512(pairs, _mm512_set1_epi32(0xffff_0000_u32 as i32));
+    [_mm512_castsi512_ps(even), _mm512_castsi512_ps(odd)]
+}
+
+/// Writes 64 bytes .
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(crate) fn store<T: Plain, const N: usize>(to: &mut [T; N], from: __m512i) {
+    const { assert!(size_of::<[T; N]>() == 64) }
+    // SAFETY: the array is 64 bytes long; the store takes any alignment.
+    unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), from) }
+}
+
+/// Writes 32 bytes .
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(crate) fn store_half<T: Plain, const N: usize>(to: &mut [T; N], from: __m256i) {
+    const { assert!(size_of::<[T; N]>() == 32) }
+    // SAFETY: the array is 32 bytes long; the store takes any alignment.
+    unsafe { _mm256_storeu_si256(to.as_mut_ptr().cast(), from) }
+}
+
+/// The largest magnitudes of a block, as the bits of floats, in 16 lanes.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(crate) fn magnitudes_f32(block: &[f32]) -> __m512i {
+    let no_sign = _mm512_set1_epi32(0x7fff_ffff);
+    block.as_chunks::<16>().0.iter().fold(_mm512_setzero_si512(), |largest, part| {
+        _mm512_max_epu32(largest, _mm512_and_si512(load(part), no_sign))
+    })
+}
+
+/// The largest magnitudes of a block of 16-bit floats, as the bits of those, in 16 lanes.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+pub(crate) fn magnitudes_16_bit<T: Plain>(block: &[T]) -> __m512i {
+    let no_sign = _mm512_set1_epi16(0x7fff);
+    let pairs = block.as_chunks::<32>().0.iter().fold(_mm512_setzero_si512(), |largest, part| {
+        _mm512_max_epu16(largest, _mm512_and_si512(load(part), no_sign))
+    });
+    let even = _mm512_and_si512(pairs, _mm512_set1_epi32(0xffff));
+    _mm512_max_epu32(_mm512_srli_epi32::<16>(pairs), even)
+}
+
+/// The floats of half-precision bits in 32-bit lanes.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(crate) fn f16_lanes(bits: __m512i) -> __m512 {
+    _mm512_cvtph_ps(_mm512_cvtepi32_epi16(bits))
+}
+
+/// The floats of bfloat16 bits in 32-bit lanes.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(crate) fn bf16_lanes(bits: __m512i) -> __m512 {
+    _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
+}
+
+/// Whether all 16 magnitudes are below infinity.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(crate) fn all_finite(magnitudes: __m512) -> bool {
+    let infinity = _mm512_set1_ps(f32::INFINITY);
+    _mm512_cmp_ps_mask::<_CMP_LT_OQ>(magnitudes, infinity) == u16::MAX
+}
+
+/// The lanes of a vector.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(crate) fn lanes(vector: __m512) -> [f32; 16] {
+    let mut lanes = [0.0; 16];
+    store(&mut lanes, _mm512_castps_si512(vector));
+    lanes
+}
+
+/// Lane `i` of the result is the largest unsigned 32-bit number in vector `i`.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(crate) fn max_of_each(vectors: &[__m512i; 16]) -> __m512i {
+    // Halve 16 vectors to 8, 4, 2, 1: each step pairs two vectors, half the lanes from each.
+    let halves: [__m512i; 8] = core::array::from_fn(|i| {
+        let (a, b) = (vectors[2 * i], vectors[2 * i + 1]);
+        _mm512_max_epu32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b))
+    });
+    let quarters: [__m512i; 4] = core::array::from_fn(|i| {
+        let (a, b) = (halves[2 * i], halves[2 * i + 1]);
+        _mm512_max_epu32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b))
+    });
+    let eighths: [__m512i; 2] =
+        core::array::from_fn(|i| max_of_lanes(quarters[2 * i], quarters[2 * i + 1]));
+    max_of_lanes(eighths[0], eighths[1])
+}
+
+/// The maxima of 128-bit lanes 0 and 1, and 2 and 3, of `a`, then of `b`.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn max_of_lanes(a: __m512i, b: __m512i) -> __m512i {
+    _mm512_max_epu32(_mm512_shuffle_i32x4::<0x88>(a, b), _mm512_shuffle_i32x4::<0xdd>(a, b))
+}
+
+/// Rounds to bfloat16, ties to even, in the high half of each lane; the low half is undefined.
+///
+/// A NaN must have a zero low half (see [`crate::values::plain_nan`]).
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(crate) fn round_to_bf16(x: __m512) -> __m512i {
+    let bits = _mm512_castps_si512(x);
+    let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+    _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)))
+}
