@@ -83,7 +83,3 @@ def test_numpy_door_where_torch_cannot_be_imported() -> None:
     pytest.importorskip("ml_dtypes")
     output = python(str(SCRIPT), "torch", "triton", "transformers", "peft")
     assert output.startswith("works: float32 float16 uint16 bfloat16 with qkern")
-
-
-def test_version_is_that_of_the_extension() -> None:
-    assert qkern.__version__.count(".") == 2

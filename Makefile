@@ -1,0 +1,113 @@
+# Every step of the project's work is a target here; continuous integration calls nothing else.
+# Needed: Python 3.10 or newer, Rust, a network. The rest is installed into .venv by pip.
+
+PYTHON ?= python3# makes .venv
+PIP_ARGS ?=# more arguments for every `pip install`
+TORCH_INDEX ?=# package index to take torch from; the usual one if empty
+PYTEST_ARGS ?=# more arguments for pytest
+MATURIN ?= maturin>=1.9,<2# what `make build` installs to build with
+MATURIN_ARGS ?=# more arguments for `maturin build`
+DEMO_ARGS ?=# arguments of the demo
+BENCH_ARGS ?=# arguments of the bench
+
+VENV := .venv
+BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
+VENV_PYTHON := $(BIN)/python
+PIP_INSTALL = $(VENV_PYTHON) -m pip install --disable-pip-version-check $(PIP_ARGS)
+
+# What the native extension is built from; one that is missing from the tree is built again.
+NATIVE_SOURCES := Cargo.toml Cargo.lock $(shell find rust -name '*.rs' -o -name Cargo.toml)
+NATIVE_MISSING := $(if $(wildcard python/qkern/_native*.so python/qkern/_native*.pyd),,missing)
+
+# One interpreter for every cargo command, or each of them would build the binding anew.
+export PYO3_PYTHON := $(abspath $(VENV_PYTHON))
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help install build sdist lint format test test-rust test-python test-wheel demo \
+	bench-codec clean missing
+
+help: ## show this help
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' \
+		$(firstword $(MAKEFILE_LIST))
+
+install: $(VENV)/.dev ## .venv with the package (editable), its extras and all tools
+
+build: $(VENV)/.maturin ## a wheel in dist/
+	PATH="$(abspath $(BIN)):$$PATH" maturin build --release --out dist $(MATURIN_ARGS)
+
+sdist: $(VENV)/.maturin ## a source distribution in dist/
+	$(BIN)/maturin sdist --out dist
+
+lint: $(VENV)/.dev ## style, types, stubs, imports, clippy: changes nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/stubtest qkern._native --mypy-config-file tests/stubtest.ini \
+		--allowlist tests/stubtest-allow.txt
+	cd python && ../$(BIN)/lint-imports --config ../pyproject.toml \
+		--cache-dir ../.import_linter_cache
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+
+format: $(VENV)/.dev ## put all files into shape
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+	cargo fmt --all
+
+test: test-rust $(VENV)/.dev ## all tests: Rust, then Python with those of the wheel
+	$(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
+
+test-rust: ## the tests of the Rust crates
+	cargo test --workspace --exclude qkern-py
+
+test-python: $(VENV)/.dev ## the Python tests that need no network
+	$(VENV_PYTHON) -m pytest -m "not wheel" $(PYTEST_ARGS)
+
+test-wheel: $(VENV)/.dev ## build the wheel, open it, use it where there is no torch
+	$(VENV_PYTHON) -m pytest -m wheel $(PYTEST_ARGS)
+
+demo: $(VENV)/.train ## fine-tune a small model on a laptop
+	$(VENV_PYTHON) examples/demo/demo.py $(DEMO_ARGS)
+
+bench-codec: $(VENV)/.dev ## speed of host quantize and dequantize beside other packages
+	$(VENV_PYTHON) benches/bench_codec.py $(BENCH_ARGS)
+
+clean: ## remove .venv and everything that was built
+	rm -rf $(VENV) target dist build python/qkern/_native*.so python/qkern/_native*.pyd
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# -- environments: each stamp says that its extras are installed and the extension is current -----
+
+define install_extras
+	@command -v cargo >/dev/null || { \
+		echo "error: there is no cargo: install Rust, see https://rustup.rs" >&2; exit 1; }
+	$(if $(TORCH_INDEX),$(PIP_INSTALL) --index-url $(TORCH_INDEX) torch)
+	$(PIP_INSTALL) --editable ".[$(1)]"
+endef
+
+# The demo needs no tools for tests: a new user should not wait for them.
+$(VENV)/.train: pyproject.toml $(NATIVE_SOURCES) $(NATIVE_MISSING) | $(VENV)/.made
+	$(call install_extras,train)
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml $(NATIVE_SOURCES) $(NATIVE_MISSING) | $(VENV)/.made
+	$(call install_extras,lint$(comma)test)
+	@touch $(VENV)/.train $@
+
+$(VENV)/.maturin: | $(VENV)/.made
+	$(PIP_INSTALL) "$(MATURIN)"
+	@touch $@
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "error: $(PYTHON) must be Python 3.10 or newer; name another: make PYTHON=..." >&2; \
+		exit 1; }
+	@$(PYTHON) -m venv $(VENV) && $(VENV_PYTHON) -m pip --version >/dev/null || { \
+		echo "error: $(PYTHON) cannot make an environment with pip: install its venv and" \
+			"ensurepip modules (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	$(PIP_INSTALL) --upgrade pip
+	@touch $@
+
+comma := ,
