@@ -32,7 +32,7 @@ from qkern.errors import (
 
 if TYPE_CHECKING:
     from qkern.adapters import load_adapter, merge_adapter, save_adapter, unmerge_adapter
-    from qkern.checkpoint import save
+    from qkern.checkpoint.save import save
     from qkern.codec import QuantizedArray
     from qkern.formats import QuantFormat
     from qkern.integrations.pretrained import load

@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from qkern import _native
+from qkern import _native  # noqa: TID251 - the one importer
 from qkern.errors import DTypeError, FormatError, ShapeError
 from qkern.formats import DTYPES, NESTED_BLOCKSIZE, QuantFormat, dynamic_code, resolve_format
 

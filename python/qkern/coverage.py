@@ -17,7 +17,7 @@ class CoverageRow:
         shape: of the dense weight.
         status: the format's name, or "dense".
         reason: why it is dense, or what differs from what was asked; empty otherwise.
-        numel: values.
+        numel: values; 0 for a weight that another row counts, as are the next two.
         bytes_before: of the dense weight.
         bytes_after: as stored now.
     """

@@ -52,7 +52,7 @@ def companions(q: QuantizedTensor, prefix: str) -> dict[str, Tensor]:
         "quant_type": fmt.quant_type,
         "blocksize": fmt.blocksize,
         "dtype": str(q.dtype).removeprefix("torch."),
-        "shape": list(q.outer),
+        "shape": list(q.whole_shape),
     }
     if q.nested_absmax is not None and q.offset is not None:
         entries[f"{prefix}.nested_absmax"] = q.nested_absmax

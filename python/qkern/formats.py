@@ -79,7 +79,7 @@ class QuantFormat:
 
     Example:
         >>> QuantFormat("nf4", blocksize=64).bits_per_weight(4096 * 4096)
-        4.1269550323486328
+        4.126955032348633
     """
 
     quant_type: str = "nf4"
@@ -152,9 +152,9 @@ def resolve_format(
 def dynamic_code() -> tuple[float, ...]:
     """The 256 values, ascending, that a double-quantized scale can take, in units of its group.
 
-    bitsandbytes' signed dynamic map: decade ``10^(i - 6)``, ``i = 0..6``, holds the ``2^i`` means of
-    neighbouring points of ``linspace(0.1, 1, 2^i + 1)``, with both signs; then 0 and 1 (there is no
-    -1). Dettmers et al., "8-bit Optimizers", https://arxiv.org/abs/2110.02861, section 2.1.
+    bitsandbytes' signed dynamic map: decade ``10^(i - 6)``, ``i = 0..6``, holds the ``2^i`` means
+    of neighbouring points of ``linspace(0.1, 1, 2^i + 1)``, with both signs; then 0 and 1 (there
+    is no -1). Dettmers et al., "8-bit Optimizers", https://arxiv.org/abs/2110.02861, section 2.1.
     """
     values = [0.0, 1.0]
     for i in range(7):
@@ -172,7 +172,7 @@ def _decade_means(count: int) -> npt.NDArray[np.float32]:
     start, stop = np.float32(0.1), np.float32(1.0)
     step = np.float64((stop - start) / np.float32(count))
     i = np.arange(count + 1)
-    points = np.where(i < (count + 1) // 2, start + step * i, stop - step * (count - i))
-    points = points.astype(np.float32)
+    exact = np.where(i < (count + 1) // 2, start + step * i, stop - step * (count - i))
+    points = exact.astype(np.float32)
     means: npt.NDArray[np.float32] = (points[:-1] + points[1:]) / np.float32(2)
     return means

@@ -76,6 +76,7 @@ class QuantizedLinear(nn.Linear):
         return linear(x, self.quantized_weight, self.bias)
 
     def extra_repr(self) -> str:
+        """Sizes and format, for ``print(model)``."""
         weight = self.weight
         fmt = getattr(getattr(weight, "_local_tensor", weight), "format", None)
         return f"{super().extra_repr()}, {fmt}"
@@ -90,7 +91,10 @@ class QuantizedLinear(nn.Linear):
         return layer.train(self.training)
 
     def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+        self,
+        destination: dict[str, Any],
+        prefix: str,
+        keep_vars: bool,  # noqa: FBT001 - torch's signature
     ) -> None:
         weight = self._parameters.pop("weight")
         try:
@@ -104,7 +108,7 @@ class QuantizedLinear(nn.Linear):
         state_dict: dict[str, Any],
         prefix: str,
         local_metadata: dict[str, Any],
-        strict: bool,
+        strict: bool,  # noqa: FBT001 - torch's signature
         missing_keys: list[str],
         unexpected_keys: list[str],
         error_msgs: list[str],
@@ -222,13 +226,13 @@ class QLoRALinear(QuantizedLinear):
         self.r, self.lora_dropout = r, lora_dropout
         self.set_scaling(lora_alpha, use_rslora=use_rslora)
         self.merged = False
-        like = {"device": weight.device, "dtype": dtype}
-        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **like))
-        self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **like))
+        A = torch.empty(r, self.in_features, device=weight.device, dtype=dtype)
+        B = torch.empty(self.out_features, r, device=weight.device, dtype=dtype)
+        self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B)
         self.reset_adapter(init_lora_weights=init_lora_weights)
 
     @classmethod
-    def from_linear(  # type: ignore[override]
+    def from_linear(
         cls,
         layer: nn.Linear,
         *,
@@ -288,6 +292,7 @@ class QLoRALinear(QuantizedLinear):
         return (self.lora_B.detach().float() @ self.lora_A.detach().float()) * self.scaling
 
     def extra_repr(self) -> str:
+        """Sizes, format and the adapter's rank, for ``print(model)``."""
         return f"{super().extra_repr()}, r={self.r}, scaling={self.scaling:g}"
 
 
@@ -323,22 +328,24 @@ def _load_shard(weight: Any, entries: dict[str, Any], key: str) -> None:
     """Copy one rank's rows, from sharded or whole entries, into a sharded weight."""
     local: QuantizedTensor = weight._local_tensor
     state = flat_keys.read_state(entries, key)
-    if state["format"] != local.format or torch.Size(state["shape"]) != local.outer:
+    if state["format"] != local.format or torch.Size(state["shape"]) != local.whole_shape:
         msg = (
             f"{key}: the file holds {state['shape']} {state['format']}, "
-            f"the module {list(local.outer)} {local.format}"
+            f"the module {list(local.whole_shape)} {local.format}"
         )
         raise FormatError(msg)
     rank, first = weight.device_mesh.get_local_rank(), 0
     if local.has_rows:
-        first = rank * -(-local.outer[0] // weight.device_mesh.size())
+        first = rank * -(-local.whole_shape[0] // weight.device_mesh.size())
 
-    def rows(name: str, mine: Tensor) -> Tensor:
+    def rows(name: str, mine: Tensor) -> Any:
         entry = entries[key + name]
         if _is_dtensor(entry):
-            return entry._local_tensor  # type: ignore[no-any-return]
-        whole = entry.reshape(local.outer[0], -1) if local.has_rows else entry.reshape(mine.shape)
-        return whole[first : first + mine.shape[0]] if local.has_rows else whole
+            return entry._local_tensor
+        if not local.has_rows:
+            return entry.reshape(mine.shape)
+        whole = entry.reshape(local.whole_shape[0], -1)
+        return whole[first : first + mine.shape[0]]
 
     with torch.no_grad():
         local.packed.copy_(rows("", local.packed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import re
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,8 @@ from qkern.errors import AdapterMismatchError, CoverageError, QkernError
 from qkern.formats import QuantFormat, resolve_format
 from qkern.layers import QLoRALinear, QuantizedLinear
 from qkern.tensor import QuantizedTensor
+
+_NOT_COUNTED = {"numel": 0, "bytes_before": 0, "bytes_after": 0}
 
 __all__ = ["CoverageReport", "add_lora", "memory_footprint", "quantize_model"]
 
@@ -51,6 +54,7 @@ def quantize_model(
     fmt = resolve_format(quant_type, blocksize=blocksize, double_quant=double_quant)
     rows = []
     done: dict[nn.Module, QuantizedLinear] = {}
+    counted: set[int] = set()
     reasons = _reasons(model, exclude)
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in done:
@@ -59,13 +63,16 @@ def quantize_model(
         weight = module._parameters.get("weight")
         if weight is None or weight.dim() < 2:
             continue
-        before = weight.numel() * weight.element_size()
+        first = id(weight) not in counted
+        counted.add(id(weight))
         reason = reasons.get(name, "")
         if type(module) is nn.Linear and not reason:
             done[module] = quantized = _quantize_layer(name, module, fmt, nonfinite)
             model.set_submodule(name, quantized)
             weight = quantized.quantized_weight
-        rows.append(_row(name, weight, before, reason or _class_reason(module), fmt))
+        row = _row(name, weight, reason or _class_reason(module), fmt)
+        # A weight that two modules share is stored once: it counts where it is met first.
+        rows.append(row if first else dataclasses.replace(row, **_NOT_COUNTED))
     report = CoverageReport(tuple(rows))
     if min_coverage is not None and report.coverage < min_coverage:
         msg = (
@@ -153,16 +160,16 @@ def _quantize_layer(
     try:
         return QuantizedLinear.from_linear(layer, quant_type=fmt, nonfinite=nonfinite)
     except QkernError as error:
-        raise type(error)(f"{name}.weight: {error}") from error
+        msg = f"{name}.weight: {error}"
+        raise type(error)(msg) from error
 
 
-def _row(
-    name: str, weight: Any, before: int, reason: str, fmt: QuantFormat
-) -> CoverageRow:
+def _row(name: str, weight: Any, reason: str, fmt: QuantFormat) -> CoverageRow:
     quantized = isinstance(weight, QuantizedTensor)
     if quantized and weight.format != fmt:
         same = weight.format.replace(double_quant=fmt.double_quant) == fmt
         reason = "fp32 scales: 8 bits cannot hold them" if same else "was quantized before"
+    before = weight.numel() * weight.element_size()
     return CoverageRow(
         name=name,
         shape=tuple(weight.shape),
@@ -176,7 +183,7 @@ def _row(
 
 def _class_reason(module: nn.Module) -> str:
     plain = type(module) is nn.Linear or isinstance(module, QuantizedLinear)
-    return "" if plain else f"a {type(module).__name__}, no nn.Linear"
+    return "" if plain else f"{type(module).__name__}, not nn.Linear"
 
 
 def _reasons(model: nn.Module, exclude: Sequence[str]) -> dict[str, str]:

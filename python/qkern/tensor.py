@@ -24,7 +24,7 @@ from torch import Tensor
 from qkern import ops, reference, tensor_dispatch
 from qkern.codec import METHODS, NONFINITE, QuantizedArray, check_choice
 from qkern.errors import DTypeError, FrozenWeightError, ShapeError
-from qkern.formats import QuantFormat, resolve_format
+from qkern.formats import NESTED_BLOCKSIZE, QuantFormat, resolve_format
 from qkern.ops import host
 from qkern.reference import Parts
 
@@ -46,8 +46,8 @@ class QuantizedTensor(torch.Tensor):
         fmt: how the bytes are read.
         shape: of the dense tensor.
         dtype: that the dense tensor reports and dequantizes to by default.
-        outer: shape of the tensor that was quantized, for a shard of it.
-        start: flat index, in ``outer``, of this tensor's first value.
+        whole_shape: shape of the tensor that was quantized, for a shard of it.
+        start: flat index, in ``whole_shape``, of this tensor's first value.
         undo: what the last in-place addition replaced.
     """
 
@@ -56,12 +56,12 @@ class QuantizedTensor(torch.Tensor):
     nested_absmax: Tensor | None
     offset: Tensor | None
     format: QuantFormat
-    outer: torch.Size
+    whole_shape: torch.Size
     start: int
     undo: tensor_dispatch.Undo
 
     @staticmethod
-    def __new__(
+    def __new__(  # noqa: PYI034 - typing.Self needs Python 3.11
         cls,
         packed: Tensor,
         absmax: Tensor,
@@ -70,11 +70,12 @@ class QuantizedTensor(torch.Tensor):
         fmt: QuantFormat,
         shape: Sequence[int],
         dtype: torch.dtype,
-        outer: Sequence[int] | None = None,
+        whole_shape: Sequence[int] | None = None,
         start: int = 0,
         undo: tensor_dispatch.Undo | None = None,
     ) -> QuantizedTensor:
-        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined, no-any-return]
+        """The wrapper, without memory of its own."""
+        return torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=dtype, device=packed.device, requires_grad=False
         )
 
@@ -87,7 +88,7 @@ class QuantizedTensor(torch.Tensor):
         fmt: QuantFormat,
         shape: Sequence[int],
         dtype: torch.dtype,
-        outer: Sequence[int] | None = None,
+        whole_shape: Sequence[int] | None = None,
         start: int = 0,
         undo: tensor_dispatch.Undo | None = None,
     ) -> None:
@@ -96,7 +97,7 @@ class QuantizedTensor(torch.Tensor):
         self.nested_absmax = nested_absmax
         self.offset = offset
         self.format = fmt
-        self.outer = torch.Size(shape if outer is None else outer)
+        self.whole_shape = torch.Size(shape if whole_shape is None else whole_shape)
         self.start = start
         self.undo = tensor_dispatch.Undo() if undo is None else undo
 
@@ -136,7 +137,7 @@ class QuantizedTensor(torch.Tensor):
     @property
     def is_whole(self) -> bool:
         """Whether this is no shard of a larger tensor."""
-        return self.start == 0 and self.numel() == self.outer.numel()
+        return self.start == 0 and self.numel() == self.whole_shape.numel()
 
     @property
     def has_rows(self) -> bool:
@@ -144,7 +145,7 @@ class QuantizedTensor(torch.Tensor):
         return self.packed.dim() == 2
 
     @property
-    def nbytes(self) -> int:
+    def nbytes(self) -> int:  # type: ignore[override]  # torch declares an attribute
         """Bytes of codes and scales, not of the dense tensor."""
         return sum(p.numel() * p.element_size() for p in self.parts if p is not None)
 
@@ -167,12 +168,12 @@ class QuantizedTensor(torch.Tensor):
             self.format,
             self.shape if shape is None else shape,
             self.dtype if dtype is None else dtype,
-            self.outer,
+            self.whole_shape,
             self.start if start is None else start,
             undo,
         )
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense tensor: ``code * absmax`` in fp32, rounded once.
 
         Args:
@@ -184,11 +185,11 @@ class QuantizedTensor(torch.Tensor):
         if self.start == tensor_dispatch.UNKNOWN_START:
             msg = "this is one rank's shard of a weight: gather it (unshard()) to dequantize it"
             raise ShapeError(msg)
-        if self.is_whole or (self.has_rows and self.nested_absmax is None):
+        if self.is_whole:
             return _dense(self.parts, fmt, self.shape, dtype)
         if self.has_rows:
             return _dense(_decode_shard(self), fmt, self.shape, dtype)
-        flat = _dense(self.parts, fmt, self.outer, dtype).reshape(-1)
+        flat = _dense(self.parts, fmt, self.whole_shape, dtype).reshape(-1)
         return flat[self.start : self.start + self.numel()].reshape(self.shape)
 
     def assign(self, values: Tensor) -> QuantizedTensor:
@@ -203,17 +204,19 @@ class QuantizedTensor(torch.Tensor):
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         names = [name for name, part in self.parts._asdict().items() if part is not None]
-        return names, (self.format, self.dtype, tuple(self.outer), self.start)
+        return names, (self.format, self.dtype, tuple(self.whole_shape), self.start)
 
     @classmethod
     def __tensor_unflatten__(
         cls, inner: dict[str, Tensor], context: Any, size: Sequence[int], stride: Sequence[int]
     ) -> QuantizedTensor:
-        fmt, dtype, outer, start = context
-        parts = (inner.get(name) for name in Parts._fields)
-        return cls(*parts, fmt, size, dtype, outer, start)  # type: ignore[arg-type]
+        fmt, dtype, whole_shape, start = context
+        parts = (inner["packed"], inner["absmax"], inner.get("nested_absmax"), inner.get("offset"))
+        return cls(*parts, fmt, size, dtype, whole_shape, start)
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(  # type: ignore[override]  # torch's has no types
+        self, *, tensor_contents: Any = None
+    ) -> str:
         fmt = self.format
         return (
             f"QuantizedTensor(shape={tuple(self.shape)}, dtype={self.dtype}, "
@@ -222,9 +225,7 @@ class QuantizedTensor(torch.Tensor):
         )
 
     @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.nn.functional.linear:
             return _linear(*args, **kwargs)
@@ -237,7 +238,9 @@ class QuantizedTensor(torch.Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares a plain function
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return tensor_dispatch.dispatch(cls, func, args, kwargs or {})
 
     def fsdp_pre_all_gather(self, mesh: Any) -> tuple[tuple[Tensor, ...], Any]:
@@ -247,7 +250,7 @@ class QuantizedTensor(torch.Tensor):
         """
         if not self.has_rows:  # every rank holds everything: nothing to gather
             return (self.packed.new_zeros(1),), self
-        rows = -(-self.outer[0] // mesh.size())
+        rows = -(-self.whole_shape[0] // mesh.size())
         pad = [0, 0, 0, rows - self.packed.shape[0]]
         gathered = (torch.nn.functional.pad(t, pad) for t in (self.packed, self.absmax))
         return tuple(gathered), self
@@ -258,11 +261,11 @@ class QuantizedTensor(torch.Tensor):
         """FSDP2: the whole weight from all ranks' rows; scales keep their dtype."""
         if out is not None:
             return None
-        parts = shard.parts
+        parts: Parts = shard.parts
         if shard.has_rows:
-            rows = shard.outer[0]
-            parts = (gathered[0][:rows], gathered[1][:rows], *parts[2:])
-        whole = QuantizedTensor(*parts, shard.format, shard.outer, param_dtype)
+            rows = shard.whole_shape[0]
+            parts = parts._replace(packed=gathered[0][:rows], absmax=gathered[1][:rows])
+        whole = QuantizedTensor(*parts, shard.format, shard.whole_shape, param_dtype)
         return whole, gathered
 
 
@@ -341,9 +344,7 @@ def linear(
     if not weight.is_whole:  # a shard or a slice, outside of training
         return reference.linear(x, weight.dequantize(x.dtype), bias, lora_A, lora_B, scaling)
     out_features = weight.shape[0]
-    return ops.linear(
-        x, weight.parts, weight.format, out_features, bias, lora_A, lora_B, scaling
-    )
+    return ops.linear(x, weight.parts, weight.format, out_features, bias, lora_A, lora_B, scaling)
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002
@@ -356,15 +357,17 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 
 def _dense(parts: Parts, fmt: QuantFormat, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    return ops.dequantize(*parts, fmt.quant_type, fmt.blocksize, list(shape), dtype)
+    out: Tensor = ops.dequantize(*parts, fmt.quant_type, fmt.blocksize, list(shape), dtype)
+    return out
 
 
 def _decode_shard(q: QuantizedTensor) -> Parts:
-    """Parts with fp32 scales of a shard whose groups of scales start in mid-tensor."""
+    """Parts with fp32 scales of a shard; its groups of scales may start in mid-tensor."""
+    if q.nested_absmax is None or q.offset is None:
+        return q.parts
     first = q.start // q.format.blocksize
-    group, lead = divmod(first, reference.NESTED_BLOCKSIZE)
+    group, lead = divmod(first, NESTED_BLOCKSIZE)
     codes = torch.nn.functional.pad(q.absmax.reshape(-1), [lead, 0])
-    assert q.nested_absmax is not None and q.offset is not None
     absmax = reference.dequantize_absmax(codes, q.nested_absmax[group:], q.offset)[lead:]
     return Parts(q.packed, absmax.reshape(q.absmax.shape), None, None)
 
@@ -374,7 +377,10 @@ def _rows_are_blocks(shape: Sequence[int], fmt: QuantFormat) -> bool:
     return rows > 0 and fmt.rows_are_blocks(torch.Size(shape).numel() // rows)
 
 
-def _refuse_grad(tensor: Tensor, requires_grad: bool = True) -> None:
+def _refuse_grad(
+    tensor: Tensor,
+    requires_grad: bool = True,  # noqa: FBT001 - torch's signature
+) -> None:
     if requires_grad and isinstance(tensor, QuantizedTensor):
         msg = (
             "a quantized weight cannot require a gradient: train an adapter on it "

@@ -73,7 +73,8 @@ def set_data(q: QuantizedTensor, value: Tensor) -> None:
         msg = f"cannot set data of {tuple(value.shape)} on a quantized {tuple(q.shape)}"
         raise ShapeError(msg)
     q.packed, q.absmax, q.nested_absmax, q.offset = value.parts
-    q.format, q.outer, q.start, q.undo = value.format, value.outer, value.start, value.undo
+    q.format, q.undo = value.format, value.undo
+    q.whole_shape, q.start = value.whole_shape, value.start
     if value.dtype != q.dtype or value.device != q.device:
         # dtype and device live in the C++ half, which only a swap of the whole tensor changes.
         torch.Tensor.data.__set__(q, value)  # type: ignore[attr-defined]
@@ -211,7 +212,12 @@ def _(func: Any, q: QuantizedTensor, size: Any, stride: Any, storage_offset: Any
 
 
 @_rule(aten.copy_.default)
-def _(func: Any, q: QuantizedTensor, source: Tensor, non_blocking: bool = False) -> Any:
+def _(
+    func: Any,
+    q: QuantizedTensor,
+    source: Tensor,
+    non_blocking: bool = False,  # noqa: FBT001 - torch's signature
+) -> Any:
     if isinstance(source, type(q)) and _same_layout(q, source):
         for mine, theirs in zip(q.parts, source.parts, strict=True):
             if mine is not None and theirs is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from qkern.checkpoint.save import TIED_KEY, WEIGHTS_NAME
 from qkern.errors import CorruptFileError
 from qkern.files import read_json
 from qkern.layers import QuantizedLinear
+from qkern.tensor import QuantizedTensor
 
 INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
 
@@ -70,7 +71,7 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     for file in _weight_files(directory):
         try:
             with safe_open(file, "pt") as opened:
-                for key in opened.keys():  # noqa: SIM118: no mapping
+                for key in opened.keys():  # noqa: SIM118 - no mapping
                     tensors[key] = opened.get_tensor(key)
                 tied = json.loads((opened.metadata() or {}).get(TIED_KEY, "{}"))
         except (SafetensorError, ValueError) as error:
@@ -86,7 +87,7 @@ def is_quantized(directory: Path) -> bool:
 
     for file in _weight_files(directory):
         with safe_open(file, "pt") as opened:
-            if any(".quant_state." in key for key in opened.keys()):  # noqa: SIM118
+            if any(".quant_state." in key for key in opened.keys()):  # noqa: SIM118 - no mapping
                 return True
     return False
 
@@ -130,7 +131,7 @@ def _place(model: nn.Module, tensors: dict[str, Tensor], prefix: str) -> None:
         msg = f"{prefix}: the file holds {tuple(loaded.shape)}, {tuple(layer.weight.shape)} needed"
         raise CorruptFileError(msg)
     # On meta the strict load hands over the file's own memory; else it copies.
-    empty = torch.empty_like(loaded, device=layer.weight.device)
+    empty = cast("QuantizedTensor", torch.empty_like(loaded, device=layer.weight.device))
     bias = layer.bias
     if bias is not None:
         bias.requires_grad_(False)

@@ -82,9 +82,7 @@ def _distinct(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
     return kept, tied
 
 
-def _quantization_config(
-    model: nn.Module, layers: dict[str, QuantizedLinear]
-) -> dict[str, Any]:
+def _quantization_config(model: nn.Module, layers: dict[str, QuantizedLinear]) -> dict[str, Any]:
     """What transformers reads to open the directory."""
     formats = [layer.quantized_weight.format for layer in layers.values()]
     fmt = max(set(formats), key=formats.count)

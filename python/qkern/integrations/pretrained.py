@@ -49,9 +49,7 @@ def load(
     return built.eval() if model is None else built
 
 
-def load_model(
-    path: str | PathLike[str], *, dtype: torch.dtype | None = None
-) -> PreTrainedModel:
+def load_model(path: str | PathLike[str], *, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """A causal language model from a directory or a GGUF file, dense or quantized as it is there.
 
     Args:
@@ -73,7 +71,8 @@ def load_model(
     model: PreTrainedModel = transformers.AutoModelForCausalLM.from_pretrained(
         directory, **arguments
     )
-    return model.eval()
+    model.train(False)
+    return model
 
 
 def load_tokenizer(path: str | PathLike[str]) -> PreTrainedTokenizerBase:
@@ -119,7 +118,8 @@ def _empty_model(directory: Path) -> nn.Module:
     config = transformers.AutoConfig.for_model(**content)
     # Buffers are computed, not loaded (rotary tables): they must be real.
     with _import("accelerate").init_empty_weights(include_buffers=False):
-        return cls(config)
+        model: nn.Module = cls(config)
+        return model
 
 
 def _import(name: str) -> Any:

@@ -1,6 +1,6 @@
 """``qkern::dequantize``: codes and scales to values.
 
-    w[i] = round_to_dtype(code[i] * absmax[i // blocksize])     product in fp32, rounded once
+w[i] = round_to_dtype(code[i] * absmax[i // blocksize])     product in fp32, rounded once
 """
 
 from __future__ import annotations

@@ -70,7 +70,8 @@ def quantize(values: Tensor, fmt: QuantFormat, nonfinite: str) -> tuple[Tensor, 
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """8-bit codes, nested_absmax, offset (1,) and safe (1,) of fp32 scales (blocks,)."""
     codes, nested, offset, safe = codec.encode_absmax(as_array(absmax.contiguous()))
-    return (*map(torch.from_numpy, (codes, nested, offset)), torch.tensor([safe]))
+    arrays = (torch.from_numpy(codes), torch.from_numpy(nested), torch.from_numpy(offset))
+    return (*arrays, torch.tensor([safe]))
 
 
 def dequantize_into(parts: Parts, fmt: QuantFormat, out: Tensor) -> None:

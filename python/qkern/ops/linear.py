@@ -113,8 +113,11 @@ def _(
     y = host.matmul(x, parts, fmt, out_features, bias)
     if lora_A is None or lora_B is None:
         return y
-    h = x.to(lora_A.dtype) @ lora_A.mT  # (..., r)
-    return (y + (h @ lora_B.mT) * scaling).to(x.dtype)
+    flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.reshape(-1, out_features)  # (M, K), (M, N)
+    h = flat_x.to(lora_A.dtype) @ lora_A.mT  # (M, r)
+    if lora_B.dtype == x.dtype:  # no pass over y of its own
+        return torch.addmm(flat_y, h, lora_B.mT, alpha=scaling).reshape(y.shape)
+    return (y + (h @ lora_B.mT).reshape(y.shape) * scaling).to(x.dtype)
 
 
 @torch.library.custom_op(
@@ -162,14 +165,13 @@ def _(
 
 def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, packed, absmax, nested_absmax, offset, quant_type, blocksize = inputs[:7]
-    out_features, bias, lora_A, lora_B, scaling = inputs[7:]
+    out_features, _, lora_A, lora_B, scaling = inputs[7:]
     needs_x = lora_A is not None and (ctx.needs_input_grad[9] or ctx.needs_input_grad[10])
     ctx.save_for_backward(
         x if needs_x else None, packed, absmax, nested_absmax, offset, lora_A, lora_B
     )
     ctx.sizes = (quant_type, blocksize, x.shape[-1], out_features)
     ctx.scaling = scaling
-    ctx.x_dtype = x.dtype
 
 
 def _backward_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -182,7 +184,7 @@ def _backward_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if need_x:
         dX = torch.ops.qkern.linear_backward(grad, *parts, quant_type, blocksize, in_features)
         if G is not None:
-            dX = (dX + G @ lora_A).to(ctx.x_dtype)  # (..., in_features)
+            dX = _add_product(dX, G, lora_A)  # (..., in_features)
     if need_bias:
         dbias = grad.reshape(-1, out_features).sum(0)
     if need_A or need_B:
@@ -193,6 +195,14 @@ def _backward_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if need_B:
             dB = flat_grad.mT @ (flat_x @ lora_A.mT) * ctx.scaling  # (out_features, r)
     return (dX, *[None] * 7, dbias, dA, dB, None)
+
+
+def _add_product(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """``y + a b`` in y's dtype, (..., N) + (..., r) (r, N); one pass over y where dtypes agree."""
+    flat_y, flat_a = y.reshape(-1, y.shape[-1]), a.reshape(-1, a.shape[-1])
+    if b.dtype == y.dtype:
+        return torch.addmm(flat_y, flat_a, b).reshape(y.shape)
+    return (y + (flat_a @ b).reshape(y.shape)).to(y.dtype)
 
 
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

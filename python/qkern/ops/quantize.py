@@ -1,4 +1,6 @@
-"""``qkern::quantize``: values to codes and fp32 scales by the block maximum;
+"""Values to bytes.
+
+``qkern::quantize``: values to codes and fp32 scales by the block maximum.
 ``qkern::quantize_absmax``: those scales to 8 bits, with the answer whether that is safe.
 """
 
@@ -35,9 +37,7 @@ def quantize(
 
 
 @quantize.register_fake
-def _(
-    values: Tensor, quant_type: str, blocksize: int, nonfinite: str
-) -> tuple[Tensor, Tensor]:
+def _(values: Tensor, quant_type: str, blocksize: int, nonfinite: str) -> tuple[Tensor, Tensor]:
     host.dtype_name(values.dtype)
     fmt = QuantFormat(quant_type, blocksize, double_quant=False)
     packed_dtype = torch.uint8 if fmt.bits == 4 else torch.int8
@@ -46,9 +46,7 @@ def _(
 
 
 @quantize.register_kernel("cpu")
-def _(
-    values: Tensor, quant_type: str, blocksize: int, nonfinite: str
-) -> tuple[Tensor, Tensor]:
+def _(values: Tensor, quant_type: str, blocksize: int, nonfinite: str) -> tuple[Tensor, Tensor]:
     fmt = QuantFormat(quant_type, blocksize, double_quant=False)
     return host.quantize(values, fmt, nonfinite)
 

@@ -1,0 +1,139 @@
+"""The frozen model of a run: loaded, quantized, and in the dtype that the machine computes well."""
+
+from __future__ import annotations
+
+import dataclasses
+from os import PathLike
+from typing import TYPE_CHECKING
+
+import torch
+
+from qkern import adapters
+from qkern.formats import QuantFormat
+from qkern.integrations.pretrained import load_model
+from qkern.model import memory_footprint, quantize_model
+from qkern.training.errors import SettingError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from qkern.coverage import CoverageReport
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenModel:
+    """A quantized model, before it gets an adapter.
+
+    Args:
+        model: in evaluation mode, on the CPU.
+        coverage: which weights were quantized.
+        bytes_before: of the model as loaded.
+        bytes_after: of the model now.
+    """
+
+    model: PreTrainedModel
+    coverage: CoverageReport
+    bytes_before: int
+    bytes_after: int
+
+
+def load_frozen(
+    path: str | PathLike[str], fmt: QuantFormat, *, dtype: torch.dtype | None = None
+) -> FrozenModel:
+    """Load a model and quantize its linear layers; one that is quantized already stays as it is.
+
+    Args:
+        path: a model directory or GGUF file.
+        fmt: how the frozen weights are stored.
+        dtype: of what stays dense, and of what the weights dequantize to; the file's if None.
+
+    Raises:
+        FileNotFoundError: there is no model at ``path``.
+        QkernError: its files cannot be used.
+    """
+    model = load_model(path)
+    before = memory_footprint(model)
+    coverage = quantize_model(model, fmt)
+    if dtype is not None:
+        model.to(dtype)  # type: ignore[arg-type]
+    _forget_gguf(model)
+    return FrozenModel(model, coverage, before, memory_footprint(model))
+
+
+def load_finetuned(
+    path: str | PathLike[str],
+    adapter: str | PathLike[str] | None = None,
+    *,
+    fmt: QuantFormat | None = None,
+    dtype: torch.dtype | None = None,
+) -> PreTrainedModel:
+    """Load a model and the adapter that was trained on it, quantized as it was in training.
+
+    Args:
+        path: the base model's directory or GGUF file.
+        adapter: the adapter's directory; None for the base model alone.
+        fmt: how the frozen weights are stored; what the adapter's file says if None, and nothing
+            is quantized if there is no adapter either.
+        dtype: as in ``load_frozen``.
+
+    Returns:
+        The model in evaluation mode, on the CPU.
+    """
+    if fmt is None and adapter is not None:
+        fmt = adapters.read_quantization(adapter) or QuantFormat()
+    if fmt is None:
+        model = load_model(path, dtype=dtype)
+        _forget_gguf(model)
+    else:
+        model = load_frozen(path, fmt, dtype=dtype).model
+    if adapter is not None:
+        adapters.load_adapter(model, adapter)
+    model.train(mode=False)
+    return model
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of a setting: "cpu", "cuda", or "auto".
+
+    Raises:
+        SettingError: "cuda" without a GPU.
+    """
+    gpu = torch.cuda.is_available()
+    if name == "cuda" and not gpu:
+        msg = (
+            "device is 'cuda', but torch sees no GPU: use 'cpu' or 'auto', or look at qkern doctor"
+        )
+        raise SettingError(msg)
+    return torch.device("cuda" if gpu and name != "cpu" else "cpu")
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of the arithmetic: a name, or "auto" for what the machine computes well.
+
+    Raises:
+        SettingError: "float16" on a CPU.
+    """
+    if name == "auto":
+        return torch.bfloat16 if has_bfloat16(device) else torch.float32
+    if name == "float16" and device.type == "cpu":
+        msg = "dtype is 'float16', which does not train on a CPU: use 'bfloat16' or 'float32'"
+        raise SettingError(msg)
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices in hardware."""
+    if device.type == "cuda":
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(bool(getattr(torch.cpu, check, bool)()) for check in checks)
+
+
+def _forget_gguf(model: PreTrainedModel) -> None:
+    """Undo the mark of a quantized model on one read from GGUF, whose weights are dense now."""
+    method = getattr(getattr(model, "quantization_method", None), "value", None)
+    if method != "gguf":
+        return
+    vars(model).update(is_quantized=False, hf_quantizer=None)
+    vars(model.config).pop("quantization_config", None)
