@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -30,3 +31,10 @@ def test_codec_bench_compares_equal_results_and_prints_its_rows(bench: ModuleTyp
     assert {"qkern", "bitsandbytes", "qkern, scalar forced"} <= engines
     assert all(row["median"] > 0 for row in rows)
     assert "bitsandbytes" in bench.table(rows)
+
+
+def test_figures_in_the_readme_are_those_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHES))
+    readme = importlib.import_module("readme")
+    text = readme.README.read_text()
+    assert readme.updated(text) == text

@@ -100,9 +100,7 @@ def test_dry_run_shows_the_example_and_writes_nothing(
     assert "[[ok: 0" in content["preview"]
 
 
-def test_bad_data_ends_with_4_and_one_line(
-    model_dir: Path, tmp_path: Path, capsys: Any
-) -> None:
+def test_bad_data_ends_with_4_and_one_line(model_dir: Path, tmp_path: Path, capsys: Any) -> None:
     path = write_jsonl(tmp_path / "bad.jsonl", [{"text": "a"}, {"txt": "b"}])
     assert call("finetune", model_dir, path, "-o", tmp_path / "o", "--json") == 4
     out, err = capsys.readouterr()

@@ -42,7 +42,9 @@ def test_report_counts_bytes_and_prints_a_table() -> None:
 def test_tied_head_is_left_and_stays_tied() -> None:
     model = tiny_llama(tie_word_embeddings=True)
     report = qkern.quantize_model(model)
-    assert "lm_head" in reasons(report)
+    assert reasons(report)["lm_head"] == "the output head"
+    linear = sum(row.numel for row in report.quantized)
+    assert report.coverage == pytest.approx(linear / (linear + 96 * 128))  # the pair counts once
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 

@@ -127,7 +127,7 @@ def test_kinds_must_not_be_mixed(tmp_path: Path) -> None:
 def test_an_empty_file_is_an_error(tmp_path: Path, name: str, content: str) -> None:
     path = tmp_path / name
     path.write_text(content, encoding="utf-8")
-    with pytest.raises(DataError, match="no rows|no text"):
+    with pytest.raises(DataError, match=r"no rows|no text"):
         read_rows(path)
 
 

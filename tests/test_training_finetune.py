@@ -37,7 +37,14 @@ from qkern.training.trainer import AdapterTrainer, trained_token_loss
 
 # 24 rows in batches of 4 are 6 steps an epoch: 9 steps end in the second one.
 CONFIG = FinetuneConfig(
-    steps=9, lr=2e-2, batch_size=4, r=4, lora_alpha=8, lora_dropout=0.1, save_steps=0, dtype="float32"
+    steps=9,
+    lr=2e-2,
+    batch_size=4,
+    r=4,
+    lora_alpha=8,
+    lora_dropout=0.1,
+    save_steps=0,
+    dtype="float32",
 )
 
 
@@ -127,9 +134,10 @@ def test_the_same_seed_gives_the_same_run(
 def test_resume_equals_an_uninterrupted_run(
     stop: int, whole: FinetuneResult, model_dir: Path, data: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    with monkeypatch.context() as patch, pytest.raises(TrainingInterrupted) as caught:
+    with monkeypatch.context() as patch:
         patch.setattr(AdapterTrainer, "train", _with_callback(_SendSigint(stop)))
-        finetune(model_dir, data, tmp_path, CONFIG)
+        with pytest.raises(TrainingInterrupted) as caught:
+            finetune(model_dir, data, tmp_path, CONFIG)
     assert caught.value.step == stop
     assert caught.value.checkpoint == tmp_path / f"checkpoint-{stop}"
     assert not (tmp_path / adapters.WEIGHTS_NAME).exists()
@@ -147,9 +155,10 @@ def test_resume_with_random_order_and_accumulation(
         CONFIG, steps=5, batch_size=2, grad_accum=3, group_by_length=False, save_steps=2
     )
     straight = finetune(model_dir, data, tmp_path / "a", config)
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
+    with monkeypatch.context() as patch:
         patch.setattr(AdapterTrainer, "train", _with_callback(_Fail(4)))
-        finetune(model_dir, data, tmp_path / "b", config)
+        with pytest.raises(RuntimeError, match="power cut"):
+            finetune(model_dir, data, tmp_path / "b", config)
     resumed = finetune(model_dir, data, tmp_path / "b", resume=True)
     assert resumed.losses == straight.losses
     assert equal(tmp_path / "a", tmp_path / "b")
@@ -158,9 +167,10 @@ def test_resume_with_random_order_and_accumulation(
 def test_an_unfinished_checkpoint_is_passed_over(
     whole: FinetuneResult, model_dir: Path, data: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    with monkeypatch.context() as patch, pytest.raises(TrainingInterrupted):
+    with monkeypatch.context() as patch:
         patch.setattr(AdapterTrainer, "train", _with_callback(_SendSigint(4)))
-        finetune(model_dir, data, tmp_path, CONFIG)
+        with pytest.raises(TrainingInterrupted):
+            finetune(model_dir, data, tmp_path, CONFIG)
     (tmp_path / "checkpoint-8").mkdir()
     result = finetune(model_dir, data, tmp_path, resume=True)
     assert result.losses == whole.losses
@@ -268,7 +278,7 @@ def test_resume_refuses_other_settings(
 
 def test_resume_refuses_other_data(whole: FinetuneResult, model_dir: Path, tmp_path: Path) -> None:
     other = write_chats(tmp_path / "other.jsonl", count=23)
-    with pytest.raises(SettingError, match="token ids .* are not those"):
+    with pytest.raises(SettingError, match=r"token ids .* are not those"):
         finetune(model_dir, other, whole.output_dir, resume=True)
 
 
@@ -330,7 +340,9 @@ def test_settings_out_of_range(changes: dict[str, Any], message: str) -> None:
         FinetuneConfig(**changes)
 
 
-def test_settings_of_the_format_and_the_machine(model_dir: Path, data: Path, tmp_path: Path) -> None:
+def test_settings_of_the_format_and_the_machine(
+    model_dir: Path, data: Path, tmp_path: Path
+) -> None:
     with pytest.raises(FormatError, match="blocksize 60"):
         FinetuneConfig(blocksize=60)
     with pytest.raises(SettingError, match="does not train on a CPU"):

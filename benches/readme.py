@@ -1,0 +1,57 @@
+"""Write the README's table of figures from ``results/*.json``: no figure is typed by hand.
+
+    python benches/readme.py            writes README.md
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parents[1] / "README.md"
+START, END = "<!-- figures: benches/readme.py -->", "<!-- end of figures -->"
+
+
+def render() -> str:
+    """The section between the marks, as it should be."""
+    content = json.loads((RESULTS / "codec.json").read_text())
+    machine = content["machine"]
+    cores, packages = machine["cores"], machine["packages"]
+    lines = [
+        f"Measured on {machine['cpu']}, {cores} cores ({machine['simd']}), "
+        f"torch {packages['torch']}, bitsandbytes {packages['bitsandbytes']}: NF4, blocks of 64, "
+        f"a {content['rows'][0]['size']}x{content['rows'][0]['size']} weight, medians of one "
+        "interleaved run.",
+        "",
+        "| host codec | dtype | qkern | bitsandbytes | times faster |",
+        "|---|---|---|---|---|",
+    ]
+    theirs = {
+        (r["case"], r["dtype"]): r for r in content["rows"] if r["engine"] == "bitsandbytes"
+    }
+    for row in content["rows"]:
+        if row["engine"] == "bitsandbytes" or "scalar" in row["engine"]:
+            continue
+        lines.append(_line(row, theirs[row["case"], row["dtype"]]))
+    return "\n".join(lines)
+
+
+def _line(row: dict[str, Any], theirs: dict[str, Any]) -> str:
+    detail = row["engine"].removeprefix("qkern").lstrip(", ")
+    case = f"{row['case']}{f' ({detail})' if detail else ''}"
+    ours, base = (f"{1e3 * r['median']:.1f} ms" for r in (row, theirs))
+    ratio = row["times faster than bitsandbytes"]
+    return f"| {case} | {row['dtype']} | {ours} | {base} | {ratio:.1f} |"
+
+
+def updated(text: str) -> str:
+    """``text`` with the section replaced."""
+    before, rest = text.split(START)
+    after = rest.split(END)[1]
+    return f"{before}{START}\n{render()}\n{END}{after}"
+
+
+if __name__ == "__main__":
+    README.write_text(updated(README.read_text()))
