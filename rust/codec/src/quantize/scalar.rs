@@ -68,16 +68,28 @@ pub(crate) fn quantize_tail<T: Element>(
 ///
 /// Magnitudes are compared as integers, where NaN is larger than infinity and cannot hide.
 pub(crate) fn block_absmax<T: Element>(block: &[T]) -> f32 {
-    let mut largest = [0_u32; STRIP];
-    let mut wide = [0.0_f32; STRIP];
-    for strip in block.chunks(STRIP) {
-        let wide = &mut wide[..strip.len()];
-        T::widen(strip, wide);
-        for (largest, x) in largest.iter_mut().zip(wide) {
-            *largest = (*largest).max(x.to_bits() & 0x7fff_ffff);
+    let mut largest = [0_i32; STRIP];
+    for_each_strip(block, |_, strip| {
+        for (largest, x) in largest.iter_mut().zip(strip) {
+            *largest = (*largest).max((x.to_bits() & 0x7fff_ffff) as i32);
         }
+    });
+    absmax_from_bits(largest.into_iter().fold(0, i32::max) as u32)
+}
+
+/// Calls `work` on each `STRIP` values, widened; the last are filled up with zeros.
+fn for_each_strip<T: Element>(block: &[T], mut work: impl FnMut(usize, &[f32; STRIP])) {
+    let (strips, rest) = block.as_chunks::<STRIP>();
+    let mut wide = [0.0; STRIP];
+    for (i, strip) in strips.iter().enumerate() {
+        T::widen(strip, &mut wide);
+        work(i, &wide);
     }
-    absmax_from_bits(largest.into_iter().max().unwrap_or(0))
+    if !rest.is_empty() {
+        wide.fill(0.0);
+        T::widen(rest, &mut wide[..rest.len()]);
+        work(strips.len(), &wide);
+    }
 }
 
 /// The float with these bits; any NaN becomes the canonical one.
@@ -101,17 +113,17 @@ fn at_least_smallest(absmax: f32) -> f32 {
 
 /// Codes and packs the scaled values of one block.
 fn encode<T: Element>(block: &[T], code: &Codebook, packed: &mut [u8], scale: impl Fn(f32) -> f32) {
-    let mut wide = [0.0_f32; STRIP];
-    for (strip, packed) in block.chunks(STRIP).zip(packed.chunks_mut(STRIP / 2)) {
-        T::widen(strip, &mut wide[..strip.len()]);
-        let mut codes = indices(&wide.map(&scale), code.bounds())
+    for_each_strip(block, |i, strip| {
+        let codes = indices(&strip.map(&scale), code.bounds())
             .map(|index| code.order()[usize::from(index % 16)]);
-        if strip.len() % 2 == 1 {
-            codes[strip.len()] = code.zero_code();
-        }
-        for (byte, [high, low]) in packed.iter_mut().zip(codes.as_chunks::<2>().0) {
-            *byte = high << 4 | low;
-        }
+        let pairs = codes.as_chunks::<2>().0;
+        let bytes: [u8; STRIP / 2] = core::array::from_fn(|j| pairs[j][0] << 4 | pairs[j][1]);
+        let packed = &mut packed[i * bytes.len()..];
+        let count = packed.len().min(bytes.len());
+        packed[..count].copy_from_slice(&bytes[..count]);
+    });
+    if let (1, Some(last)) = (block.len() % 2, packed.last_mut()) {
+        *last = *last & 0xf0 | code.zero_code();
     }
 }
 
