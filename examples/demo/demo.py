@@ -32,7 +32,7 @@ from qkern.training.base import load_frozen, resolve_device, resolve_dtype
 from qkern.training.libraries import quiet_libraries
 
 HERE = Path(__file__).resolve().parent
-CONFIG = FinetuneConfig(steps=44, batch_size=8, lr=5e-4, max_length=256, device="cpu", save_steps=0)
+CONFIG = FinetuneConfig(steps=44, batch_size=6, lr=5e-4, max_length=256, device="cpu", save_steps=0)
 QUESTIONS = 24  # held-out cards that the model has to write
 LOSS_CARDS = 64  # held-out cards whose loss is measured
 PROBES = 4  # sequences whose logits a fresh process has to reproduce

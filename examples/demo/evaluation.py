@@ -10,6 +10,7 @@ import torch
 from cards import Card, parse_card
 
 from qkern.training import Example
+from qkern.training.trainer import trained_token_loss
 
 BATCH = 8
 MAX_NEW_TOKENS = 72
@@ -63,7 +64,8 @@ def heldout_loss(model: Any, tokenizer: Any, examples: Sequence[Example]) -> flo
         labels = _pad([e.labels for e in batch], -100)
         mask = _pad([[1] * len(e.input_ids) for e in batch], 0)
         count = sum(e.trained for e in batch)
-        total += count * model(input_ids=ids, attention_mask=mask, labels=labels).loss.item()
+        inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        total += count * trained_token_loss(model, inputs).item()
         tokens += count
     return total / tokens
 

@@ -17,8 +17,6 @@ from qkern.formats import QuantFormat, resolve_format
 from qkern.layers import QLoRALinear, QuantizedLinear
 from qkern.tensor import QuantizedTensor
 
-_NOT_COUNTED = {"numel": 0, "bytes_before": 0, "bytes_after": 0}
-
 __all__ = ["CoverageReport", "add_lora", "memory_footprint", "quantize_model"]
 
 
@@ -71,8 +69,9 @@ def quantize_model(
             model.set_submodule(name, quantized)
             weight = quantized.quantized_weight
         row = _row(name, weight, reason or _class_reason(module), fmt)
-        # A weight that two modules share is stored once: it counts where it is met first.
-        rows.append(row if first else dataclasses.replace(row, **_NOT_COUNTED))
+        if not first:  # a weight that two modules share is stored once: it counts there
+            row = dataclasses.replace(row, numel=0, bytes_before=0, bytes_after=0)
+        rows.append(row)
     report = CoverageReport(tuple(rows))
     if min_coverage is not None and report.coverage < min_coverage:
         msg = (

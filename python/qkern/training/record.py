@@ -115,8 +115,13 @@ def finished_run(directory: Path, steps: int) -> tuple[Path, list[dict[str, Any]
         return directory, read_json(log)["history"]
     if checkpoint is None or int(checkpoint.name.rpartition("-")[2]) < steps:
         return None
-    history = read_json(checkpoint / _LAST_FILE)["log_history"]
-    return checkpoint, [entry for entry in history if "loss" in entry]
+    return checkpoint, saved_history(checkpoint)
+
+
+def saved_history(checkpoint: Path) -> list[dict[str, Any]]:
+    """The entries, one per step, of the run up to a checkpoint."""
+    entries = read_json(checkpoint / _LAST_FILE)["log_history"]
+    return [entry for entry in entries if "loss" in entry]
 
 
 def _checkpoints(directory: Path) -> list[tuple[int, Path]]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from qkern import adapters
 from qkern.training.errors import DivergedError
 from qkern.training.examples import IGNORED
 from qkern.training.memory import peak_memory
+from qkern.training.record import saved_history
 
 # Logits of the trained positions above this size (fp32 bytes) go through TRL's chunked loss.
 MAX_LOGITS_BYTES = 1 << 30
@@ -125,11 +127,8 @@ class AdapterTrainer(SFTTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """The adapter alone, through ``qkern.load_adapter``."""
         adapters.load_adapter(self._net, resume_from_checkpoint)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        seen = [entry["tokens"] for entry in self.state.log_history if "tokens" in entry]
-        self._earlier_tokens = int(seen[-1]) if seen else 0
+        history = saved_history(Path(resume_from_checkpoint))
+        self._earlier_tokens = history[-1]["tokens"] if history else 0
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self._order or super()._get_train_sampler(train_dataset)
