@@ -71,6 +71,17 @@ def test_some_layers_only_and_ranks_of_their_own(tmp_path: Path) -> None:
     assert torch.equal(logits(fresh), logits(model))
 
 
+def test_recorded_format_is_what_was_asked_for_and_not_one_layers_fallback(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(256, 64), nn.Linear(64, 64))
+    with torch.no_grad():
+        model[0].weight[::2] *= 1e-4
+    qkern.quantize_model(model)
+    assert not model[0].weight.format.double_quant
+    qkern.add_lora(model)
+    qkern.save_adapter(model, tmp_path)
+    assert read_quantization(tmp_path) == qkern.QuantFormat("nf4", double_quant=True)
+
+
 def test_merge_is_near_and_unmerge_restores_the_bytes() -> None:
     model = adapted(lora_alpha=0.5)
     before = {n: p.clone() for n, p in model.state_dict().items()}
