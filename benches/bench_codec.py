@@ -1,6 +1,6 @@
 """Host quantize and dequantize beside bitsandbytes' CPU back end, and each SIMD body by itself.
 
-    python benches/bench_codec.py [--size 4096] [--repeats 15] [--save]
+python benches/bench_codec.py [--size 4096] [--repeats 15] [--save]
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Side-by-side timing: engines interleaved in one process, medians and spread, JSON with the machine.
+"""Side-by-side timing: engines interleaved in one process; medians and spread as JSON.
 
 Absolute times on shared machines mean little; ratios within one run are what is reported.
 """

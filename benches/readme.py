@@ -1,6 +1,6 @@
 """Write the README's table of figures from ``results/*.json``: no figure is typed by hand.
 
-    python benches/readme.py            writes README.md
+python benches/readme.py            writes README.md
 """
 
 from __future__ import annotations
@@ -28,9 +28,7 @@ def render() -> str:
         "| host codec | dtype | qkern | bitsandbytes | times faster |",
         "|---|---|---|---|---|",
     ]
-    theirs = {
-        (r["case"], r["dtype"]): r for r in content["rows"] if r["engine"] == "bitsandbytes"
-    }
+    theirs = {(r["case"], r["dtype"]): r for r in content["rows"] if r["engine"] == "bitsandbytes"}
     for row in content["rows"]:
         if row["engine"] == "bitsandbytes" or "scalar" in row["engine"]:
             continue

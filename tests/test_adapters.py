@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from toys import tiny_llama, token_ids
 from torch import Tensor, nn
+from toys import tiny_llama, token_ids
 
 import qkern
 from qkern.adapters import read_quantization
@@ -61,9 +61,7 @@ def test_some_layers_only_and_ranks_of_their_own(tmp_path: Path) -> None:
     model = tiny_llama()
     qkern.quantize_model(model)
     qkern.add_lora(model, r=2, target_modules=["layers.0.mlp.up_proj"], init_lora_weights=False)
-    qkern.add_lora(
-        model, r=3, lora_alpha=5, target_modules=["v_proj"], init_lora_weights=False
-    )
+    qkern.add_lora(model, r=3, lora_alpha=5, target_modules=["v_proj"], init_lora_weights=False)
     qkern.save_adapter(model, tmp_path)
     fresh = tiny_llama()
     qkern.quantize_model(fresh)
@@ -123,8 +121,10 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (lambda p: edit_tensors(p, lambda t: t.update({KEY: t[KEY][:, :5]})), r"128, 5, 4"),
         (
             lambda p: edit_tensors(
-                p, lambda t: t.update({k.replace("q_proj", "query"): t.pop(k) for k in list(t)
-                                       if "q_proj" in k})
+                p,
+                lambda t: t.update(
+                    {k.replace("q_proj", "query"): t.pop(k) for k in list(t) if "q_proj" in k}
+                ),
             ),
             "nearest: .*_proj",
         ),
@@ -134,9 +134,7 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (lambda p: (p / "adapter_config.json").write_text("{"), "not valid JSON"),
     ],
 )
-def test_a_spoilt_adapter_is_refused_with_its_reason(
-    saved: Path, spoil: object, text: str
-) -> None:
+def test_a_spoilt_adapter_is_refused_with_its_reason(saved: Path, spoil: object, text: str) -> None:
     spoil(saved)
     model = tiny_llama()
     qkern.quantize_model(model)

@@ -12,8 +12,7 @@ from cases import LENGTHS, as_bits, value_patterns
 from torch import nn
 
 import qkern
-from qkern import reference
-from qkern import _native
+from qkern import _native, reference
 from qkern.codec import code_array
 from qkern.formats import BLOCKSIZES, DTYPES
 
@@ -91,8 +90,10 @@ def test_double_quantized_codes_are_the_nearest() -> None:
     assert (mine - theirs).abs().max() <= 1
     error = [
         (reference.dequantize_absmax(c, q.nested_absmax, q.offset) - absmax).abs()
-        for c, absmax in ((codes, qkern.quantize(w, double_quant=False).absmax.reshape(-1))
-                          for codes in (mine, theirs))
+        for c, absmax in (
+            (codes, qkern.quantize(w, double_quant=False).absmax.reshape(-1))
+            for codes in (mine, theirs)
+        )
     ]
     assert bool((error[0] <= error[1] + 1e-7).all())
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from toys import tiny_llama, token_ids
 from torch import Tensor, nn
+from toys import tiny_llama, token_ids
 from transformers import AutoModelForCausalLM
 
 import qkern
@@ -29,9 +29,7 @@ def logits(model: nn.Module) -> Tensor:
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int8"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_save_and_load_give_the_same_logits(
-    quant_type: str, tied: bool, tmp_path: Path
-) -> None:
+def test_save_and_load_give_the_same_logits(quant_type: str, tied: bool, tmp_path: Path) -> None:
     model = quantized(quant_type, tie_word_embeddings=tied)
     qkern.save(model, tmp_path)
     loaded = qkern.load(tmp_path)
@@ -97,7 +95,9 @@ def test_we_open_what_transformers_with_bitsandbytes_writes(tmp_path: Path) -> N
 
     tiny_llama().save_pretrained(tmp_path / "dense")
     config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
     )
     theirs = AutoModelForCausalLM.from_pretrained(
@@ -138,7 +138,9 @@ WEIGHT = "model.layers.0.mlp.up_proj.weight"
         (lambda t: t.update(stray=torch.ones(1)), "unexpected.*stray"),
         (lambda t: t.update({f"{WEIGHT}.nested_quant_map": torch.zeros(256)}), "table"),
         (
-            lambda t: t.update({"model.layers.9.x.weight.quant_state.bitsandbytes__nf4": t[WEIGHT]}),
+            lambda t: t.update(
+                {"model.layers.9.x.weight.quant_state.bitsandbytes__nf4": t[WEIGHT]}
+            ),
             "no layer model.layers.9.x",
         ),
     ],

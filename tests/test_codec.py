@@ -161,7 +161,7 @@ def test_nonfinite_is_refused_with_its_place_or_kept_in_its_block() -> None:
     values = RNG.standard_normal(1024).astype(np.float32)
     clean = qkern.quantize(values, double_quant=False)
     values[200], values[700] = np.nan, np.inf
-    with pytest.raises(qkern.NonFiniteError, match="2 of .*index 200"):
+    with pytest.raises(qkern.NonFiniteError, match=r"2 of .*index 200"):
         qkern.quantize(values)
     kept = qkern.quantize(values, double_quant=False, nonfinite="keep")
     back, expected = qkern.dequantize(kept), qkern.dequantize(clean)

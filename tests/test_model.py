@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
-from toys import tiny_llama, token_ids
 from torch import nn
+from toys import tiny_llama, token_ids
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import qkern
+import qkern.model as model_module
 
 
 def reasons(report: qkern.CoverageReport) -> dict[str, str]:
@@ -73,7 +76,7 @@ def test_other_layer_classes_are_named() -> None:
     model = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=32))
     report = qkern.quantize_model(model)
     assert "Conv1D" in reasons(report)["transformer.h.0.attn.c_attn"]
-    with pytest.raises(qkern.CoverageError, match="0.0%"):
+    with pytest.raises(qkern.CoverageError, match=r"0\.0%"):
         qkern.quantize_model(model, min_coverage=0.5)
 
 
@@ -84,6 +87,29 @@ def test_quantizing_again_changes_nothing() -> None:
     report = qkern.quantize_model(model, "int8")
     assert model.model.layers[0].mlp.up_proj.weight.packed is packed
     assert reasons(report)["model.layers.0.mlp.up_proj"] == "was quantized before"
+
+
+def test_each_dense_layer_is_freed_before_the_next_is_quantized(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
+    alive = [weakref.ref(layer.weight) for layer in model]
+    counts = []
+    quantize = model_module._quantize_layer
+
+    def counting(*args: object) -> object:
+        counts.append(sum(ref() is not None for ref in alive))
+        return quantize(*args)
+
+    monkeypatch.setattr(model_module, "_quantize_layer", counting)
+    qkern.quantize_model(model)
+    assert counts == [4, 3, 2, 1]
+    assert not any(ref() is not None for ref in alive)
+
+
+def test_a_single_layer_has_no_place_to_be_replaced_in() -> None:
+    with pytest.raises(qkern.FormatError, match="from_linear"):
+        qkern.quantize_model(nn.Linear(64, 64))
 
 
 def test_unsafe_double_quantization_is_reported() -> None:

@@ -13,7 +13,7 @@ from qkern.training import Example
 from qkern.training.trainer import trained_token_loss
 
 BATCH = 8
-MAX_NEW_TOKENS = 72
+MAX_NEW_TOKENS = 64
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from qkern.coverage import CoverageReport, CoverageRow
-from qkern.errors import AdapterMismatchError, CoverageError, QkernError
+from qkern.errors import AdapterMismatchError, CoverageError, FormatError, QkernError
 from qkern.formats import QuantFormat, resolve_format
 from qkern.layers import QLoRALinear, QuantizedLinear
 from qkern.tensor import QuantizedTensor
@@ -47,29 +47,21 @@ def quantize_model(
 
     Raises:
         CoverageError: if less than ``min_coverage`` was quantized.
+        FormatError: if the model is a single linear layer, which cannot be replaced in place.
         NonFiniteError: for NaN or infinity in a weight, naming the layer.
     """
     fmt = resolve_format(quant_type, blocksize=blocksize, double_quant=double_quant)
     rows = []
-    done: dict[nn.Module, QuantizedLinear] = {}
-    counted: set[int] = set()
-    reasons = _reasons(model, exclude)
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if module in done:
-            model.set_submodule(name, done[module])
-            continue
-        weight = module._parameters.get("weight")
-        if weight is None or weight.dim() < 2:
-            continue
-        first = id(weight) not in counted
-        counted.add(id(weight))
-        reason = reasons.get(name, "")
-        if type(module) is nn.Linear and not reason:
-            done[module] = quantized = _quantize_layer(name, module, fmt, nonfinite)
-            model.set_submodule(name, quantized)
-            weight = quantized.quantized_weight
-        row = _row(name, weight, reason or _class_reason(module), fmt)
-        if not first:  # a weight that two modules share is stored once: it counts there
+    for site in _sites(model, exclude):
+        module = model.get_submodule(site.names[0])
+        weight: Any = module.weight
+        if type(module) is nn.Linear and not site.reason:
+            module = _quantize_layer(site.names[0], module, fmt, nonfinite)
+            weight = module.quantized_weight
+            for name in site.names:
+                model.set_submodule(name, module)
+        row = _row(site.names[0], weight, site.reason or _class_reason(module), fmt)
+        if not site.counts:
             row = dataclasses.replace(row, numel=0, bytes_before=0, bytes_after=0)
         rows.append(row)
     report = CoverageReport(tuple(rows))
@@ -185,26 +177,51 @@ def _class_reason(module: nn.Module) -> str:
     return "" if plain else f"{type(module).__name__}, not nn.Linear"
 
 
-def _reasons(model: nn.Module, exclude: Sequence[str]) -> dict[str, str]:
-    """Path to reason, for the linear layers that must stay dense."""
+@dataclasses.dataclass(frozen=True)
+class _Site:
+    """Where a weight is: by name, so that a dense layer is freed once it is replaced.
+
+    Args:
+        names: every path of its module.
+        reason: why it must stay dense, empty if nothing speaks against quantizing it.
+        counts: False for a weight that another module shares, and that is counted there.
+    """
+
+    names: list[str]
+    reason: str
+    counts: bool
+
+
+def _sites(model: nn.Module, exclude: Sequence[str]) -> list[_Site]:
+    """The weights of 2 or more dimensions."""
+    if isinstance(model, nn.Linear):
+        msg = "the model is a single layer, which has no parent: QuantizedLinear.from_linear is it"
+        raise FormatError(msg)
+    paths: dict[int, list[str]] = {}
     owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(name)
-    reasons = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, nn.Linear):
+        paths.setdefault(id(module), []).append(name)
+        weight = module._parameters.get("weight")
+        if weight is not None and len(paths[id(module)]) == 1:
+            owners.setdefault(id(weight), []).append(name)
+    head, sites = _output_head(model), []
+    for names in paths.values():
+        module = model.get_submodule(names[0])
+        weight = module._parameters.get("weight")
+        if weight is None or weight.dim() < 2:
             continue
-        shared = [other for other in owners[id(module.weight)] if other != name]
-        pattern = next((p for p in exclude if _matches(name, p)), None)
-        if pattern is not None:
-            reasons[name] = f"excluded by {pattern!r}"
-        elif module is _output_head(model):
-            reasons[name] = "the output head"
-        elif shared and any(model.get_submodule(other) is not module for other in shared):
-            reasons[name] = f"shares its weight with {shared[0]}"
-    return reasons
+        others = [other for other in owners[id(weight)] if other != names[0]]
+        reason = ""
+        if isinstance(module, nn.Linear):
+            pattern = next((p for p in exclude for name in names if _matches(name, p)), None)
+            if pattern is not None:
+                reason = f"excluded by {pattern!r}"
+            elif module is head:
+                reason = "the output head"
+            elif others:
+                reason = f"shares its weight with {others[0]}"
+        sites.append(_Site(names, reason, counts=owners[id(weight)][0] == names[0]))
+    return sites
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:

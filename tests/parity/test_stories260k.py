@@ -33,8 +33,9 @@ def batches(data: Path) -> list[Tensor]:
     ids = [i for line in lines for i in [1, *tokenizer.encode(json.loads(line)["text"])]]
     window = torch.tensor(ids).unfold(0, LENGTH, LENGTH)
     order = torch.randperm(len(window), generator=torch.Generator().manual_seed(0))
-    return [window[order[[(BATCH * s + b) % len(window) for b in range(BATCH)]]]
-            for s in range(STEPS)]
+    return [
+        window[order[[(BATCH * s + b) % len(window) for b in range(BATCH)]]] for s in range(STEPS)
+    ]
 
 
 def train(model: nn.Module, data: list[Tensor]) -> list[float]:
@@ -56,7 +57,10 @@ def with_bitsandbytes(model: nn.Module) -> nn.Module:
     for name, layer in list(model.named_modules()):
         if type(layer) is nn.Linear and name != "lm_head":
             theirs = bitsandbytes.nn.Linear4bit(
-                layer.in_features, layer.out_features, bias=False, quant_type="nf4",
+                layer.in_features,
+                layer.out_features,
+                bias=False,
+                quant_type="nf4",
                 compute_dtype=torch.float32,
             )
             theirs.weight = bitsandbytes.nn.Params4bit(
@@ -108,4 +112,3 @@ def test_three_ways_to_fine_tune(
     assert ours[-10:].mean() < ours[:10].mean() - 0.02  # it learns at all
     assert relative < 1e-5
     assert ((bnb - plain).abs() / plain).max() < 0.02
-
