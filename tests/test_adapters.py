@@ -96,6 +96,33 @@ def test_merge_is_near_and_unmerge_restores_the_bytes() -> None:
         qkern.unmerge_adapter(model)
 
 
+def test_a_failed_merge_leaves_nothing_merged_and_names_the_layer() -> None:
+    model = adapted(lora_alpha=0.5)
+    before = {n: p.clone() for n, p in model.state_dict().items()}
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.lora_B[0, 0] = float("nan")
+    with pytest.raises(qkern.NonFiniteError, match=r"layers\.1\.mlp\.up_proj"):
+        qkern.merge_adapter(model)
+    after = model.state_dict()
+    assert all(torch.equal(after[n], p) for n, p in before.items() if "lora" not in n)
+
+
+def test_loading_over_a_merged_adapter_is_refused(saved: Path) -> None:
+    model = adapted(lora_alpha=0.5)
+    qkern.merge_adapter(model)
+    with pytest.raises(qkern.AdapterMismatchError, match="unmerge"):
+        qkern.load_adapter(model, saved)
+
+
+def test_alpha_pattern_is_read_as_peft_reads_it(saved: Path) -> None:
+    edit_config(saved, alpha_pattern={"layers.[0]": 1, r"v_proj": 64, ".*": 16})
+    model = tiny_llama()
+    qkern.quantize_model(model)
+    qkern.load_adapter(model, saved)
+    attention = model.model.layers[1].self_attn
+    assert (attention.v_proj.lora_alpha, attention.q_proj.lora_alpha) == (64, 16)
+
+
 def edit_config(path: Path, **changes: object) -> None:
     file = path / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
@@ -116,6 +143,7 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     [
         (lambda p: edit_config(p, peft_type="IA3"), "IA3"),
         (lambda p: edit_config(p, use_dora=True), "use_dora"),
+        (lambda p: edit_config(p, init_lora_weights="pissa_niter_4"), "changed the base"),
         (lambda p: edit_config(p, modules_to_save=["lm_head"]), "modules_to_save"),
         (lambda p: edit_tensors(p, lambda t: t.pop(KEY)), "q_proj needs lora_A"),
         (lambda p: edit_tensors(p, lambda t: t.update({KEY: t[KEY][:, :5]})), r"128, 5, 4"),

@@ -17,6 +17,7 @@ from chat_model import save_chat_model, write_chats, write_jsonl
 from qkern.cli import COMMANDS, exit_codes, main
 from qkern.errors import CorruptFileError, CoverageError, DataError, MissingDependencyError
 
+BOTH = ["finetune", "m", "d", "-o", "x", "--resume", "--overwrite"]
 FAST = ["--steps", "2", "--batch-size", "4", "--r", "4", "--lr", "0.02", "--dtype", "float32"]
 
 
@@ -51,7 +52,8 @@ def test_every_command_has_help_with_an_example(command: str, capsys: Any) -> No
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["nonsense"], ["finetune"], ["finetune", "m", "d", "-o", "x", "--r", "two"]]
+    "arguments",
+    [[], ["nonsense"], ["finetune"], ["finetune", "m", "d", "-o", "x", "--r", "two"], BOTH],
 )
 def test_usage_errors(arguments: list[str], capsys: Any) -> None:
     assert main(arguments) == exit_codes.USAGE

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 from toys import tiny_llama, token_ids
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForSequenceClassification
 
 import qkern
 import qkern.model as model_module
@@ -40,6 +40,13 @@ def test_report_counts_bytes_and_prints_a_table() -> None:
     text = str(report)
     assert "model.layers.*.mlp.down_proj" in text
     assert "14 of 16 weights quantized" in text
+
+
+def test_a_classifier_on_top_is_an_output_head_too() -> None:
+    config = tiny_llama().config
+    report = qkern.quantize_model(LlamaForSequenceClassification(config))
+    assert reasons(report)["score"] == "the output head"
+    assert len(report.quantized) == 14
 
 
 def test_tied_head_is_left_and_stays_tied() -> None:
@@ -110,6 +117,40 @@ def test_each_dense_layer_is_freed_before_the_next_is_quantized(
 def test_a_single_layer_has_no_place_to_be_replaced_in() -> None:
     with pytest.raises(qkern.FormatError, match="from_linear"):
         qkern.quantize_model(nn.Linear(64, 64))
+
+
+def test_parameters_that_are_no_layers_weight_are_in_the_report() -> None:
+    attention = nn.MultiheadAttention(64, 4)
+    report = qkern.quantize_model(nn.ModuleDict({"a": attention, "b": nn.Linear(64, 64)}))
+    assert "in_proj_weight" in reasons(report)["a.in_proj_weight"]
+    assert report.coverage == pytest.approx(1 / 5)
+
+
+def test_exclude_that_matches_nothing_is_an_error_and_a_string_is_one_pattern() -> None:
+    with pytest.raises(qkern.FormatError, match="downproj"):
+        qkern.quantize_model(tiny_llama(), exclude=["downproj"])
+    assert len(qkern.quantize_model(tiny_llama(), exclude="down_proj").quantized) == 12
+
+
+def test_a_second_add_lora_leaves_the_first_trainable_and_shared_layers_share_it() -> None:
+    shared = nn.Linear(64, 64)
+    model = nn.ModuleDict({"a": shared, "b": shared, "c": nn.Linear(64, 64)})
+    qkern.quantize_model(model)
+    qkern.add_lora(model, r=2, target_modules=["a"])
+    qkern.add_lora(model, r=4, target_modules=["c"])
+    assert model["a"] is model["b"]
+    assert all(layer.lora_A.requires_grad for layer in (model["b"], model["c"]))
+
+
+def test_forward_hooks_stay() -> None:
+    model, calls = nn.Sequential(nn.Linear(64, 64)), []
+    model[0].register_forward_hook(lambda *_: calls.append("forward"))
+    model[0].register_forward_pre_hook(lambda *_, **__: calls.append("pre"), with_kwargs=True)
+    qkern.quantize_model(model)
+    model(torch.randn(1, 64))
+    qkern.add_lora(model)
+    model(torch.randn(1, 64))
+    assert calls == ["pre", "forward"] * 2
 
 
 def test_unsafe_double_quantization_is_reported() -> None:

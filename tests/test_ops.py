@@ -68,6 +68,20 @@ def test_linear_and_all_gradients_equal_fp64(
         assert (got.double() - want).norm() <= 1e-6 * want.norm()
 
 
+def test_gradient_in_bf16_does_not_depend_on_the_panels(monkeypatch: pytest.MonkeyPatch) -> None:
+    w = qkern.quantize(torch.randn(512, 64))
+    grad = torch.randn(8, 512).bfloat16()
+    exact = grad.double() @ w.dequantize(torch.bfloat16).double()
+    monkeypatch.setattr(ops.host, "PANEL_BYTES", 1)
+    got = ops.host.matmul_backward(grad, w.parts, w.format, 64)
+    assert (got.double() - exact).norm() / exact.norm() < 2**-8
+
+
+def test_no_inputs_at_all_give_the_bias() -> None:
+    w, bias = qkern.quantize(torch.empty(5, 0)), torch.randn(5)
+    assert torch.equal(qkern.linear(torch.empty(2, 0), w, bias), bias.expand(2, 5))
+
+
 def test_double_backward() -> None:
     x, w, bias, A, B = inputs((16, 64))
 

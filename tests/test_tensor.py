@@ -88,6 +88,20 @@ def test_other_operators_see_the_dense_value() -> None:
     assert torch.equal(q[:, 3], dense[:, 3])
 
 
+def test_writes_that_would_be_lost_are_refused() -> None:
+    q = qkern.quantize(torch.randn(4, 64))
+    with pytest.raises(qkern.FrozenWeightError, match="dequantize"):
+        torch.mul(torch.ones(4, 64), 2, out=q)
+    with pytest.raises(qkern.FrozenWeightError, match="dequantize"):
+        torch._foreach_mul_([q], 0.0)
+    with pytest.raises(qkern.DTypeError, match="float64"):
+        q.double()
+
+
+def test_forward_on_meta_gives_the_shape() -> None:
+    assert layer().to("meta")(torch.empty(3, 128, device="meta")).shape == (3, 64)
+
+
 def test_gradient_of_a_quantized_weight_is_refused() -> None:
     q = qkern.quantize(torch.randn(4, 64))
     for ask in (q.requires_grad_, lambda: setattr(q, "requires_grad", True)):

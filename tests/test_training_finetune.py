@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from chat_model import save_chat_model, write_chats
+from chat_model import byte_tokenizer, save_chat_model, write_chats
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
@@ -29,6 +29,7 @@ from qkern.training import (
     SettingError,
     TrainingInterrupted,
     finetune,
+    prepare_data,
 )
 from qkern.training.base import load_finetuned, load_frozen
 from qkern.training.order import LengthGroupedOrder
@@ -285,6 +286,14 @@ def test_resume_refuses_other_data(whole: FinetuneResult, model_dir: Path, tmp_p
 def test_resume_of_nothing(model_dir: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="nothing to resume"):
         finetune(model_dir, data, tmp_path, resume=True)
+
+
+def test_a_tokenizer_without_end_and_padding(model_dir: Path, data: Path, tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token = None
+    prepared = prepare_data(data, tokenizer)
+    config = dataclasses.replace(CONFIG, steps=1)
+    assert finetune(model_dir, prepared, tmp_path, config).steps == 1
 
 
 def test_gradient_checkpointing_and_bfloat16(model_dir: Path, data: Path, tmp_path: Path) -> None:

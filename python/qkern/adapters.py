@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 from os import PathLike
 from pathlib import Path
 from typing import Any, Final
@@ -43,7 +44,12 @@ _PLAIN: Final[dict[str, tuple[Any, ...]]] = {
     "use_qalora": (False, None),
     "use_bdlora": (False, None),
     "alora_invocation_tokens": (None, []),
+    "kasa_config": (None,),
+    "arrow_config": (None,),
+    "monteclora_config": (None,),
 }
+# Initializations that subtract the first adapter from the base.
+_CHANGED_BASE: Final = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
 def save_adapter(model: nn.Module, path: str | PathLike[str]) -> None:
@@ -96,6 +102,9 @@ def load_adapter(model: nn.Module, path: str | PathLike[str]) -> None:
     tensors = _read_tensors(directory / WEIGHTS_NAME)
     pairs = _pairs(tensors, directory)
     layers = dict(adapted_layers(model))
+    if any(layer.merged for layer in layers.values()):
+        msg = "an adapter is merged into the weights: call qkern.unmerge_adapter first"
+        raise AdapterMismatchError(msg)
     _check_fit(model, pairs, layers)
     if not layers:
         for r in sorted({A.shape[0] for A, _ in pairs.values()}):
@@ -133,31 +142,48 @@ def merge_adapter(model: nn.Module) -> None:
 
     Raises:
         AdapterMismatchError: if there is no adapter, or one is merged already.
+        NonFiniteError: if an adapter holds NaN or infinity; nothing is merged then.
+        FormatError: if 8-bit scales cannot hold a sum; nothing is merged then.
     """
-    for layer in _in_state(model, merged=False):
-        layer.weight.data.add_(layer.delta().to(layer.weight.dtype))
+    done: list[QLoRALinear] = []
+    for name, layer in _in_state(model, merged=False).items():
+        try:
+            layer.weight.data.add_(layer.delta().to(layer.weight.dtype))
+        except QkernError as error:
+            for merged in done:
+                _take_out(merged)
+            msg = f"{name}: {error}; nothing was merged"
+            raise type(error)(msg) from error
         layer.merged = True
+        done.append(layer)
 
 
 def unmerge_adapter(model: nn.Module) -> None:
     """Take merged adapters out again; the bytes are those of before the merge.
 
+    That holds while the model keeps its dtype; a cast in between leaves an ordinary subtraction,
+    quantized again.
+
     Raises:
         AdapterMismatchError: if there is no adapter, or one is not merged.
     """
-    for layer in _in_state(model, merged=True):
-        layer.weight.data.sub_(layer.delta().to(layer.weight.dtype))
-        layer.merged = False
+    for layer in _in_state(model, merged=True).values():
+        _take_out(layer)
 
 
-def _in_state(model: nn.Module, *, merged: bool) -> list[QLoRALinear]:
+def _take_out(layer: QLoRALinear) -> None:
+    layer.weight.data.sub_(layer.delta().to(layer.weight.dtype))
+    layer.merged = False
+
+
+def _in_state(model: nn.Module, *, merged: bool) -> dict[str, QLoRALinear]:
     layers = dict(adapted_layers(model))
     wrong = [name for name, layer in layers.items() if layer.merged is not merged]
     if not layers or wrong:
-        what = "merged already" if wrong and not merged else "not merged"
+        what = "not merged" if merged else "merged already"
         msg = f"{wrong[0]} is {what}" if wrong else "the model has no adapter"
         raise AdapterMismatchError(msg)
-    return list(layers.values())
+    return layers
 
 
 def _plain(parameter: Tensor) -> Tensor:
@@ -210,6 +236,13 @@ def _check_config(config: dict[str, Any], directory: Path) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
         msg = f"{directory}: the adapter is of type {kind!r}: only LORA can be loaded here"
+        raise AdapterMismatchError(msg)
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start.startswith(_CHANGED_BASE):
+        msg = (
+            f"{directory}: init_lora_weights={start!r} changed the base weights: convert the "
+            "adapter with PEFT (path_initial_model_for_weight_conversion), or load it there"
+        )
         raise AdapterMismatchError(msg)
     for key, allowed in _PLAIN.items():
         if key in config and config[key] not in allowed:
@@ -286,7 +319,8 @@ def _check_fit(
 
 
 def _alpha_of(name: str, config: dict[str, Any]) -> float:
+    """lora_alpha of a layer; the keys of alpha_pattern are regular expressions, as in PEFT."""
     for pattern, alpha in (config.get("alpha_pattern") or {}).items():
-        if name == pattern or name.endswith(f".{pattern}"):
+        if re.match(rf"(.*\.)?({pattern})$", name):
             return float(alpha)
     return float(config.get("lora_alpha", 8))

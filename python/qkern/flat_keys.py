@@ -47,7 +47,7 @@ def companions(q: QuantizedTensor, prefix: str) -> dict[str, Tensor]:
     """The entries that are the same in every shard: tables, second-level scales, JSON."""
     fmt, entries = q.format, {}
     if fmt.code is not None:
-        entries[f"{prefix}.quant_map"] = torch.tensor(fmt.code, dtype=torch.float32)
+        entries[f"{prefix}.quant_map"] = torch.tensor(fmt.code, dtype=torch.float32, device="cpu")
     state: dict[str, Any] = {
         "quant_type": fmt.quant_type,
         "blocksize": fmt.blocksize,
@@ -56,7 +56,9 @@ def companions(q: QuantizedTensor, prefix: str) -> dict[str, Tensor]:
     }
     if q.nested_absmax is not None and q.offset is not None:
         entries[f"{prefix}.nested_absmax"] = q.nested_absmax
-        entries[f"{prefix}.nested_quant_map"] = torch.tensor(dynamic_code(), dtype=torch.float32)
+        entries[f"{prefix}.nested_quant_map"] = torch.tensor(
+            dynamic_code(), dtype=torch.float32, device="cpu"
+        )
         state["nested_blocksize"] = NESTED_BLOCKSIZE
         state["nested_dtype"] = "float32"
         state["nested_offset"] = 0.0 if q.offset.is_meta else float(q.offset)

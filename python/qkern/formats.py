@@ -142,7 +142,7 @@ class QuantFormat:
 def resolve_format(
     quant_type: str | QuantFormat, *, blocksize: int = 64, double_quant: bool = True
 ) -> QuantFormat:
-    """The format that a caller named; a ``QuantFormat`` serves in place of the name."""
+    """The format that a caller named; a ``QuantFormat`` in place of the name decides alone."""
     if isinstance(quant_type, QuantFormat):
         return quant_type
     return QuantFormat(quant_type, blocksize, double_quant)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from qkern import flat_keys
 from qkern.errors import FormatError, QkernError, ShapeError
 from qkern.formats import QuantFormat, resolve_format
 from qkern.tensor import QuantizedTensor, linear
+
+_Layer = TypeVar("_Layer", bound=nn.Linear)
 
 
 class QuantizedLinear(nn.Linear):
@@ -64,7 +66,7 @@ class QuantizedLinear(nn.Linear):
         weight = QuantizedTensor.from_dense(layer.weight.detach(), fmt, nonfinite=nonfinite)
         if layer.bias is not None:
             layer.bias.requires_grad_(False)
-        return cls(weight, layer.bias).train(layer.training)
+        return _take_over(cls(weight, layer.bias), layer)
 
     @property
     def quantized_weight(self) -> QuantizedTensor:
@@ -259,7 +261,7 @@ class QLoRALinear(QuantizedLinear):
         if not isinstance(layer, QuantizedLinear):
             fmt = resolve_format(quant_type, blocksize=blocksize, double_quant=double_quant)
             layer = QuantizedLinear.from_linear(layer, quant_type=fmt, nonfinite=nonfinite)
-        return cls(layer.quantized_weight, layer.bias, **lora).train(layer.training)
+        return _take_over(cls(layer.quantized_weight, layer.bias, **lora), layer)
 
     def set_scaling(self, lora_alpha: float, *, use_rslora: bool) -> None:
         """Set the factor of the adapter's part."""
@@ -294,6 +296,28 @@ class QLoRALinear(QuantizedLinear):
     def extra_repr(self) -> str:
         """Sizes, format and the adapter's rank, for ``print(model)``."""
         return f"{super().extra_repr()}, r={self.r}, scaling={self.scaling:g}"
+
+
+# What nn.Module keeps of hooks on forward and backward.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+
+def _take_over(layer: _Layer, replaced: nn.Linear) -> _Layer:
+    """The new layer, in the mode and with the hooks of the one whose place it takes."""
+    if "forward" in vars(replaced):
+        msg = "the layer's forward was replaced on the instance (by accelerate?): undo that first"
+        raise FormatError(msg)
+    vars(layer).update({name: vars(replaced)[name] for name in _HOOKS if name in vars(replaced)})
+    return layer.train(replaced.training)
 
 
 def _is_dtensor(tensor: Tensor) -> bool:

@@ -26,7 +26,7 @@ def quantize_model(
     *,
     blocksize: int = 64,
     double_quant: bool = True,
-    exclude: Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     min_coverage: float | None = None,
     nonfinite: str = "error",
 ) -> CoverageReport:
@@ -47,20 +47,23 @@ def quantize_model(
 
     Raises:
         CoverageError: if less than ``min_coverage`` was quantized.
-        FormatError: if the model is a single linear layer, which cannot be replaced in place.
+        FormatError: if an ``exclude`` matches no linear layer, or the model is a single one, which
+            cannot be replaced in place.
         NonFiniteError: for NaN or infinity in a weight, naming the layer.
     """
     fmt = resolve_format(quant_type, blocksize=blocksize, double_quant=double_quant)
     rows = []
     for site in _sites(model, exclude):
-        module = model.get_submodule(site.names[0])
-        weight: Any = module.weight
-        if type(module) is nn.Linear and not site.reason:
-            module = _quantize_layer(site.names[0], module, fmt, nonfinite)
+        name, module = site.names[0], model.get_submodule(site.names[0])
+        weight: Any = module._parameters[site.parameter]
+        if type(module) is nn.Linear and site.parameter == "weight" and not site.reason:
+            module = _quantize_layer(name, module, fmt, nonfinite)
             weight = module.quantized_weight
-            for name in site.names:
-                model.set_submodule(name, module)
-        row = _row(site.names[0], weight, site.reason or _class_reason(module), fmt)
+            for path in site.names:
+                model.set_submodule(path, module)
+        row = _row(name, weight, site.reason or _class_reason(module, site.parameter), fmt)
+        if site.parameter != "weight":
+            row = dataclasses.replace(row, name=f"{name}.{site.parameter}")
         if not site.counts:
             row = dataclasses.replace(row, numel=0, bytes_before=0, bytes_after=0)
         rows.append(row)
@@ -105,8 +108,8 @@ def add_lora(
         AdapterMismatchError: if no quantized layer matches, or one has an adapter already.
     """
     layers = {
-        name: module
-        for name, module in model.named_modules()
+        names[0]: (module, names)
+        for module, names in _paths(model)
         if isinstance(module, QuantizedLinear)
     }
     names = [name for name in layers if _is_target(name, target_modules)]
@@ -117,14 +120,23 @@ def add_lora(
             f"{', '.join(found) or 'none (call quantize_model first)'}"
         )
         raise AdapterMismatchError(msg)
-    adapted = [name for name in names if isinstance(layers[name], QLoRALinear)]
+    adapted = [name for name in names if isinstance(layers[name][0], QLoRALinear)]
     if adapted:
         msg = f"{adapted[0]} and {len(adapted) - 1} more layers have an adapter already"
         raise AdapterMismatchError(msg)
+    trained = [
+        parameter
+        for _, layer in adapted_layers(model)
+        for parameter in (layer.lora_A, layer.lora_B)
+        if parameter.requires_grad
+    ]
     model.requires_grad_(False)
+    for parameter in trained:  # adapters that were there before stay trainable
+        parameter.requires_grad_(True)
     for name in names:
+        quantized, paths = layers[name]
         layer = QLoRALinear.from_linear(
-            layers[name],
+            quantized,
             r=r,
             lora_alpha=lora_alpha,
             lora_dropout=lora_dropout,
@@ -132,7 +144,8 @@ def add_lora(
             init_lora_weights=init_lora_weights,
             dtype=dtype,
         )
-        model.set_submodule(name, layer)
+        for path in paths:
+            model.set_submodule(path, layer)
     return names
 
 
@@ -172,9 +185,12 @@ def _row(name: str, weight: Any, reason: str, fmt: QuantFormat) -> CoverageRow:
     )
 
 
-def _class_reason(module: nn.Module) -> str:
-    plain = type(module) is nn.Linear or isinstance(module, QuantizedLinear)
-    return "" if plain else f"{type(module).__name__}, not nn.Linear"
+def _class_reason(module: nn.Module, parameter: str) -> str:
+    if type(module) is nn.Linear or isinstance(module, QuantizedLinear):
+        return ""
+    return (
+        f"{type(module).__name__}{'' if parameter == 'weight' else f'.{parameter}'}, not nn.Linear"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,52 +199,75 @@ class _Site:
 
     Args:
         names: every path of its module.
+        parameter: its name in the module.
         reason: why it must stay dense, empty if nothing speaks against quantizing it.
         counts: False for a weight that another module shares, and that is counted there.
     """
 
     names: list[str]
+    parameter: str
     reason: str
     counts: bool
 
 
-def _sites(model: nn.Module, exclude: Sequence[str]) -> list[_Site]:
-    """The weights of 2 or more dimensions."""
+def _paths(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:
+    """Every module with all of its paths."""
+    paths: dict[int, tuple[nn.Module, list[str]]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(id(module), (module, []))[1].append(name)
+    return list(paths.values())
+
+
+def _sites(model: nn.Module, exclude: str | Sequence[str]) -> list[_Site]:
+    """The parameters of 2 or more dimensions, but for adapters."""
     if isinstance(model, nn.Linear):
         msg = "the model is a single layer, which has no parent: QuantizedLinear.from_linear is it"
         raise FormatError(msg)
-    paths: dict[int, list[str]] = {}
+    patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        paths.setdefault(id(module), []).append(name)
-        weight = module._parameters.get("weight")
-        if weight is not None and len(paths[id(module)]) == 1:
-            owners.setdefault(id(weight), []).append(name)
-    head, sites = _output_head(model), []
-    for names in paths.values():
-        module = model.get_submodule(names[0])
-        weight = module._parameters.get("weight")
-        if weight is None or weight.dim() < 2:
-            continue
-        others = [other for other in owners[id(weight)] if other != names[0]]
+    found = []
+    for module, names in _paths(model):
+        for key, parameter in module._parameters.items():
+            if parameter is not None and parameter.dim() >= 2 and not key.startswith("lora_"):
+                owners.setdefault(id(parameter), []).append(names[0])
+                found.append((module, names, key, owners[id(parameter)]))
+    matched: set[str] = set()
+    heads, sites = _output_heads(model), []
+    for module, names, key, shared in found:
         reason = ""
         if isinstance(module, nn.Linear):
-            pattern = next((p for p in exclude for name in names if _matches(name, p)), None)
-            if pattern is not None:
-                reason = f"excluded by {pattern!r}"
-            elif module is head:
+            hits = [p for p in patterns if any(_matches(name, p) for name in names)]
+            matched.update(hits)
+            others = [other for other in shared if other != names[0]]
+            if hits:
+                reason = f"excluded by {hits[0]!r}"
+            elif id(module) in heads:
                 reason = "the output head"
             elif others:
                 reason = f"shares its weight with {others[0]}"
-        sites.append(_Site(names, reason, counts=owners[id(weight)][0] == names[0]))
+        sites.append(_Site(names, key, reason, counts=shared[0] == names[0]))
+    unmatched = [pattern for pattern in patterns if pattern not in matched]
+    if unmatched:
+        msg = f"exclude={unmatched[0]!r} matches no linear layer: names, ends of paths or globs do"
+        raise FormatError(msg)
     return sites
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
-    """The layer that makes logits, as transformers' models name it."""
+def _output_heads(model: nn.Module) -> set[int]:
+    """Ids of the layers that make logits, as transformers' models place them.
+
+    The output embeddings, and whatever is outside of the base model (a classifier): these are
+    trained for the task, and small or sensitive.
+    """
+    heads = set()
     get = getattr(model, "get_output_embeddings", None)
-    head: nn.Module | None = get() if callable(get) else None
-    return head
+    if callable(get):
+        heads.add(id(get()))
+    base = getattr(model, getattr(model, "base_model_prefix", None) or " ", None)
+    if isinstance(base, nn.Module):
+        inside = {id(module) for module in base.modules()}
+        heads |= {id(module) for module in model.modules() if id(module) not in inside}
+    return heads
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -1,7 +1,8 @@
 """What torch operators do to a ``QuantizedTensor``.
 
 Structural ones (detach, clone, move, slice rows, copy) act on the inner tensors. All others run
-on the dequantized value, and an in-place one quantizes its result again.
+on the dequantized value, and an in-place one quantizes its result again. A view that is not whole
+rows is a dense copy.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from qkern import ops
-from qkern.errors import FormatError, ShapeError
+from qkern.errors import DTypeError, FormatError, FrozenWeightError, ShapeError
 
 if TYPE_CHECKING:
     from qkern.tensor import QuantizedTensor
@@ -47,6 +48,14 @@ def dispatch(cls: type[QuantizedTensor], func: Any, args: Any, kwargs: Any) -> A
     arguments = func._schema.arguments
     if arguments and arguments[0].is_write and isinstance(args[0], cls):
         return _in_place(func, args, kwargs)
+    written = [
+        kwargs.get(a.name, args[i] if i < len(args) else None)
+        for i, a in enumerate(arguments)
+        if a.is_write
+    ]
+    if any(isinstance(value, cls) for value in pytree.tree_leaves(written)):
+        msg = f"{func} would write into a quantized weight: write into q.dequantize() instead"
+        raise FrozenWeightError(msg)
 
     def dense(value: Any) -> Any:
         return value.dequantize() if isinstance(value, cls) else value
@@ -153,6 +162,9 @@ def _(func: Any, q: QuantizedTensor, **kwargs: Any) -> Any:
     dtype = kwargs.get("dtype") or q.dtype
     if not dtype.is_floating_point:
         return NotImplemented
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        msg = f"a quantized weight cannot report {dtype}: float32, float16 and bfloat16 can be"
+        raise DTypeError(msg)
     device = kwargs.get("device") or q.device
     blocking = not kwargs.get("non_blocking", False)
     # A dtype changes what is reported and dequantized to; codes and scales stay.

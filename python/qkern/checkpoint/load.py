@@ -13,13 +13,11 @@ from torch import Tensor, nn
 from qkern import flat_keys
 from qkern.adapters import CONFIG_NAME as ADAPTER_NAME
 from qkern.adapters import load_adapter
-from qkern.checkpoint.save import TIED_KEY, WEIGHTS_NAME
+from qkern.checkpoint.save import INDEX_NAME, TIED_KEY, WEIGHTS_NAME
 from qkern.errors import CorruptFileError
 from qkern.files import read_json
 from qkern.layers import QuantizedLinear
 from qkern.tensor import QuantizedTensor
-
-INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
 
 
 def load_into(model: nn.Module, path: str | PathLike[str]) -> None:
@@ -51,8 +49,12 @@ def load_into(model: nn.Module, path: str | PathLike[str]) -> None:
     tie = getattr(model, "tie_weights", None)
     if callable(tie):
         tie()
-    kept = model.state_dict(keep_vars=True)
-    missing = [key for key in missing if key not in kept or kept[key].is_meta]
+    # A parameter that is tied to a loaded one needs no entry of its own.
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    held = {id(parameters[key]) for key in tensors if key in parameters}
+    # A model on meta was just built: its buffers hold what they are computed to hold.
+    computed = dict(model.named_buffers()) if assign else {}
+    missing = [k for k in missing if id(parameters.get(k)) not in held and k not in computed]
     if missing or unexpected:
         msg = (
             f"{directory} does not fit {type(model).__name__}: missing {missing[:5]}, "
@@ -83,12 +85,17 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
 
 def is_quantized(directory: Path) -> bool:
     """Whether a directory's weights hold quantized tensors, by its files' headers alone."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     for file in _weight_files(directory):
-        with safe_open(file, "pt") as opened:
-            if any(".quant_state." in key for key in opened.keys()):  # noqa: SIM118 - no mapping
-                return True
+        try:
+            with safe_open(file, "pt") as opened:
+                keys = list(opened.keys())
+        except SafetensorError as error:
+            msg = f"{file}: not a readable safetensors file: {error}"
+            raise CorruptFileError(msg) from error
+        if any(".quant_state." in key for key in keys):
+            return True
     return False
 
 
@@ -99,11 +106,13 @@ def _weight_files(directory: Path) -> list[Path]:
         if not isinstance(names, dict):
             msg = f"{index}: weight_map is missing"
             raise CorruptFileError(msg)
-        files = [directory / str(name) for name in sorted(set(names.values()))]
-        outside = [f for f in files if f.resolve().parent != directory.resolve()]
+        names = sorted({str(name) for name in names.values()})
+        # By name: in a hub cache every file is a link to a blob elsewhere.
+        outside = [n for n in names if n != Path(n).name or "\\" in n or n in ("", ".", "..")]
         if outside:
-            msg = f"{index}: {outside[0].name} is not in the directory"
+            msg = f"{index}: {outside[0]!r} is not the name of a file in the directory"
             raise CorruptFileError(msg)
+        files = [directory / name for name in names]
     else:
         files = [directory / WEIGHTS_NAME]
     absent = [file for file in files if not file.exists()]

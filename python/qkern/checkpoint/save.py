@@ -9,6 +9,8 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
+from qkern.adapters import CONFIG_NAME as ADAPTER_CONFIG
+from qkern.adapters import WEIGHTS_NAME as ADAPTER_WEIGHTS
 from qkern.adapters import save_adapter
 from qkern.errors import AdapterMismatchError, FormatError
 from qkern.files import replacing, write_json
@@ -17,6 +19,7 @@ from qkern.layers import QuantizedLinear
 from qkern.model import adapted_layers
 
 WEIGHTS_NAME: Final = "model.safetensors"
+INDEX_NAME: Final = f"{WEIGHTS_NAME}.index.json"
 # Metadata key: entries that were left out because they share another one's memory.
 TIED_KEY: Final = "qkern_tied"
 
@@ -24,7 +27,8 @@ TIED_KEY: Final = "qkern_tied"
 def save(model: nn.Module, path: str | PathLike[str]) -> None:
     """Write a quantized model's weights and, for a transformers model, its configuration.
 
-    Adapters go beside the base, as PEFT's files in the same directory, not into it.
+    Adapters go beside the base, as PEFT's files in the same directory, not into it. Weights,
+    index and adapter of a model that was there before are replaced or removed.
 
     Args:
         model: after ``quantize_model``.
@@ -32,7 +36,8 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
 
     Raises:
         FormatError: if no layer is quantized.
-        AdapterMismatchError: if an adapter is merged into the weights.
+        AdapterMismatchError: if an adapter is merged into the weights, or the model is wrapped by
+            PEFT.
     """
     from safetensors.torch import save_file
 
@@ -45,6 +50,9 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
     if any(layer.merged for layer in adapted.values()):
         msg = "an adapter is merged into the weights: call qkern.unmerge_adapter first"
         raise AdapterMismatchError(msg)
+    if any(name.endswith(".base_layer") for name in layers):
+        msg = "the model is wrapped by PEFT: save its adapter with save_pretrained, and the base "
+        raise AdapterMismatchError(msg + "before wrapping it (or after unload())")
     tensors, tied = _distinct(
         {
             key: tensor
@@ -65,6 +73,10 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
         write_json(directory / "generation_config.json", generation.to_dict())
     if adapted:
         save_adapter(model, directory)
+    # What an earlier model left here would be opened in place of this one, or on top of it.
+    stale = [INDEX_NAME, *(() if adapted else (ADAPTER_CONFIG, ADAPTER_WEIGHTS))]
+    for name in stale:
+        (directory / name).unlink(missing_ok=True)
 
 
 def _distinct(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -34,8 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "data", metavar="DATA", help=".jsonl with text, prompt/completion or messages; or .txt"
     )
     parser.add_argument("-o", "--output", metavar="OUT", required=True, help="adapter directory")
-    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in OUT")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
+    again.add_argument("--overwrite", action="store_true", help="replace an earlier run in OUT")
     parser.add_argument(
         "--dry-run", action="store_true", help="check the data, show an example, and stop"
     )

@@ -44,9 +44,19 @@ def load(
     built = _empty_model(directory) if model is None else model
     load_into(built, directory)
     if dtype is not None:
-        built = built.to(dtype)
+        cast_parameters(built, dtype)
     built = built if device is None else built.to(device)
     return built.eval() if model is None else built
+
+
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give parameters a dtype in place, but for adapters; buffers keep theirs.
+
+    A buffer can be a table that lower precision ruins, as the rotary frequencies are.
+    """
+    for name, parameter in model.named_parameters():
+        if not name.endswith((".lora_A", ".lora_B")):
+            parameter.data = parameter.data.to(dtype)
 
 
 def load_model(path: str | PathLike[str], *, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -71,6 +81,8 @@ def load_model(path: str | PathLike[str], *, dtype: torch.dtype | None = None) -
     model: PreTrainedModel = transformers.AutoModelForCausalLM.from_pretrained(
         directory, **arguments
     )
+    if gguf is not None:
+        _forget_gguf(model)
     model.train(False)
     return model
 
@@ -83,6 +95,12 @@ def load_tokenizer(path: str | PathLike[str]) -> PreTrainedTokenizerBase:
         directory, local_files_only=True, **arguments
     )
     return tokenizer
+
+
+def _forget_gguf(model: Any) -> None:
+    """Take back transformers' mark of a quantized model: read from GGUF, its weights are dense."""
+    vars(model).update(is_quantized=False, hf_quantizer=None)
+    vars(model.config).pop("quantization_config", None)
 
 
 def _resolve(path: str | PathLike[str]) -> tuple[Path, str | None]:
@@ -119,7 +137,9 @@ def _empty_model(directory: Path) -> nn.Module:
     # Buffers are computed, not loaded (rotary tables): they must be real.
     with _import("accelerate").init_empty_weights(include_buffers=False):
         model: nn.Module = cls(config)
-        return model
+    if (directory / "generation_config.json").exists():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
+    return model
 
 
 def _import(name: str) -> Any:

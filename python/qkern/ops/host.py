@@ -84,8 +84,11 @@ def matmul(
 ) -> Tensor:
     """``x W^T + bias``: (..., in_features) to (..., out_features)."""
     in_features = x.shape[-1]
-    flat = x.reshape(-1, in_features)  # (M, K)
+    flat = x.reshape(x.shape[:-1].numel(), in_features)  # (M, K)
     out = x.new_empty(flat.shape[0], out_features)  # (M, N)
+    if in_features == 0:  # an empty sum
+        out[:] = 0 if bias is None else bias
+        return out.reshape(*x.shape[:-1], out_features)
     for start, panel in _panels(parts, fmt, out_features, in_features, x.dtype):
         rows = slice(start, start + panel.shape[0])
         part = None if bias is None else bias[rows]
@@ -100,15 +103,14 @@ def matmul(
 def matmul_backward(grad: Tensor, parts: Parts, fmt: QuantFormat, in_features: int) -> Tensor:
     """``dY W``: (..., out_features) to (..., in_features)."""
     out_features = grad.shape[-1]
-    flat = grad.reshape(-1, out_features)  # (M, N)
-    out = grad.new_zeros(flat.shape[0], in_features)  # (M, K)
+    flat = grad.reshape(grad.shape[:-1].numel(), out_features)  # (M, N)
+    # Summed over panels in fp32: rounding each sum would make the result depend on their size.
+    total = flat.new_zeros(flat.shape[0], in_features, dtype=torch.float32)  # (M, K)
     for start, panel in _panels(parts, fmt, out_features, in_features, grad.dtype):
-        rows = slice(start, start + panel.shape[0])
         if panel.shape[0] == out_features:
-            out = flat @ panel
-        else:
-            out.addmm_(flat[:, rows], panel)
-    return out.reshape(*grad.shape[:-1], in_features)
+            return (flat @ panel).reshape(*grad.shape[:-1], in_features)
+        total += flat[:, start : start + panel.shape[0]] @ panel
+    return total.to(grad.dtype).reshape(*grad.shape[:-1], in_features)
 
 
 def _panels(

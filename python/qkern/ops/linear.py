@@ -50,7 +50,8 @@ def linear(
     Returns:
         (..., out_features) in x's dtype, or in autocast's.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    # meta knows no autocast, and asking is an error
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(dtype)
         bias = None if bias is None else bias.to(dtype)

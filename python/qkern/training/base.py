@@ -10,7 +10,7 @@ import torch
 
 from qkern import adapters
 from qkern.formats import QuantFormat
-from qkern.integrations.pretrained import load_model
+from qkern.integrations.pretrained import cast_parameters, load_model
 from qkern.model import memory_footprint, quantize_model
 from qkern.training.errors import SettingError
 
@@ -55,8 +55,7 @@ def load_frozen(
     before = memory_footprint(model)
     coverage = quantize_model(model, fmt)
     if dtype is not None:
-        model.to(dtype)  # type: ignore[arg-type]
-    _forget_gguf(model)
+        cast_parameters(model, dtype)
     return FrozenModel(model, coverage, before, memory_footprint(model))
 
 
@@ -83,7 +82,6 @@ def load_finetuned(
         fmt = adapters.read_quantization(adapter) or QuantFormat()
     if fmt is None:
         model = load_model(path, dtype=dtype)
-        _forget_gguf(model)
     else:
         model = load_frozen(path, fmt, dtype=dtype).model
     if adapter is not None:
@@ -128,12 +126,3 @@ def has_bfloat16(device: torch.device) -> bool:
         return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(bool(getattr(torch.cpu, check, bool)()) for check in checks)
-
-
-def _forget_gguf(model: PreTrainedModel) -> None:
-    """Undo the mark of a quantized model on one read from GGUF, whose weights are dense now."""
-    method = getattr(getattr(model, "quantization_method", None), "value", None)
-    if method != "gguf":
-        return
-    vars(model).update(is_quantized=False, hf_quantizer=None)
-    vars(model.config).pop("quantization_config", None)

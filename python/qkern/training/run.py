@@ -80,6 +80,8 @@ class Session:
             NonFiniteError: the run diverged; nothing was replaced.
             TrainingInterrupted: Ctrl-C.
         """
+        if self.tokenizer.pad_token is None:  # padding is masked: any token serves
+            self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(0)
         interrupt = InterruptCallback(self._say)
         bar = ProgressCallback() if progress else None
         trainer = AdapterTrainer(
@@ -143,7 +145,7 @@ class Session:
     def _arguments(self, output: Path, examples: int) -> SFTConfig:
         config = self.config
         steps = config.total_steps(examples)
-        return SFTConfig(
+        arguments = SFTConfig(
             output_dir=str(output),
             max_steps=steps,
             per_device_train_batch_size=config.batch_size,
@@ -172,6 +174,8 @@ class Session:
             dataset_kwargs={"skip_prepare_dataset": True},
             **_checkpointing(enabled=config.gradient_checkpointing),
         )
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # one process trains on one GPU
+        return arguments
 
     def _restore(self) -> None:
         """Give the model back as it was loaded: its own forward, its cache for generation."""
