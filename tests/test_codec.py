@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import qkern
-from qkern import _native, codec, reference
+from qkern import _native, codec, functional, reference
 from qkern.formats import BLOCKSIZES, DTYPES, QuantFormat
 
 BODIES = _native.available_simd()
@@ -143,7 +143,7 @@ def test_torch_and_numpy_doors_give_the_same_bytes() -> None:
     array, tensor = qkern.quantize(values), qkern.quantize(torch.from_numpy(values))
     for a, t in ((array.packed, tensor.packed), (array.absmax, tensor.absmax)):
         assert a.tobytes() == t.numpy().tobytes()
-    assert torch.equal(qkern.tensor.from_array(array).dequantize(), tensor.dequantize())
+    assert torch.equal(functional.from_array(array).dequantize(), tensor.dequantize())
     np.testing.assert_array_equal(qkern.dequantize(array), tensor.dequantize().numpy())
 
 

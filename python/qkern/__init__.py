@@ -139,7 +139,7 @@ def quantize(values: Any, quant_type: Any = "nf4", **settings: Any) -> Any:
         NonFiniteError: for NaN or infinity, unless kept.
     """
     if _is_tensor(values):
-        return importlib.import_module("qkern.tensor").quantize(values, quant_type, **settings)
+        return importlib.import_module("qkern.functional").quantize(values, quant_type, **settings)
     return importlib.import_module("qkern.codec").quantize(values, quant_type, **settings)
 
 
@@ -156,7 +156,7 @@ def dequantize(q: Any, dtype: Any = None, *, out: Any = None) -> Any:
         DTypeError: for any other dtype.
         ShapeError: for an ``out`` that does not fit.
     """
-    home = "qkern.tensor" if _is_tensor(q) else "qkern.codec"
+    home = "qkern.functional" if _is_tensor(q) else "qkern.codec"
     return importlib.import_module(home).dequantize(q, dtype, out=out)
 
 

@@ -15,7 +15,7 @@ int8 blocks have no twin in bitsandbytes: their 1-D weight cannot be mistaken fo
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -158,11 +158,3 @@ def _check_table(found: Tensor, expected: tuple[float, ...], prefix: str) -> Non
     if not torch.equal(found.cpu(), table):
         msg = f"{prefix}: its table of {len(expected)} codes is not the format's own"
         raise CorruptFileError(msg)
-
-
-def shard_entries(
-    q: QuantizedTensor, prefix: str, wrap: Callable[[Tensor], Tensor]
-) -> dict[str, Tensor]:
-    """The entries of one rank's shard; rows of codes and scales go through ``wrap``."""
-    packed, absmax = (wrap(t) if q.has_rows else t for t in (q.packed, q.absmax))
-    return {prefix: packed, f"{prefix}.absmax": absmax} | companions(q, prefix)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from qkern import flat_keys
+from qkern import flat_keys, shards
 from qkern.errors import FormatError, QkernError, ShapeError
 from qkern.formats import QuantFormat, resolve_format
 from qkern.tensor import QuantizedTensor, linear
@@ -80,7 +80,7 @@ class QuantizedLinear(nn.Linear):
     def extra_repr(self) -> str:
         """Sizes and format, for ``print(model)``."""
         weight = self.weight
-        fmt = getattr(getattr(weight, "_local_tensor", weight), "format", None)
+        fmt = getattr(shards.local_part(weight), "format", None)
         return f"{super().extra_repr()}, {fmt}"
 
     def dequantize(self, dtype: torch.dtype | None = None) -> nn.Linear:
@@ -103,7 +103,7 @@ class QuantizedLinear(nn.Linear):
             super()._save_to_state_dict(destination, prefix, keep_vars)
         finally:
             self._parameters = {"weight": weight, **self._parameters}
-        destination.update(_entries(weight, f"{prefix}weight"))
+        destination.update(shards.entries(weight, f"{prefix}weight"))
 
     def _load_from_state_dict(
         self,
@@ -125,7 +125,7 @@ class QuantizedLinear(nn.Linear):
             )
         finally:
             self._parameters = {"weight": weight, **self._parameters}
-        fmt = _local(weight).format
+        fmt = shards.local_part(weight).format
         missing = flat_keys.missing_keys(state_dict, key, fmt)
         if missing:
             missing_keys += missing
@@ -136,7 +136,10 @@ class QuantizedLinear(nn.Linear):
                 )
             return
         if strict:
-            known = set(flat_keys.companions(_local(weight), key)) | {key, f"{key}.absmax"}
+            known = set(flat_keys.companions(shards.local_part(weight), key)) | {
+                key,
+                f"{key}.absmax",
+            }
             known |= {f"{key}.nested_absmax", f"{key}.nested_quant_map"}
             unexpected_keys += [k for k in owned if k not in known]
         try:
@@ -147,8 +150,8 @@ class QuantizedLinear(nn.Linear):
 
     def _load_weight(self, entries: dict[str, Any], key: str, *, assign: bool) -> None:
         weight = self.weight
-        if _is_dtensor(weight):
-            _load_shard(weight, entries, key)
+        if shards.is_sharded(weight):
+            shards.load(weight, entries, key)
             return
         loaded = flat_keys.unflatten(entries, key)
         mine = self.quantized_weight
@@ -178,7 +181,9 @@ class QuantizedLinear(nn.Linear):
     @property
     def _flat_names(self) -> SimpleNamespace:
         names = SimpleNamespace()
-        for key in flat_keys.companions(_local(self.weight), "weight") | {"weight.absmax": 0}:
+        for key in flat_keys.companions(shards.local_part(self.weight), "weight") | {
+            "weight.absmax": 0
+        }:
             at = names
             for name in key.split("."):
                 if not hasattr(at, name):
@@ -318,62 +323,3 @@ def _take_over(layer: _Layer, replaced: nn.Linear) -> _Layer:
         raise FormatError(msg)
     vars(layer).update({name: vars(replaced)[name] for name in _HOOKS if name in vars(replaced)})
     return layer.train(replaced.training)
-
-
-def _is_dtensor(tensor: Tensor) -> bool:
-    return hasattr(tensor, "_local_tensor") and hasattr(tensor, "device_mesh")
-
-
-def _local(weight: Any) -> QuantizedTensor:
-    local: QuantizedTensor = weight._local_tensor if _is_dtensor(weight) else weight
-    return local
-
-
-def _entries(weight: Any, key: str) -> dict[str, Tensor]:
-    if not _is_dtensor(weight):
-        return flat_keys.flatten(weight, key)
-    from torch.distributed.tensor import DTensor
-
-    def wrap(rows: Tensor) -> Tensor:
-        shape = torch.Size((weight.shape[0], rows.shape[1]))
-        return DTensor.from_local(
-            rows,
-            weight.device_mesh,
-            weight.placements,
-            run_check=False,
-            shape=shape,
-            stride=(rows.shape[1], 1),
-        )
-
-    return flat_keys.shard_entries(weight._local_tensor, key, wrap)
-
-
-def _load_shard(weight: Any, entries: dict[str, Any], key: str) -> None:
-    """Copy one rank's rows, from sharded or whole entries, into a sharded weight."""
-    local: QuantizedTensor = weight._local_tensor
-    state = flat_keys.read_state(entries, key)
-    if state["format"] != local.format or torch.Size(state["shape"]) != local.whole_shape:
-        msg = (
-            f"{key}: the file holds {state['shape']} {state['format']}, "
-            f"the module {list(local.whole_shape)} {local.format}"
-        )
-        raise FormatError(msg)
-    rank, first = weight.device_mesh.get_local_rank(), 0
-    if local.has_rows:
-        first = rank * -(-local.whole_shape[0] // weight.device_mesh.size())
-
-    def rows(name: str, mine: Tensor) -> Any:
-        entry = entries[key + name]
-        if _is_dtensor(entry):
-            return entry._local_tensor
-        if not local.has_rows:
-            return entry.reshape(mine.shape)
-        whole = entry.reshape(local.whole_shape[0], -1)
-        return whole[first : first + mine.shape[0]]
-
-    with torch.no_grad():
-        local.packed.copy_(rows("", local.packed))
-        local.absmax.copy_(rows(".absmax", local.absmax))
-        if local.nested_absmax is not None and local.offset is not None:
-            local.nested_absmax.copy_(entries[f"{key}.nested_absmax"])
-            local.offset.fill_(state["offset"])

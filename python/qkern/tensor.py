@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 
 from qkern import ops, reference, tensor_dispatch
-from qkern.codec import METHODS, NONFINITE, QuantizedArray, check_choice
 from qkern.errors import DTypeError, FrozenWeightError, ShapeError
-from qkern.formats import NESTED_BLOCKSIZE, QuantFormat, resolve_format
+from qkern.formats import NESTED_BLOCKSIZE, QuantFormat
 from qkern.ops import host
 from qkern.reference import Parts
 
@@ -267,47 +266,6 @@ class QuantizedTensor(torch.Tensor):
             parts = parts._replace(packed=gathered[0][:rows], absmax=gathered[1][:rows])
         whole = QuantizedTensor(*parts, shard.format, shard.whole_shape, param_dtype)
         return whole, gathered
-
-
-def quantize(
-    values: Tensor,
-    quant_type: str | QuantFormat = "nf4",
-    *,
-    blocksize: int = 64,
-    double_quant: bool = True,
-    method: str = "absmax",
-    nonfinite: str = "error",
-) -> QuantizedTensor:
-    """Quantize a torch tensor on its device: ``qkern.quantize`` for tensors."""
-    fmt = resolve_format(quant_type, blocksize=blocksize, double_quant=double_quant)
-    check_choice("method", method, METHODS)
-    check_choice("nonfinite", nonfinite, NONFINITE)
-    return QuantizedTensor.from_dense(values, fmt, nonfinite=nonfinite)
-
-
-def dequantize(
-    q: QuantizedTensor, dtype: torch.dtype | None = None, *, out: Tensor | None = None
-) -> Tensor:
-    """The dense tensor, into ``out`` if it is given: ``qkern.dequantize`` for tensors."""
-    if out is None:
-        return q.dequantize(dtype)
-    if dtype not in (None, out.dtype) or out.shape != q.shape or out.device != q.device:
-        msg = (
-            f"out is {tuple(out.shape)} {out.dtype} on {out.device}: {tuple(q.shape)} "
-            f"{dtype or out.dtype} on {q.device} is needed"
-        )
-        raise ShapeError(msg)
-    if out.device.type == "cpu" and out.is_contiguous() and q.is_whole:
-        host.dequantize_into(q.parts, q.format, out)
-        return out
-    return out.copy_(q.dequantize(out.dtype))
-
-
-def from_array(q: QuantizedArray) -> QuantizedTensor:
-    """The tensor that shares a ``QuantizedArray``'s memory."""
-    arrays = (q.packed, q.absmax, q.nested_absmax, q.offset)
-    parts = Parts(*(None if a is None else torch.from_numpy(a) for a in arrays))  # type: ignore[arg-type]
-    return QuantizedTensor.from_parts(parts, q.format, q.shape, getattr(torch, q.dtype))
 
 
 def linear(
