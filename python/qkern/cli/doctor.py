@@ -139,7 +139,7 @@ def _cpu_paths(native: Any, problem: str) -> list[dict[str, str]]:
             _path("linear", "cpu", "nothing", 'needs torch: pip install "qkern[torch]"'),
         ]
     linear = f"{body} panels, torch matmul"
-    return [*paths, _path("linear", "cpu", linear, "panels of the weight, never a dense copy")]
+    return [*paths, _path("linear", "cpu", linear, "a panel of at most 8 MiB is dense at a time")]
 
 
 def _gpu_paths(gpu: dict[str, Any]) -> list[dict[str, str]]:
