@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("qkern", "torch", "bitsandbytes", "numpy", "transformers")
+PACKAGES = ("torch", "bitsandbytes", "numpy", "transformers")
 
 
 def interleaved(
@@ -65,7 +65,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "simd": _native.simd(),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {"qkern": _native.__version__} | {name: _version(name) for name in PACKAGES},
         "commit": _commit(),
     }
 
