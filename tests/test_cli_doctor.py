@@ -7,8 +7,10 @@ import subprocess
 import sys
 from typing import Any
 
+import pytest
+
 from qkern import _native
-from qkern.cli import main
+from qkern.cli import doctor, main
 
 # Hides packages from import and from find_spec, as on a machine without them.
 BLOCK = """
@@ -100,3 +102,25 @@ def test_a_forced_body_is_told() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "forced by QKERN_SIMD=scalar" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("capability", "decode"), [((7, 5), "torch operations"), ((8, 0), "Triton"), ((9, 0), "Triton")]
+)
+def test_what_is_said_of_a_gpu_is_what_the_operators_do(
+    capability: tuple[int, int], decode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qkern.kernels._capability", lambda _: capability)
+    monkeypatch.setattr("qkern.kernels._has_triton", lambda: True)
+    paths = doctor._gpu_paths({"name": "a GPU", "why": ""}, native=object(), problem="")
+    runs = {path["operation"]: path["path"] for path in paths}
+    assert runs == {
+        "quantize": "torch operations",
+        "dequantize": decode,
+        "linear": f"{decode}, torch matmul",
+    }
+
+
+def test_nothing_runs_on_a_gpu_without_the_native_extension() -> None:
+    paths = doctor._gpu_paths({"name": "a GPU", "why": ""}, native=None, problem="missing")
+    assert {(path["path"], path["why"]) for path in paths} == {("nothing", "missing")}

@@ -32,7 +32,6 @@ from qkern.training import (
     prepare_data,
 )
 from qkern.training.base import load_finetuned, load_frozen
-from qkern.training.order import LengthGroupedOrder
 from qkern.training.run import Session
 from qkern.training.trainer import AdapterTrainer, trained_token_loss
 
@@ -316,39 +315,6 @@ def test_loss_on_trained_positions_equals_the_models_own(model_dir: Path) -> Non
     torch.testing.assert_close(2 * halved, expected)
 
 
-def test_order_groups_lengths_and_depends_on_seed_and_epoch() -> None:
-    lengths = [(7 * i) % 50 + 1 for i in range(101)]
-    order = LengthGroupedOrder(lengths, batch=4, seed=3)
-    first = list(order)
-    assert sorted(first) == list(range(101))
-    assert list(order) == first
-    assert lengths[first[0]] == max(lengths)
-    batches = [[lengths[i] for i in first[j : j + 4]] for j in range(0, 100, 4)]
-    spread = sum(max(batch) - min(batch) for batch in batches) / len(batches)
-    assert spread < 8
-    order.set_epoch(1)
-    assert sorted(order) == sorted(first)
-    assert list(order) != first
-    assert list(LengthGroupedOrder(lengths, batch=4, seed=4)) != first
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"lr": 0.0}, "lr is 0.0: allowed is more than 0"),
-        ({"steps": 0}, "steps is 0"),
-        ({"batch_size": 0}, "batch_size is 0: allowed is 1 or more"),
-        ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
-        ({"dtype": "int4"}, "dtype is 'int4': allowed is auto, float32, bfloat16, float16"),
-        ({"schedule": "step"}, "schedule is 'step'"),
-        ({"max_length": 1}, "max_length is 1: allowed is 2 or more"),
-    ],
-)
-def test_settings_out_of_range(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(SettingError, match=message):
-        FinetuneConfig(**changes)
-
-
 def test_settings_of_the_format_and_the_machine(
     model_dir: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -359,19 +325,6 @@ def test_settings_of_the_format_and_the_machine(
     if not torch.cuda.is_available():
         with pytest.raises(SettingError, match="torch sees no GPU"):
             finetune(model_dir, data, tmp_path / "b", FinetuneConfig(device="cuda"))
-
-
-def test_settings_survive_json() -> None:
-    config = dataclasses.replace(CONFIG, target_modules=("q_proj", "v_proj"))
-    assert FinetuneConfig.from_dict(json.loads(json.dumps(config.as_dict()))) == config
-
-
-def test_steps_of_a_run() -> None:
-    config = FinetuneConfig(epochs=2, batch_size=4, grad_accum=2)
-    assert config.total_steps(24) == 6
-    assert config.total_steps(25) == 8  # a short step at the end of each epoch
-    assert config.total_steps(1) == 2
-    assert dataclasses.replace(config, steps=3).total_steps(24) == 3
 
 
 def test_bad_data_is_found_before_the_model_is_loaded(model_dir: Path, tmp_path: Path) -> None:

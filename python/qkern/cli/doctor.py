@@ -70,7 +70,7 @@ def gather() -> dict[str, Any]:
         "QKERN_SIMD": os.environ.get("QKERN_SIMD"),
         "gpu": gpu["name"] or gpu["why"],
     }
-    paths = [*_cpu_paths(native, problem), *_gpu_paths(gpu)]
+    paths = [*_cpu_paths(native, problem), *_gpu_paths(gpu, native, problem)]
     return {"native": native is not None, "versions": versions, "machine": machine, "paths": paths}
 
 
@@ -106,8 +106,8 @@ def _cores() -> int:
 
 
 def _gpu() -> dict[str, Any]:
-    """Name, capability and count of the GPU that torch sees, or why there is none."""
-    nothing = {"name": None, "capability": None, "count": 0}
+    """The name of the GPU that torch sees, or why there is none."""
+    nothing = {"name": None}
     if importlib.util.find_spec("torch") is None:
         return nothing | {"why": "none: torch is not installed"}
     linux = sys.platform == "linux"
@@ -122,8 +122,7 @@ def _gpu() -> dict[str, Any]:
         return nothing | {"why": f"none: torch ({build}) sees no GPU"}
     major, minor = torch.cuda.get_device_capability()
     name = f"{torch.cuda.get_device_name()}, capability {major}.{minor}"
-    count = torch.cuda.device_count()
-    return {"name": name, "capability": (major, minor), "count": count, "why": ""}
+    return {"name": name, "why": ""}
 
 
 def _cpu_paths(native: Any, problem: str) -> list[dict[str, str]]:
@@ -142,20 +141,20 @@ def _cpu_paths(native: Any, problem: str) -> list[dict[str, str]]:
     return [*paths, _path("linear", "cpu", linear, "a panel of at most 8 MiB is dense at a time")]
 
 
-def _gpu_paths(gpu: dict[str, Any]) -> list[dict[str, str]]:
-    operations = ("quantize", "dequantize", "linear")
-    if gpu["name"] is None:
-        return [_path(name, "gpu", "nothing", gpu["why"]) for name in operations]
-    triton = _version("triton") or _version("triton-windows")
-    kernels = importlib.util.find_spec("qkern.kernels") is not None
-    if not kernels or triton is None:
-        why = "triton is not installed" if kernels else "this build of qkern has no kernels"
-        return [_path(name, "gpu", "torch operations", why) for name in operations]
-    if gpu["capability"] < (8, 0):
-        why = "capability below 8.0, which triton does not serve"
-        return [_path(name, "gpu", "torch operations", why) for name in operations]
+def _gpu_paths(gpu: dict[str, Any], native: Any, problem: str) -> list[dict[str, str]]:
+    why = gpu["why"] or ("" if native else problem)
+    if why:
+        return [_path(name, "gpu", "nothing", why) for name in ("quantize", "dequantize", "linear")]
+    import torch
+
+    from qkern.ops.dequantize import why_no_kernel
+
+    gap = why_no_kernel(torch.device("cuda"))
+    decode = "torch operations" if gap else "Triton"
     return [
-        _path(name, "gpu", f"Triton {triton}", "capability 8.0 or newer") for name in operations
+        _path("quantize", "gpu", "torch operations", "there is no kernel for it yet"),
+        _path("dequantize", "gpu", decode, gap or "triton serves this GPU"),
+        _path("linear", "gpu", f"{decode}, torch matmul", "the weight is dense during the call"),
     ]
 
 

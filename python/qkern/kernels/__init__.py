@@ -16,20 +16,20 @@ MIN_CAPABILITY = (8, 0)
 
 def is_supported(device: torch.device) -> bool:
     """Whether kernels run on ``device``; if not, the readable fallback does."""
-    if device.type != "cuda":
-        return False
-    return _has_triton() and _capability(device.index or 0) >= MIN_CAPABILITY
+    return not why_not(device)
 
 
 def why_not(device: torch.device) -> str:
-    """The reason for the fallback on ``device``, for ``qkern doctor``; empty if supported."""
-    if is_supported(device):
-        return ""
+    """Why no kernel runs on ``device``; empty if one does."""
     if device.type != "cuda":
         return f"no kernels for {device.type}"
     if not _has_triton():
         return "triton is not installed"
-    return f"compute capability {_capability(device.index or 0)} is below {MIN_CAPABILITY}"
+    capability = _capability(device.index or 0)
+    if capability < MIN_CAPABILITY:
+        found, needed = (".".join(map(str, c)) for c in (capability, MIN_CAPABILITY))
+        return f"compute capability {found}, triton needs {needed}"
+    return ""
 
 
 @functools.cache

@@ -69,3 +69,8 @@ def dense(
 
         return launch(*parts, fmt, numel, dtype).reshape(tuple(shape))
     return reference.dequantize(parts, fmt, numel, dtype).reshape(tuple(shape))
+
+
+def why_no_kernel(device: torch.device) -> str:
+    """Why ``dense`` takes the reference on a device that is no CPU; empty where it does not."""
+    return kernels.why_not(device)
