@@ -1,8 +1,12 @@
-"""Shared fixtures: seeds, hypothesis profiles, small real data where it is at hand."""
+"""Shared fixtures: seeds, hypothesis profiles, small real data where it is at hand.
+
+After a run, the ids of the reliability cases (``@pytest.mark.case("A1")``) that it covered.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -26,6 +30,36 @@ def pytest_configure(config: pytest.Config) -> None:
         # The models here are tiny: a second thread costs more than it gives, and much more
         # on a machine that is busy with something else.
         torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Write each test's case ids where its reports carry them."""
+    for item in items:
+        for case in (case for mark in item.iter_markers("case") for case in mark.args):
+            if not (isinstance(case, str) and re.fullmatch(r"[A-E][1-9][0-9]?", case)):
+                msg = f"{item.nodeid}: {case!r} is not the id of a case, such as A1"
+                raise pytest.UsageError(msg)
+            item.user_properties.append(("case", case))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One line for the cases whose tests all passed, and one for those that did not."""
+    outcomes: dict[str, set[str]] = {}
+    for outcome in ("passed", "failed", "error", "skipped", "xfailed", "xpassed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            for key, case in getattr(report, "user_properties", ()):
+                if key == "case":
+                    outcomes.setdefault(case, set()).add(outcome)
+    if not outcomes:
+        return
+    cases = sorted(outcomes, key=lambda case: (case[0], int(case[1:])))
+    good = [case for case in cases if outcomes[case] == {"passed"}]
+    terminalreporter.section("reliability cases")
+    terminalreporter.write_line(f"passed, {len(good)}: {' '.join(good) or 'none'}")
+    if len(good) < len(cases):
+        rest = [f"{case} ({', '.join(sorted(outcomes[case]))})" for case in cases]
+        rest = [text for case, text in zip(cases, rest, strict=True) if case not in good]
+        terminalreporter.write_line(f"failed or skipped, {len(rest)}: {' '.join(rest)}")
 
 
 @pytest.fixture(autouse=True)

@@ -94,8 +94,8 @@ def test_writes_that_would_be_lost_are_refused() -> None:
         torch.mul(torch.ones(4, 64), 2, out=q)
     with pytest.raises(qkern.FrozenWeightError, match="dequantize"):
         torch._foreach_mul_([q], 0.0)
-    with pytest.raises(qkern.DTypeError, match="float64"):
-        q.double()
+    with pytest.raises(qkern.DTypeError, match="float8"):
+        q.to(torch.float8_e4m3fn)
 
 
 def test_forward_on_meta_gives_the_shape() -> None:

@@ -20,6 +20,7 @@ from qkern.errors import (
     CorruptFileError,
     CoverageError,
     DataError,
+    DeviceError,
     DTypeError,
     FormatError,
     FrozenWeightError,
@@ -28,6 +29,7 @@ from qkern.errors import (
     NonFiniteError,
     QkernError,
     ShapeError,
+    StateDictError,
 )
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ __all__ = [
     "CoverageReport",
     "DTypeError",
     "DataError",
+    "DeviceError",
     "FormatError",
     "FrozenWeightError",
     "MissingDependencyError",
@@ -59,6 +62,7 @@ __all__ = [
     "QuantizedLinear",
     "QuantizedTensor",
     "ShapeError",
+    "StateDictError",
     "__version__",
     "add_lora",
     "dequantize",
@@ -140,6 +144,11 @@ def quantize(values: Any, quant_type: Any = "nf4", **settings: Any) -> Any:
     """
     if _is_tensor(values):
         return importlib.import_module("qkern.functional").quantize(values, quant_type, **settings)
+    if not _is_array(values):
+        kind = type(values).__name__
+        what = "is quantized already" if kind == "QuantizedArray" else "cannot be quantized"
+        msg = f"a {kind} {what}: pass a torch tensor or a NumPy array"
+        raise DTypeError(msg)
     return importlib.import_module("qkern.codec").quantize(values, quant_type, **settings)
 
 
@@ -150,17 +159,31 @@ def dequantize(q: Any, dtype: Any = None, *, out: Any = None) -> Any:
         q: ``QuantizedTensor`` or ``QuantizedArray``.
         dtype: a torch dtype for a tensor, a name for an array; that of the quantized value if
             None.
-        out: a contiguous tensor or array of q's shape to write into.
+        out: a tensor, or a C-contiguous array, of q's shape to write into.
 
     Raises:
         DTypeError: for any other dtype.
         ShapeError: for an ``out`` that does not fit.
     """
-    home = "qkern.functional" if _is_tensor(q) else "qkern.codec"
-    return importlib.import_module(home).dequantize(q, dtype, out=out)
+    if _is_tensor(q):
+        return importlib.import_module("qkern.functional").dequantize(q, dtype, out=out)
+    codec = importlib.import_module("qkern.codec")
+    if not isinstance(q, codec.QuantizedArray) or not (out is None or _is_array(out)):
+        msg = (
+            "dequantize takes what quantize returned, and an out of the same kind: got "
+            f"{type(q).__name__} and {type(out).__name__}"
+        )
+        raise DTypeError(msg)
+    return codec.dequantize(q, dtype, out=out)
 
 
 def _is_tensor(value: Any) -> bool:
     """Whether ``value`` is a torch tensor, without importing torch to find out."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
+
+
+def _is_array(value: Any) -> bool:
+    """Whether ``value`` is a NumPy array or scalar, without importing NumPy to find out."""
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, (numpy.ndarray, numpy.generic))

@@ -175,7 +175,7 @@ def encode_absmax(absmax: F32) -> tuple[U8, F32, F32, bool]:
     codes = np.empty(absmax.size, np.uint8)
     nested = np.empty(-(-absmax.size // NESTED_BLOCKSIZE), np.float32)
     offset, safe = _native.quantize_absmax(absmax, nested_code_array(), codes, nested)
-    return codes, nested, np.array([offset], np.float32), safe
+    return codes, nested, np.array([offset], np.uint32).view(np.float32), safe
 
 
 def decode(parts: Parts, fmt: QuantFormat, out: Array, dtype: str) -> None:
@@ -193,8 +193,9 @@ def decode_absmax(parts: Parts) -> F32:
     if parts.nested_absmax is None or parts.offset is None:
         return parts.absmax
     absmax = np.empty(parts.absmax.size, np.float32)
+    offset = int(parts.offset.view(np.uint32)[0])  # bits: see the extension
     _native.dequantize_absmax(
-        parts.absmax, nested_code_array(), parts.nested_absmax, float(parts.offset[0]), absmax
+        parts.absmax, nested_code_array(), parts.nested_absmax, offset, absmax
     )
     return absmax
 
@@ -246,7 +247,10 @@ def _from_bits(bits: Array, name: str) -> Array:
 
 
 def _dtype_name(dtype: Any) -> str:
-    name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
+    try:
+        name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
+    except TypeError:  # no dtype of NumPy's
+        name = repr(dtype)
     if name not in DTYPES:
         msg = f"cannot dequantize to {name}: allowed are {', '.join(DTYPES)}"
         raise DTypeError(msg)

@@ -20,7 +20,11 @@ class ShapeError(QkernError, ValueError):
 
 
 class DTypeError(QkernError, TypeError):
-    """A dtype that cannot be quantized, or that was asked for and is not supported."""
+    """A type or dtype that cannot be used, or that was asked for and is not supported."""
+
+
+class DeviceError(QkernError, RuntimeError):
+    """Tensors of one operation on different devices."""
 
 
 class NonFiniteError(QkernError, ValueError):
@@ -33,6 +37,10 @@ class CoverageError(QkernError, ValueError):
 
 class CorruptFileError(QkernError, ValueError):
     """A file whose content contradicts itself."""
+
+
+class StateDictError(QkernError, RuntimeError):
+    """Entries of a ``state_dict`` that do not fit the quantized layer they are loaded into."""
 
 
 class AdapterMismatchError(QkernError, ValueError):

@@ -15,6 +15,7 @@ int8 blocks have no twin in bitsandbytes: their 1-D weight cannot be mistaken fo
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from qkern.errors import CorruptFileError, QkernError
 from qkern.formats import CODES, DTYPES, NESTED_BLOCKSIZE, QuantFormat, dynamic_code
+from qkern.operands import has_data
 from qkern.reference import Parts
 from qkern.tensor import QuantizedTensor
 
@@ -51,7 +53,8 @@ def companions(q: QuantizedTensor, prefix: str) -> dict[str, Tensor]:
     state: dict[str, Any] = {
         "quant_type": fmt.quant_type,
         "blocksize": fmt.blocksize,
-        "dtype": str(q.dtype).removeprefix("torch."),
+        # A file names what was quantized: float64 is only ever reported by a cast model.
+        "dtype": str(q.dtype).removeprefix("torch.").replace("float64", "float32"),
         "shape": list(q.whole_shape),
     }
     if q.nested_absmax is not None and q.offset is not None:
@@ -61,7 +64,7 @@ def companions(q: QuantizedTensor, prefix: str) -> dict[str, Tensor]:
         )
         state["nested_blocksize"] = NESTED_BLOCKSIZE
         state["nested_dtype"] = "float32"
-        state["nested_offset"] = 0.0 if q.offset.is_meta else float(q.offset)
+        state["nested_offset"] = float(q.offset) if has_data(q.offset) else 0.0
     blob = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
     entries[f"{prefix}.{state_name(fmt.quant_type)}"] = blob
     device = q.packed.device
@@ -144,6 +147,10 @@ def unflatten(entries: Mapping[str, Tensor], prefix: str) -> QuantizedTensor:
     nested_absmax = offset = None
     if fmt.double_quant:
         nested_absmax = entry("nested_absmax", fmt.num_nested(numel), torch.float32)
+        finite = not has_data(nested_absmax) or bool(nested_absmax.isfinite().all())
+        if not finite or not math.isfinite(state["offset"]):
+            msg = f"{prefix}: NaN or infinity among its second-level scales or its offset"
+            raise CorruptFileError(msg)
         _check_table(entry("nested_quant_map", 256, torch.float32), dynamic_code(), prefix)
         offset = torch.tensor([state["offset"]], dtype=torch.float32, device=packed.device)
     parts = Parts(packed, absmax, nested_absmax, offset)

@@ -71,7 +71,8 @@ class QuantFormat:
 
     Args:
         quant_type: ``"nf4"``, ``"fp4"`` (4 bits a weight) or ``"int8"`` (8 bits).
-        blocksize: values that share a scale, one of 32, 64, ... 4096.
+        blocksize: values that share a scale, one of 32, 64, ... 4096; an int, or an integer of
+            NumPy's, which is kept as an int.
         double_quant: scales stored in 8 bits instead of 32.
 
     Raises:
@@ -90,10 +91,12 @@ class QuantFormat:
         if self.quant_type not in QUANT_TYPES:
             msg = f"unknown quant_type {self.quant_type!r}: allowed are {', '.join(QUANT_TYPES)}"
             raise FormatError(msg)
-        if isinstance(self.blocksize, bool) or self.blocksize not in BLOCKSIZES:
+        is_int = isinstance(self.blocksize, (int, np.integer))
+        if not is_int or self.blocksize not in BLOCKSIZES:
             allowed = ", ".join(map(str, BLOCKSIZES))
             msg = f"blocksize {self.blocksize!r} is not supported: allowed are {allowed}"
             raise FormatError(msg)
+        object.__setattr__(self, "blocksize", int(self.blocksize))
         if not isinstance(self.double_quant, bool):
             msg = f"double_quant must be True or False, got {self.double_quant!r}"
             raise FormatError(msg)

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkern import ops, reference, tensor_dispatch
-from qkern.errors import DTypeError, FrozenWeightError, ShapeError
+from qkern import operands, ops, reference, tensor_dispatch
+from qkern.errors import DTypeError, ShapeError
 from qkern.formats import NESTED_BLOCKSIZE, QuantFormat
 from qkern.ops import host
 from qkern.reference import Parts
@@ -104,19 +104,24 @@ class QuantizedTensor(torch.Tensor):
     def from_dense(
         cls, values: Tensor, fmt: QuantFormat, *, nonfinite: str = "error"
     ) -> QuantizedTensor:
-        """Quantize a dense tensor of any shape and strides, on its device; meta stays meta."""
+        """Quantize a dense tensor of any shape and strides, on its device; meta stays meta.
+
+        The result is an ordinary tensor under ``torch.inference_mode`` too: it can be trained on.
+        """
         if isinstance(values, QuantizedTensor):
             msg = "the tensor is quantized already: dequantize it first to change its format"
             raise DTypeError(msg)
-        packed, absmax = ops.quantize(values.detach(), fmt.quant_type, fmt.blocksize, nonfinite)
-        parts = Parts(packed, absmax, None, None)
-        if fmt.double_quant:
-            codes, nested_absmax, offset, safe = ops.quantize_absmax(absmax)
-            if safe.is_meta or bool(safe):
-                parts = Parts(packed, codes, nested_absmax, offset)
-            else:
-                fmt = fmt.replace(double_quant=False)
-        return cls.from_parts(parts, fmt, values.shape, values.dtype)
+        operands.check_dense(values)
+        with torch.inference_mode(mode=False):
+            packed, absmax = ops.quantize(values.detach(), fmt.quant_type, fmt.blocksize, nonfinite)
+            parts = Parts(packed, absmax, None, None)
+            if fmt.double_quant:
+                codes, nested_absmax, offset, safe = ops.quantize_absmax(absmax)
+                if not operands.has_data(safe) or bool(safe):
+                    parts = Parts(packed, codes, nested_absmax, offset)
+                else:
+                    fmt = fmt.replace(double_quant=False)
+            return cls.from_parts(parts, fmt, values.shape, values.dtype)
 
     @classmethod
     def from_parts(
@@ -176,9 +181,12 @@ class QuantizedTensor(torch.Tensor):
         """The dense tensor: ``code * absmax`` in fp32, rounded once.
 
         Args:
-            dtype: float32, float16 or bfloat16; the reported dtype if None.
+            dtype: float32, float16 or bfloat16, or float64 for the float32 value; the reported
+                dtype if None.
         """
         dtype = self.dtype if dtype is None else dtype
+        if dtype == torch.float64:
+            return self.dequantize(torch.float32).double()
         host.dtype_name(dtype)
         fmt = self.format
         if self.start == tensor_dispatch.UNKNOWN_START:
@@ -228,11 +236,13 @@ class QuantizedTensor(torch.Tensor):
         kwargs = kwargs or {}
         if func is torch.nn.functional.linear:
             return _linear(*args, **kwargs)
+        if func in tensor_dispatch.METHODS and isinstance(args[0], QuantizedTensor):
+            return tensor_dispatch.METHODS[func](*args, **kwargs)
         if func == _SET_DATA and isinstance(args[0], QuantizedTensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return tensor_dispatch.set_data(*args)
         if func in (torch.Tensor.requires_grad_, _SET_REQUIRES_GRAD):
-            _refuse_grad(*args, **kwargs)
+            tensor_dispatch.refuse_grad(*args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -276,30 +286,37 @@ def linear(
     lora_A: Tensor | None = None,
     lora_B: Tensor | None = None,
     scaling: float = 1.0,
+    layer: torch.nn.Module | None = None,
 ) -> Tensor:
     """``x W^T + bias + scaling (x A^T) B^T`` on the packed bytes of W.
 
+    The weight is dequantized to x's dtype, the bias is cast to it, whatever their own; the
+    adapter's part is computed in the adapter's dtype. float64, forward-mode derivatives and
+    ``torch.func``'s transforms work on a dense copy of the weight.
+
     Args:
-        x: (..., in_features), float32, float16 or bfloat16.
+        x: (..., in_features), float32, float16, bfloat16 or float64.
         weight: (out_features, in_features).
         bias: (out_features,) or None.
         lora_A: (r, in_features) or None.
         lora_B: (out_features, r) or None.
         scaling: factor of the adapter's part.
+        layer: what errors name.
 
     Returns:
         (..., out_features) in x's dtype, or in autocast's.
 
     Raises:
-        ShapeError: if the last dimension of x is not in_features.
+        ShapeError: if the last dimension of x is not in_features, or another size does not fit.
+        DTypeError: for anything but floating-point tensors, or a weight that is not quantized.
+        DeviceError: for operands on different devices.
     """
-    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-        msg = (
-            f"linear expects x of (..., {weight.shape[-1]}) for a weight of "
-            f"{tuple(weight.shape)}, got {tuple(x.shape)}"
-        )
-        raise ShapeError(msg)
-    if not weight.is_whole:  # a shard or a slice, outside of training
+    if not isinstance(weight, QuantizedTensor):
+        msg = f"the weight is a {type(weight).__name__}: qkern.quantize it, or call F.linear"
+        raise DTypeError(msg)
+    operands.check_linear(x, weight, bias, lora_A, lora_B, layer)
+    if operands.need_dense_weight(x, weight):
+        bias = None if bias is None else bias.to(x.dtype)
         return reference.linear(x, weight.dequantize(x.dtype), bias, lora_A, lora_B, scaling)
     out_features = weight.shape[0]
     return ops.linear(x, weight.parts, weight.format, out_features, bias, lora_A, lora_B, scaling)
@@ -333,15 +350,3 @@ def _decode_shard(q: QuantizedTensor) -> Parts:
 def _rows_are_blocks(shape: Sequence[int], fmt: QuantFormat) -> bool:
     rows = shape[0] if len(shape) >= 2 else 0
     return rows > 0 and fmt.rows_are_blocks(torch.Size(shape).numel() // rows)
-
-
-def _refuse_grad(
-    tensor: Tensor,
-    requires_grad: bool = True,  # noqa: FBT001 - torch's signature
-) -> None:
-    if requires_grad and isinstance(tensor, QuantizedTensor):
-        msg = (
-            "a quantized weight cannot require a gradient: train an adapter on it "
-            "(qkern.add_lora), or dequantize the layer to train it whole"
-        )
-        raise FrozenWeightError(msg)

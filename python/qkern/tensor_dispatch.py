@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from qkern import ops
 from qkern.errors import DTypeError, FormatError, FrozenWeightError, ShapeError
+from qkern.operands import FLOATS
 
 if TYPE_CHECKING:
     from qkern.tensor import QuantizedTensor
@@ -33,9 +34,19 @@ class Undo:
 
     PEFT merges an adapter by ``weight.data += delta`` and takes it back by ``-=``. Quantizing
     twice would change a good part of the bytes, so the inverse addition puts these back.
+
+    Args:
+        parts: what was there before; None after any other write.
+        label: what the adder calls its addition, to ask for ``take_back`` instead of subtracting.
     """
 
     parts: tuple[Tensor | None, ...] | None = None
+    label: str = ""
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Undo:
+        """The same on other parts, for a copy of the tensor."""
+        parts = self.parts and tuple(None if part is None else fn(part) for part in self.parts)
+        return Undo(parts, self.label)
 
 
 def dispatch(cls: type[QuantizedTensor], func: Any, args: Any, kwargs: Any) -> Any:
@@ -91,7 +102,8 @@ def set_data(q: QuantizedTensor, value: Tensor) -> None:
 
 def _quantize_like(q: QuantizedTensor, values: Tensor) -> tuple[Tensor, ...]:
     fmt = q.format
-    packed, absmax = ops.quantize(values.detach(), fmt.quant_type, fmt.blocksize, "error")
+    values = values.detach().float() if values.dtype == torch.float64 else values.detach()
+    packed, absmax = ops.quantize(values, fmt.quant_type, fmt.blocksize, "error")
     if not fmt.double_quant:
         return packed, absmax, absmax, absmax
     codes, nested_absmax, offset, safe = ops.quantize_absmax(absmax)
@@ -114,15 +126,28 @@ def _in_place(func: Any, args: Any, kwargs: Any) -> QuantizedTensor:
         old = q.like([None if p is None else p.clone() for p in q.undo.parts])
         redone = inverse(old.dequantize(), *rest, **kwargs)
         if _same_bytes(q, _quantize_like(q, redone)):
-            for part, kept in zip(q.parts, q.undo.parts, strict=True):
-                if part is not None:
-                    part.copy_(kept)
-            q.undo.parts = None
+            _put_back(q)
             return q  # type: ignore[no-any-return]
     kept = tuple(None if p is None else p.clone() for p in q.parts)
-    assign(q, after)
-    q.undo.parts = kept if inverse is not None else None
+    if not torch.equal(after, before):  # quantizing the same values again would change bytes
+        assign(q, after)
+    q.undo.parts, q.undo.label = (kept if inverse is not None else None), ""
     return q  # type: ignore[no-any-return]
+
+
+def take_back(q: QuantizedTensor, label: str) -> bool:
+    """Put back what the addition of this label replaced, if it was the last write."""
+    if q.undo.parts is None or q.undo.label != label:
+        return False
+    _put_back(q)
+    return True
+
+
+def _put_back(q: QuantizedTensor) -> None:
+    for part, kept in zip(q.parts, q.undo.parts or (), strict=True):
+        if part is not None and kept is not None:
+            part.copy_(kept)
+    q.undo.parts, q.undo.label = None, ""
 
 
 _INVERSE = {aten.add_.Tensor: aten.sub_.Tensor, aten.sub_.Tensor: aten.add_.Tensor}
@@ -154,7 +179,7 @@ def _(func: Any, q: QuantizedTensor) -> Any:
 
 @_rule(aten.clone.default)
 def _(func: Any, q: QuantizedTensor, *, memory_format: Any = None) -> Any:
-    return q.like(_map(q, torch.clone), undo=Undo(q.undo.parts))
+    return q.like(_map(q, torch.clone), undo=q.undo.map(lambda part: part))
 
 
 @_rule(aten._to_copy.default)
@@ -162,15 +187,18 @@ def _(func: Any, q: QuantizedTensor, **kwargs: Any) -> Any:
     dtype = kwargs.get("dtype") or q.dtype
     if not dtype.is_floating_point:
         return NotImplemented
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        msg = f"a quantized weight cannot report {dtype}: float32, float16 and bfloat16 can be"
+    if dtype not in FLOATS:
+        allowed = ", ".join(str(float_).removeprefix("torch.") for float_ in FLOATS)
+        msg = f"a quantized weight cannot report {dtype}: {allowed} can be"
         raise DTypeError(msg)
     device = kwargs.get("device") or q.device
-    blocking = not kwargs.get("non_blocking", False)
+    non_blocking = kwargs.get("non_blocking", False)
+
+    def moved(part: Tensor) -> Tensor:
+        return part.to(device, non_blocking=non_blocking, copy=True)
+
     # A dtype changes what is reported and dequantized to; codes and scales stay.
-    return q.like(
-        _map(q, lambda t: t.to(device, non_blocking=not blocking, copy=True)), dtype=dtype
-    )
+    return q.like(_map(q, moved), dtype=dtype, undo=q.undo.map(moved))
 
 
 @_rule(aten.empty_like.default)
@@ -253,6 +281,52 @@ def _(func: Any, q: QuantizedTensor, device: Any = None) -> bool:
 @_rule(aten._pin_memory.default)
 def _(func: Any, q: QuantizedTensor, device: Any = None) -> Any:
     return q.like(_map(q, lambda t: t.pin_memory()))
+
+
+def refuse_grad(
+    tensor: Tensor,
+    requires_grad: bool = True,  # noqa: FBT001 - torch's signature
+) -> None:
+    """Refuse ``requires_grad`` of a quantized tensor."""
+    if requires_grad and hasattr(tensor, "packed"):
+        msg = (
+            "a quantized weight cannot require a gradient: train an adapter on it "
+            "(qkern.add_lora), or dequantize the layer to train it whole"
+        )
+        raise FrozenWeightError(msg)
+
+
+def _share_memory(q: Any) -> Any:
+    for part in (*q.parts, *(q.undo.parts or ())):
+        if part is not None:
+            part.share_memory_()
+    return q
+
+
+def _is_shared(q: Any) -> Any:
+    return q.packed.is_shared()
+
+
+def _no_memory(q: Any, *args: Any, **kwargs: Any) -> Any:
+    msg = "a quantized tensor has no dense memory to hand out: call dequantize() first"
+    raise DTypeError(msg)
+
+
+def _set_item(q: QuantizedTensor, index: Any, value: Any) -> None:
+    """``q[index] = value``: a view of the dense value would take the write and be lost."""
+    dense = q.dequantize()
+    dense[index] = value
+    q.copy_(dense)
+
+
+# Methods that go to a tensor's memory without asking an operator.
+METHODS: dict[Any, Callable[..., Any]] = {
+    Tensor.share_memory_: _share_memory,
+    Tensor.is_shared: _is_shared,
+    Tensor.apply_: _no_memory,
+    Tensor.__dlpack__: _no_memory,
+    Tensor.__setitem__: _set_item,
+}
 
 
 def _same_layout(q: QuantizedTensor, other: QuantizedTensor) -> bool:

@@ -37,6 +37,8 @@ def linear(
 ) -> Tensor:
     """The operator, with autocast: x, bias and adapter are cast, scales never are.
 
+    Without autocast a bias of another dtype is cast to x's.
+
     Args:
         x: (..., in_features).
         parts: the quantized weight, (out_features, in_features).
@@ -57,6 +59,8 @@ def linear(
         bias = None if bias is None else bias.to(dtype)
         lora_A = None if lora_A is None else lora_A.to(dtype)
         lora_B = None if lora_B is None else lora_B.to(dtype)
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
     weight = (*parts, fmt.quant_type, fmt.blocksize, out_features)
     out: Tensor = torch.ops.qkern.linear(x, *weight, bias, lora_A, lora_B, scaling)
     return out

@@ -115,6 +115,9 @@ pub(crate) fn dequantize_int8(
 }
 
 /// Codes scales in 8 bits; writes `codes` and `nested_absmax`, returns `(offset, safe)`.
+///
+/// The offset is its bits: as a number of Python's it would pass through a conversion that flushes
+/// a subnormal one to zero where another library has asked for that.
 #[pyfunction]
 pub(crate) fn quantize_absmax(
     py: Python<'_>,
@@ -122,7 +125,7 @@ pub(crate) fn quantize_absmax(
     nested_code: &Bound<'_, PyAny>,
     codes: &Bound<'_, PyAny>,
     nested_absmax: &Bound<'_, PyAny>,
-) -> PyResult<(f32, bool)> {
+) -> PyResult<(u32, bool)> {
     let absmax = Input::<f32>::new("absmax", absmax)?;
     let table = table("nested_code", nested_code)?;
     let mut codes = Output::<u8>::new("codes", codes)?;
@@ -131,17 +134,17 @@ pub(crate) fn quantize_absmax(
 
     let (absmax, codes, nested) = (absmax.slice()?, codes.slice()?, nested.slice()?);
     let scales = detached(py, || qkern_codec::quantize_absmax(absmax, &table, codes, nested))?;
-    Ok((scales.offset, scales.safe))
+    Ok((scales.offset.to_bits(), scales.safe))
 }
 
-/// Writes the scales, `absmax`, of 8-bit codes.
+/// Writes the scales, `absmax`, of 8-bit codes; `offset` as `quantize_absmax` returns it.
 #[pyfunction]
 pub(crate) fn dequantize_absmax(
     py: Python<'_>,
     codes: &Bound<'_, PyAny>,
     nested_code: &Bound<'_, PyAny>,
     nested_absmax: &Bound<'_, PyAny>,
-    offset: f32,
+    offset: u32,
     absmax: &Bound<'_, PyAny>,
 ) -> PyResult<()> {
     let codes = Input::<u8>::new("codes", codes)?;
@@ -149,6 +152,7 @@ pub(crate) fn dequantize_absmax(
     let nested = Input::<f32>::new("nested_absmax", nested_absmax)?;
     let mut absmax = Output::<f32>::new("absmax", absmax)?;
     check_apart(py, &[absmax.memory()], &[codes.memory(), nested.memory()])?;
+    let offset = f32::from_bits(offset);
 
     let (codes, nested, absmax) = (codes.slice()?, nested.slice()?, absmax.slice()?);
     detached(py, || qkern_codec::dequantize_absmax(codes, &table, nested, offset, absmax))

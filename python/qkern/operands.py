@@ -1,0 +1,145 @@
+"""What the tensor and the layers take: checks whose errors name what was found and where."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from qkern.errors import DeviceError, DTypeError, ShapeError
+
+if TYPE_CHECKING:
+    from qkern.tensor import QuantizedTensor
+
+# float64 is for checking gradients: it computes on a dense copy of the weight.
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def has_data(tensor: Tensor) -> bool:
+    """Whether a tensor has values: not on meta, not one of ``FakeTensorMode``."""
+    return not (tensor.is_meta or is_fake(tensor))
+
+
+def check_dense(values: Any) -> None:
+    """Refuse what is no plain dense tensor; its dtype is checked where it is read.
+
+    Raises:
+        DTypeError: for another type, a sparse or nested layout, a tensor subclass that wraps
+            others (``DTensor``), or a tensor inside of a ``torch.func`` transform.
+    """
+    kind = type(values).__name__
+    if not isinstance(values, Tensor):
+        msg = f"a {kind} cannot be quantized: pass a torch tensor or a NumPy array"
+        raise DTypeError(msg)
+    if values.layout != torch.strided or values.is_nested:
+        layout = "nested" if values.is_nested else str(values.layout).removeprefix("torch.")
+        msg = f"a tensor of {layout} layout cannot be quantized: pass a dense one (to_dense())"
+        raise DTypeError(msg)
+    if is_traceable_wrapper_subclass(values):
+        msg = (
+            f"a {kind} cannot be quantized as it is: pass the plain tensor that it stands for "
+            "(full_tensor() of a DTensor), or quantize before it is wrapped"
+        )
+        raise DTypeError(msg)
+    if torch._C._functorch.is_functorch_wrapped_tensor(values):
+        msg = (
+            "quantize has no derivative and no batching rule: call it outside of torch.func's "
+            "transforms (vmap, grad, jvp)"
+        )
+        raise DTypeError(msg)
+
+
+def check_linear(
+    x: Tensor,
+    weight: QuantizedTensor,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    layer: object,
+) -> None:
+    """Refuse operands of a linear layer that do not fit each other.
+
+    Args:
+        x: (..., in_features).
+        weight: (out_features, in_features).
+        bias: (out_features,) or None.
+        lora_A: (r, in_features) or None.
+        lora_B: (out_features, r) or None.
+        layer: the module that errors name, by its ``path`` or its class; None outside of one.
+
+    Raises:
+        ShapeError: for a size that does not fit, or half an adapter.
+        DTypeError: for anything but floating-point tensors.
+        DeviceError: for operands on different devices.
+    """
+    if weight.dim() != 2:
+        msg = f"{_name(layer)} needs a weight of 2 dimensions, got {tuple(weight.shape)}"
+        raise ShapeError(msg)
+    out_features, in_features = weight.shape
+    _check_tensor(x, "x", weight.device, layer)
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        msg = f"{_name(layer)} expects x of (..., {in_features}), got {tuple(x.shape)}"
+        raise ShapeError(msg)
+    if bias is not None:
+        _check_tensor(bias, "bias", weight.device, layer)
+        check_bias(bias, out_features, layer)
+    if lora_A is None and lora_B is None:
+        return
+    shapes = [None if t is None else tuple(t.shape) for t in (lora_A, lora_B)]
+    fits = lora_A is not None and lora_B is not None and lora_A.dim() == lora_B.dim() == 2
+    if not fits or shapes != [(shapes[0][0], in_features), (out_features, shapes[0][0])]:  # type: ignore[index]
+        msg = (
+            f"{_name(layer)} expects lora_A of (r, {in_features}) and lora_B of "
+            f"({out_features}, r), got {shapes[0]} and {shapes[1]}"
+        )
+        raise ShapeError(msg)
+    for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B)):
+        _check_tensor(tensor, name, weight.device, layer)
+
+
+def need_dense_weight(x: Tensor, weight: QuantizedTensor) -> bool:
+    """Whether a product has to be made of ordinary torch operations on the dequantized weight.
+
+    Shards and slices (outside of training), nothing to multiply, float64, and derivatives for
+    which the operators have no rules: forward-mode, and those of ``torch.func``.
+    """
+    if not weight.is_whole or weight.numel() == 0 or x.dtype == torch.float64:
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    transformed: bool = torch._C._are_functorch_transforms_active()
+    return transformed or torch.autograd.forward_ad._current_level >= 0
+
+
+def check_bias(bias: Tensor, out_features: int, layer: object) -> None:
+    """Refuse a bias that is not (out_features,)."""
+    if bias.shape != (out_features,):
+        msg = f"{_name(layer)} expects a bias of ({out_features},), got {tuple(bias.shape)}"
+        raise ShapeError(msg)
+
+
+def _check_tensor(tensor: Any, name: str, device: torch.device, layer: object) -> None:
+    if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATS:
+        found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
+        msg = f"{_name(layer)} expects {name} as a tensor of {allowed}, got {found}"
+        raise DTypeError(msg)
+    if tensor.layout != torch.strided:
+        msg = f"{_name(layer)} expects a dense {name} (to_dense()), got layout {tensor.layout}"
+        raise DTypeError(msg)
+    if tensor.device != device:
+        msg = (
+            f"{_name(layer)} has its weight on {device}, {name} is on {tensor.device}: move one "
+            "of them with .to()"
+        )
+        raise DeviceError(msg)
+
+
+def _name(layer: object) -> str:
+    """What errors call a layer; read for an error only, or compiled code had a guard on it."""
+    if layer is None:
+        return "linear"
+    return getattr(layer, "path", "") or type(layer).__name__
