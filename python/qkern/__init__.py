@@ -33,12 +33,13 @@ from qkern.errors import (
 )
 
 if TYPE_CHECKING:
-    from qkern.adapters import load_adapter, merge_adapter, save_adapter, unmerge_adapter
+    from qkern.adapters import load_adapter, save_adapter
     from qkern.checkpoint.save import save
     from qkern.codec import QuantizedArray
     from qkern.formats import QuantFormat
     from qkern.integrations.pretrained import load
     from qkern.layers import QLoRALinear, QuantizedLinear
+    from qkern.merging import merge_adapter, unmerge_adapter
     from qkern.model import CoverageReport, add_lora, memory_footprint, quantize_model
     from qkern.tensor import QuantizedTensor, linear
 
@@ -91,11 +92,11 @@ _HOMES = {
     "load": "qkern.integrations.pretrained",
     "load_adapter": "qkern.adapters",
     "memory_footprint": "qkern.model",
-    "merge_adapter": "qkern.adapters",
+    "merge_adapter": "qkern.merging",
     "quantize_model": "qkern.model",
     "save": "qkern.checkpoint",
     "save_adapter": "qkern.adapters",
-    "unmerge_adapter": "qkern.adapters",
+    "unmerge_adapter": "qkern.merging",
 }
 
 

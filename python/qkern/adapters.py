@@ -1,12 +1,13 @@
-"""Adapters as files in PEFT's format, and merged into the quantized weights.
+"""Adapters as files in PEFT's format.
 
 A directory holds ``adapter_config.json`` and ``adapter_model.safetensors`` with the keys
 
     base_model.model.<path of the layer>.lora_A.weight    (r, in_features)
     base_model.model.<path of the layer>.lora_B.weight    (out_features, r)
 
-which PEFT loads over the same base model, and whose own files load here. The format of the
-quantized base is kept in the file's metadata under "qkern", which PEFT ignores.
+which PEFT loads over the same base model, and whose own files load here. The file's metadata, which
+PEFT ignores, keeps the format of the quantized base under "qkern", and under "qkern_base" a
+fingerprint of its bytes: an adapter is of use over the weights that it was trained on alone.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import dataclasses
 import difflib
 import json
 import re
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, Final
@@ -22,15 +24,19 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from qkern import shards
 from qkern.errors import AdapterMismatchError, CorruptFileError, QkernError
 from qkern.files import read_json, replacing, write_json
+from qkern.fingerprint import base_fingerprint
 from qkern.formats import QuantFormat
 from qkern.layers import QLoRALinear, QuantizedLinear
-from qkern.model import adapted_layers, add_lora
+from qkern.model import adapted_layers, attach_adapters
 
 CONFIG_NAME: Final = "adapter_config.json"
 WEIGHTS_NAME: Final = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_FORMAT_KEY = "qkern"
+_BASE_KEY = "qkern_base"
 # Settings of PEFT that change what an adapter computes, with the values that are plain LoRA.
 _PLAIN: Final[dict[str, tuple[Any, ...]]] = {
     "use_dora": (False, None),
@@ -72,17 +78,20 @@ def save_adapter(model: nn.Module, path: str | PathLike[str]) -> None:
     for name, layer in layers.items():
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = _plain(layer.lora_A)
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = _plain(layer.lora_B)
-    formats = [layer.quantized_weight.format for layer in layers.values()]
+    formats = [shards.local_part(layer.weight).format for layer in layers.values()]
     # A tensor that 8-bit scales could not hold says nothing about what was asked for.
     fmt = formats[0].replace(double_quant=any(f.double_quant for f in formats))
-    metadata = {"format": "pt", "qkern": json.dumps(dataclasses.asdict(fmt))}
+    metadata = {"format": "pt", _FORMAT_KEY: json.dumps(dataclasses.asdict(fmt))}
+    base = base_fingerprint(layers)
+    if base is not None:
+        metadata[_BASE_KEY] = base
     directory = Path(path)
     with replacing(directory / WEIGHTS_NAME) as temporary:
         save_file(tensors, temporary, metadata)
     write_json(directory / CONFIG_NAME, _config(model, layers))
 
 
-def load_adapter(model: nn.Module, path: str | PathLike[str]) -> None:
+def load_adapter(model: nn.Module, path: str | PathLike[str], *, force: bool = False) -> None:
     """Load an adapter of PEFT's format, strictly.
 
     Layers get their adapters if the model has none; else the file must fit those that are there.
@@ -90,6 +99,8 @@ def load_adapter(model: nn.Module, path: str | PathLike[str]) -> None:
     Args:
         model: after ``quantize_model``.
         path: a directory with PEFT's two files.
+        force: load an adapter that was trained over other quantized weights all the same. The
+            files that PEFT wrote do not say, and load without.
 
     Raises:
         FileNotFoundError: if a file is missing.
@@ -105,12 +116,14 @@ def load_adapter(model: nn.Module, path: str | PathLike[str]) -> None:
     if any(layer.merged for layer in layers.values()):
         msg = "an adapter is merged into the weights: call qkern.unmerge_adapter first"
         raise AdapterMismatchError(msg)
-    _check_fit(model, pairs, layers)
+    bases = _check_fit(model, pairs, layers)
+    if not force:
+        _check_base(bases, directory)
     if not layers:
         for r in sorted({A.shape[0] for A, _ in pairs.values()}):
             names = [name for name, (A, _) in pairs.items() if A.shape[0] == r]
             dropout = float(config.get("lora_dropout") or 0.0)
-            add_lora(model, r=r, target_modules=names, lora_dropout=dropout)
+            attach_adapters(model, names, r=r, lora_dropout=dropout)
         layers = dict(adapted_layers(model))
     use_rslora = bool(config.get("use_rslora"))
     with torch.no_grad():
@@ -123,67 +136,39 @@ def load_adapter(model: nn.Module, path: str | PathLike[str]) -> None:
 
 def read_quantization(path: str | PathLike[str]) -> QuantFormat | None:
     """The format of the base that an adapter was trained on, None if the file does not say."""
-    from safetensors import SafetensorError, safe_open
-
     file = Path(path) / WEIGHTS_NAME
+    text = _read_metadata(file).get(_FORMAT_KEY)
     try:
-        with safe_open(file, "pt") as opened:
-            text = (opened.metadata() or {}).get("qkern")
         return None if text is None else QuantFormat(**json.loads(text))
-    except (SafetensorError, ValueError, TypeError, QkernError) as error:
+    except (ValueError, TypeError, QkernError) as error:
         msg = f"{file}: not a readable adapter: {error}"
         raise CorruptFileError(msg) from error
 
 
-def merge_adapter(model: nn.Module) -> None:
-    """Add every adapter to its quantized weight; ``unmerge_adapter`` restores the bytes.
-
-    The sum is quantized again, which loses a part of a small adapter.
-
-    Raises:
-        AdapterMismatchError: if there is no adapter, or one is merged already.
-        NonFiniteError: if an adapter holds NaN or infinity; nothing is merged then.
-        FormatError: if 8-bit scales cannot hold a sum; nothing is merged then.
-    """
-    done: list[QLoRALinear] = []
-    for name, layer in _in_state(model, merged=False).items():
-        try:
-            layer.weight.data.add_(layer.delta().to(layer.weight.dtype))
-        except QkernError as error:
-            for merged in done:
-                _take_out(merged)
-            msg = f"{name}: {error}; nothing was merged"
-            raise type(error)(msg) from error
-        layer.merged = True
-        done.append(layer)
+def _check_base(layers: Mapping[str, QuantizedLinear], directory: Path) -> None:
+    """Refuse an adapter that says it was trained over other bytes than these layers have."""
+    trained_on = _read_metadata(directory / WEIGHTS_NAME).get(_BASE_KEY)
+    here = base_fingerprint(layers)
+    if trained_on in (None, here) or here is None:
+        return
+    fmt = next(iter(layers.values())).quantized_weight.format
+    msg = (
+        f"{directory}: the adapter was trained over other quantized weights than the model has: "
+        f"fingerprint {trained_on[:12]}, {read_quantization(directory)}; here {here[:12]}, {fmt}. "
+        "Load it over its own base, quantized as it was, or pass force=True"
+    )
+    raise AdapterMismatchError(msg)
 
 
-def unmerge_adapter(model: nn.Module) -> None:
-    """Take merged adapters out again; the bytes are those of before the merge.
+def _read_metadata(file: Path) -> dict[str, str]:
+    from safetensors import SafetensorError, safe_open
 
-    That holds while the model keeps its dtype; a cast in between leaves an ordinary subtraction,
-    quantized again.
-
-    Raises:
-        AdapterMismatchError: if there is no adapter, or one is not merged.
-    """
-    for layer in _in_state(model, merged=True).values():
-        _take_out(layer)
-
-
-def _take_out(layer: QLoRALinear) -> None:
-    layer.weight.data.sub_(layer.delta().to(layer.weight.dtype))
-    layer.merged = False
-
-
-def _in_state(model: nn.Module, *, merged: bool) -> dict[str, QLoRALinear]:
-    layers = dict(adapted_layers(model))
-    wrong = [name for name, layer in layers.items() if layer.merged is not merged]
-    if not layers or wrong:
-        what = "not merged" if merged else "merged already"
-        msg = f"{wrong[0]} is {what}" if wrong else "the model has no adapter"
-        raise AdapterMismatchError(msg)
-    return layers
+    try:
+        with safe_open(file, "pt") as opened:
+            return opened.metadata() or {}
+    except SafetensorError as error:
+        msg = f"{file}: not a readable adapter: {error}"
+        raise CorruptFileError(msg) from error
 
 
 def _plain(parameter: Tensor) -> Tensor:
@@ -209,9 +194,9 @@ def _config(model: nn.Module, layers: dict[str, QLoRALinear]) -> dict[str, Any]:
         "lora_dropout": first.lora_dropout,
         "use_rslora": first.use_rslora,
         "target_modules": _target_names(model, layers),
-        "rank_pattern": {n: v.r for n, v in layers.items() if v.r != first.r},
+        "rank_pattern": {_pattern(n): v.r for n, v in layers.items() if v.r != first.r},
         "alpha_pattern": {
-            n: v.lora_alpha for n, v in layers.items() if v.lora_alpha != first.lora_alpha
+            _pattern(n): v.lora_alpha for n, v in layers.items() if v.lora_alpha != first.lora_alpha
         },
         "bias": "none",
         "fan_in_fan_out": False,
@@ -221,15 +206,20 @@ def _config(model: nn.Module, layers: dict[str, QLoRALinear]) -> dict[str, Any]:
     }
 
 
-def _target_names(model: nn.Module, layers: dict[str, QLoRALinear]) -> list[str]:
-    """Last parts of the paths where these name the adapted layers and no others."""
-    last = {name.rpartition(".")[2] for name in layers}
-    named = {
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in last
-    }
-    return sorted(last) if named == set(layers) else sorted(layers)
+def _pattern(name: str) -> str:
+    """The regular expression that PEFT matches with this path alone."""
+    return f"^{re.escape(name)}"
+
+
+def _target_names(model: nn.Module, layers: dict[str, QLoRALinear]) -> list[str] | str:
+    """What names the adapted layers and no others: ends of paths, paths, or an expression."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    ends = {name.rpartition(".")[2] for name in layers}
+    for targets in (sorted(ends), sorted(layers)):
+        named = {n for n in linear if any(n == t or n.endswith(f".{t}") for t in targets)}
+        if named == set(layers):
+            return targets
+    return "|".join(re.escape(name) for name in sorted(layers))
 
 
 def _check_config(config: dict[str, Any], directory: Path) -> None:
@@ -296,12 +286,13 @@ def _check_fit(
     model: nn.Module,
     pairs: dict[str, tuple[Tensor, Tensor]],
     adapted: dict[str, QLoRALinear],
-) -> None:
+) -> dict[str, QuantizedLinear]:
+    """The layers that the file's entries are for."""
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     for name, (A, B) in pairs.items():
         layer = layers.get(name)
         if layer is None:
-            near = difflib.get_close_matches(name, layers, n=2)
+            near = difflib.get_close_matches(name, layers, n=3)
             msg = f"the model has no quantized layer {name}; nearest: {', '.join(near) or 'none'}"
             raise AdapterMismatchError(msg)
         expected = (layer.out_features, layer.in_features)
@@ -316,6 +307,7 @@ def _check_fit(
     if left:
         msg = f"the file has no entry for {len(left)} adapted layers, the first is {left[0]}"
         raise AdapterMismatchError(msg)
+    return {name: layers[name] for name in pairs}
 
 
 def _alpha_of(name: str, config: dict[str, Any]) -> float:

@@ -37,6 +37,15 @@ def state_name(quant_type: str) -> str:
     return f"{_STATE}{owner}__{quant_type}"
 
 
+def prefix_of_state(key: str) -> str:
+    """The tensor's own key, if ``key`` is the one of its JSON; empty for every other key.
+
+    A module may be called ``quant_state`` itself.
+    """
+    prefix, _, last = key.rpartition(f".{_STATE}")
+    return prefix if last.startswith(("bitsandbytes__", "qkern__")) else ""
+
+
 def flatten(q: QuantizedTensor, prefix: str) -> dict[str, Tensor]:
     """The entries of ``q`` under ``prefix``; plain tensors that share its memory."""
     fmt = q.format

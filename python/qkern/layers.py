@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from qkern import flat_keys, shards
-from qkern.errors import FormatError, QkernError, ShapeError
+from qkern import flat_keys, operands, shards
+from qkern.errors import FormatError, QkernError, ShapeError, StateDictError
 from qkern.formats import QuantFormat, resolve_format
 from qkern.tensor import QuantizedTensor, linear
 
@@ -29,9 +29,13 @@ class QuantizedLinear(nn.Linear):
 
     Its ``state_dict`` holds bitsandbytes' flat keys and loads strictly. Build it with
     ``from_linear``.
+
+    Attributes:
+        path: where a model holds the layer, for errors; empty until a model is quantized or loaded.
     """
 
     weight: nn.Parameter
+    path: str = ""
 
     def __init__(self, weight: QuantizedTensor, bias: nn.Parameter | None = None) -> None:
         nn.Module.__init__(self)
@@ -39,7 +43,12 @@ class QuantizedLinear(nn.Linear):
             msg = f"a linear layer needs a weight of 2 dimensions, got {tuple(weight.shape)}"
             raise ShapeError(msg)
         self.out_features, self.in_features = weight.shape
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            operands.check_bias(bias, self.out_features, self)
+        with torch.inference_mode(mode=False):  # what is made under it could never be trained on
+            self.weight = nn.Parameter(weight, requires_grad=False)
+            if bias is not None and bias.is_inference():
+                bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
         self.register_parameter("bias", bias)
 
     @classmethod
@@ -55,13 +64,16 @@ class QuantizedLinear(nn.Linear):
         """Quantize a dense layer's weight; its bias is kept, frozen.
 
         Raises:
-            FormatError: if the layer is quantized already.
-            DTypeError: unless the weight is float32, float16 or bfloat16.
+            FormatError: if the layer is quantized already, has a forward of its own, or computes
+                its weight from other parameters (``parametrize``, weight norm, pruning).
+            DTypeError: unless the layer is an ``nn.Linear`` and its weight a plain float32, float16
+                or bfloat16 tensor.
             NonFiniteError: for NaN or infinity in the weight.
         """
         if isinstance(layer, QuantizedLinear):
             msg = "the layer is quantized already"
             raise FormatError(msg)
+        operands.check_layer(layer)
         fmt = resolve_format(quant_type, blocksize=blocksize, double_quant=double_quant)
         weight = QuantizedTensor.from_dense(layer.weight.detach(), fmt, nonfinite=nonfinite)
         if layer.bias is not None:
@@ -75,7 +87,7 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
-        return linear(x, self.quantized_weight, self.bias)
+        return linear(x, self.quantized_weight, self.bias, layer=self)
 
     def extra_repr(self) -> str:
         """Sizes and format, for ``print(model)``."""
@@ -127,14 +139,16 @@ class QuantizedLinear(nn.Linear):
             self._parameters = {"weight": weight, **self._parameters}
         fmt = shards.local_part(weight).format
         missing = flat_keys.missing_keys(state_dict, key, fmt)
-        if missing:
+        if missing and not owned:
             missing_keys += missing
-            if len(owned) > 0:
-                error_msgs.append(
-                    f"{key}: expected {fmt.quant_type} codes with their scales, found only "
-                    f"{', '.join(owned)}; load dense weights into a dense model, then quantize"
-                )
             return
+        if missing:  # never half of the file and half of what was there, strict or not
+            msg = (
+                f"{key}: expected {fmt.quant_type} codes with their scales, missing "
+                f"{', '.join(missing)}, found only {', '.join(owned)}; dense weights are loaded "
+                "into a dense model, then quantized, or given to the layer's weight.assign()"
+            )
+            raise StateDictError(msg)
         if strict:
             known = set(flat_keys.companions(shards.local_part(weight), key)) | {
                 key,
@@ -146,7 +160,7 @@ class QuantizedLinear(nn.Linear):
             assign = bool(local_metadata.get("assign_to_params_buffers", False))
             self._load_weight({k: state_dict[k] for k in owned}, key, assign=assign)
         except QkernError as error:
-            error_msgs.append(str(error))
+            raise StateDictError(str(error)) from error
 
     def _load_weight(self, entries: dict[str, Any], key: str, *, assign: bool) -> None:
         weight = self.weight
@@ -233,10 +247,11 @@ class QLoRALinear(QuantizedLinear):
         self.r, self.lora_dropout = r, lora_dropout
         self.set_scaling(lora_alpha, use_rslora=use_rslora)
         self.merged = False
-        A = torch.empty(r, self.in_features, device=weight.device, dtype=dtype)
-        B = torch.empty(self.out_features, r, device=weight.device, dtype=dtype)
-        self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B)
-        self.reset_adapter(init_lora_weights=init_lora_weights)
+        with torch.inference_mode(mode=False):
+            A = torch.empty(r, self.in_features, device=weight.device, dtype=dtype)
+            B = torch.empty(self.out_features, r, device=weight.device, dtype=dtype)
+            self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B)
+            self.reset_adapter(init_lora_weights=init_lora_weights)
 
     @classmethod
     def from_linear(
@@ -263,6 +278,7 @@ class QLoRALinear(QuantizedLinear):
         if isinstance(layer, QLoRALinear):
             msg = "the layer has an adapter already"
             raise FormatError(msg)
+        operands.check_layer(layer)
         if not isinstance(layer, QuantizedLinear):
             fmt = resolve_format(quant_type, blocksize=blocksize, double_quant=double_quant)
             layer = QuantizedLinear.from_linear(layer, quant_type=fmt, nonfinite=nonfinite)
@@ -287,9 +303,10 @@ class QLoRALinear(QuantizedLinear):
             return super().forward(x)
         weight, A, B = self.quantized_weight, self.lora_A, self.lora_B
         if not (self.training and self.lora_dropout > 0.0):
-            return linear(x, weight, self.bias, lora_A=A, lora_B=B, scaling=self.scaling)
+            lora: dict[str, Any] = {"lora_A": A, "lora_B": B, "scaling": self.scaling}
+            return linear(x, weight, self.bias, **lora, layer=self)
         # Dropout is on the adapter's input alone, so its part is a pass of its own.
-        y = linear(x, weight, self.bias)  # (..., out_features)
+        y = linear(x, weight, self.bias, layer=self)  # (..., out_features)
         dropped = nn.functional.dropout(x.to(A.dtype), self.lora_dropout)
         h = nn.functional.linear(dropped, A)  # (..., r)
         return (y + nn.functional.linear(h, B) * self.scaling).to(y.dtype)
@@ -318,8 +335,7 @@ _HOOKS = (
 
 def _take_over(layer: _Layer, replaced: nn.Linear) -> _Layer:
     """The new layer, in the mode and with the hooks of the one whose place it takes."""
-    if "forward" in vars(replaced):
-        msg = "the layer's forward was replaced on the instance (by accelerate?): undo that first"
-        raise FormatError(msg)
     vars(layer).update({name: vars(replaced)[name] for name in _HOOKS if name in vars(replaced)})
+    if isinstance(replaced, QuantizedLinear) and replaced.path:
+        vars(layer)["path"] = replaced.path
     return layer.train(replaced.training)

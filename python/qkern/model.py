@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import fnmatch
 import re
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from qkern.coverage import CoverageReport, CoverageRow
 from qkern.errors import AdapterMismatchError, CoverageError, FormatError, QkernError
 from qkern.formats import QuantFormat, resolve_format
 from qkern.layers import QLoRALinear, QuantizedLinear
+from qkern.module_tree import leave_inference_mode, module_at, module_paths, replace_module
 from qkern.tensor import QuantizedTensor
 
 __all__ = ["CoverageReport", "add_lora", "memory_footprint", "quantize_model"]
@@ -33,8 +35,10 @@ def quantize_model(
     """Replace every ``nn.Linear`` of a model by ``QuantizedLinear``, in place.
 
     Left alone: the output head, weights that another module shares, subclasses of ``nn.Linear``,
-    and what ``exclude`` names. Each has its reason in the report. Layer by layer: an error leaves
-    a model whose layers are each done or untouched.
+    weights that are computed from others, and what ``exclude`` names. Each has its reason in the
+    report. Layer by layer: an error (no memory left, say) leaves a model whose layers are each done
+    or untouched, and the next call goes on. What ``torch.inference_mode`` made becomes ordinary
+    tensors, which can be trained on.
 
     Args:
         model: on any device; layers on meta stay there.
@@ -53,14 +57,15 @@ def quantize_model(
     """
     fmt = resolve_format(quant_type, blocksize=blocksize, double_quant=double_quant)
     rows = []
+    leave_inference_mode(model)
     for site in _sites(model, exclude):
-        name, module = site.names[0], model.get_submodule(site.names[0])
+        name = site.names[0]
+        module = module_at(model, name)
         weight: Any = module._parameters[site.parameter]
         if type(module) is nn.Linear and site.parameter == "weight" and not site.reason:
             module = _quantize_layer(name, module, fmt, nonfinite)
             weight = module.quantized_weight
-            for path in site.names:
-                model.set_submodule(path, module)
+            replace_module(model, site.names, module)
         row = _row(name, weight, site.reason or _class_reason(module, site.parameter), fmt)
         if site.parameter != "weight":
             row = dataclasses.replace(row, name=f"{name}.{site.parameter}")
@@ -105,21 +110,36 @@ def add_lora(
         The paths of the layers that got one.
 
     Raises:
-        AdapterMismatchError: if no quantized layer matches, or one has an adapter already.
+        AdapterMismatchError: if a target matches no quantized layer, or one has an adapter already.
     """
-    layers = {
-        names[0]: (module, names)
-        for module, names in _paths(model)
-        if isinstance(module, QuantizedLinear)
-    }
+    layers = _quantized_layers(model)
     names = [name for name in layers if _is_target(name, target_modules)]
-    if not names:
-        found = sorted({name.rpartition(".")[2] for name in layers})
-        msg = (
-            f"target_modules={target_modules!r} matches no quantized layer; quantized are: "
-            f"{', '.join(found) or 'none (call quantize_model first)'}"
-        )
-        raise AdapterMismatchError(msg)
+    _check_targets(target_modules, list(layers))
+    attach_adapters(
+        model,
+        names,
+        r=r,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        use_rslora=use_rslora,
+        init_lora_weights=init_lora_weights,
+        dtype=dtype,
+    )
+    return names
+
+
+def attach_adapters(model: nn.Module, names: Sequence[str], **lora: Any) -> None:
+    """Give exactly these quantized layers an adapter each, and freeze everything else.
+
+    Args:
+        model: after ``quantize_model``.
+        names: paths as ``named_modules`` has them.
+        **lora: arguments of ``QLoRALinear``.
+
+    Raises:
+        AdapterMismatchError: if one has an adapter already.
+    """
+    layers = _quantized_layers(model)
     adapted = [name for name in names if isinstance(layers[name][0], QLoRALinear)]
     if adapted:
         msg = f"{adapted[0]} and {len(adapted) - 1} more layers have an adapter already"
@@ -130,23 +150,13 @@ def add_lora(
         for parameter in (layer.lora_A, layer.lora_B)
         if parameter.requires_grad
     ]
+    leave_inference_mode(model)
     model.requires_grad_(False)
     for parameter in trained:  # adapters that were there before stay trainable
         parameter.requires_grad_(True)
     for name in names:
         quantized, paths = layers[name]
-        layer = QLoRALinear.from_linear(
-            quantized,
-            r=r,
-            lora_alpha=lora_alpha,
-            lora_dropout=lora_dropout,
-            use_rslora=use_rslora,
-            init_lora_weights=init_lora_weights,
-            dtype=dtype,
-        )
-        for path in paths:
-            model.set_submodule(path, layer)
-    return names
+        replace_module(model, paths, QLoRALinear.from_linear(quantized, **lora))
 
 
 def memory_footprint(model: nn.Module) -> int:
@@ -186,6 +196,8 @@ def _row(name: str, weight: Any, reason: str, fmt: QuantFormat) -> CoverageRow:
 
 
 def _class_reason(module: nn.Module, parameter: str) -> str:
+    if type(module) is nn.Linear and parameter != "weight":
+        return f"its weight is computed from {parameter}"
     if type(module) is nn.Linear or isinstance(module, QuantizedLinear):
         return ""
     return (
@@ -210,14 +222,6 @@ class _Site:
     counts: bool
 
 
-def _paths(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:
-    """Every module with all of its paths."""
-    paths: dict[int, tuple[nn.Module, list[str]]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        paths.setdefault(id(module), (module, []))[1].append(name)
-    return list(paths.values())
-
-
 def _sites(model: nn.Module, exclude: str | Sequence[str]) -> list[_Site]:
     """The parameters of 2 or more dimensions, but for adapters."""
     if isinstance(model, nn.Linear):
@@ -226,7 +230,7 @@ def _sites(model: nn.Module, exclude: str | Sequence[str]) -> list[_Site]:
     patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     owners: dict[int, list[str]] = {}
     found = []
-    for module, names in _paths(model):
+    for module, names in module_paths(model):
         for key, parameter in module._parameters.items():
             if parameter is not None and parameter.dim() >= 2 and not key.startswith("lora_"):
                 owners.setdefault(id(parameter), []).append(names[0])
@@ -272,6 +276,37 @@ def _output_heads(model: nn.Module) -> set[int]:
 
 def _matches(name: str, pattern: str) -> bool:
     return name == pattern or name.endswith(f".{pattern}") or fnmatch.fnmatchcase(name, pattern)
+
+
+def _quantized_layers(model: nn.Module) -> dict[str, tuple[QuantizedLinear, list[str]]]:
+    """First path to layer and all of its paths."""
+    return {
+        names[0]: (module, names)
+        for module, names in module_paths(model)
+        if isinstance(module, QuantizedLinear)
+    }
+
+
+def _check_targets(targets: str | Sequence[str], names: list[str]) -> None:
+    """Refuse a target that matches no layer, naming the nearest ones."""
+    wanted = [targets] if isinstance(targets, str) else list(targets)
+    unmatched = [
+        target
+        for target in wanted
+        if not any(
+            _is_target(name, target if isinstance(targets, str) else [target]) for name in names
+        )
+    ]
+    if wanted and not unmatched:
+        return
+    found = sorted({name.rpartition(".")[2] for name in names})
+    near = difflib.get_close_matches(unmatched[0], [*found, *names], n=3) if unmatched else []
+    msg = (
+        f"target_modules={targets!r}: {', '.join(map(repr, unmatched)) or 'nothing'} matches no "
+        f"quantized layer; nearest: {', '.join(near) or 'none'}; quantized are: "
+        f"{', '.join(found) or 'none (call quantize_model first)'}"
+    )
+    raise AdapterMismatchError(msg)
 
 
 def _is_target(name: str, targets: str | Sequence[str]) -> bool:

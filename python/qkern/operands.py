@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from qkern.errors import DeviceError, DTypeError, ShapeError
+from qkern.errors import DeviceError, DTypeError, FormatError, ShapeError
 
 if TYPE_CHECKING:
     from qkern.tensor import QuantizedTensor
@@ -112,6 +112,34 @@ def need_dense_weight(x: Tensor, weight: QuantizedTensor) -> bool:
         return False
     transformed: bool = torch._C._are_functorch_transforms_active()
     return transformed or torch.autograd.forward_ad._current_level >= 0
+
+
+def check_layer(layer: Any) -> None:
+    """Refuse a layer that another one cannot stand in for.
+
+    Raises:
+        DTypeError: for anything but an ``nn.Linear``.
+        FormatError: if it computes something else than ``nn.Linear`` does, or its weight or bias
+            is computed from other parameters.
+    """
+    kind = type(layer).__name__
+    if not isinstance(layer, nn.Linear):
+        msg = f"an nn.Linear is needed, got a {kind}"
+        raise DTypeError(msg)
+    if "forward" in vars(layer):
+        msg = "the layer's forward was replaced on the instance (by accelerate?): undo that first"
+        raise FormatError(msg)
+    if type(layer).forward is not nn.Linear.forward and not hasattr(layer, "quantized_weight"):
+        msg = f"a {kind} has a forward of its own, which would be lost: an nn.Linear is needed"
+        raise FormatError(msg)
+    for name in ("weight", "bias"):
+        if name not in layer._parameters:
+            msg = (
+                f"the layer's {name} is computed from others (weight norm, pruning): make it a "
+                f"parameter first, as parametrize.remove_parametrizations(layer, {name!r}), "
+                "remove_weight_norm and prune.remove do"
+            )
+            raise FormatError(msg)
 
 
 def check_bias(bias: Tensor, out_features: int, layer: object) -> None:

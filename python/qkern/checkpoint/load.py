@@ -17,6 +17,7 @@ from qkern.checkpoint.save import INDEX_NAME, TIED_KEY, WEIGHTS_NAME
 from qkern.errors import CorruptFileError
 from qkern.files import read_json
 from qkern.layers import QuantizedLinear
+from qkern.module_tree import module_at, module_paths, replace_module
 from qkern.tensor import QuantizedTensor
 
 
@@ -36,10 +37,11 @@ def load_into(model: nn.Module, path: str | PathLike[str]) -> None:
     """
     directory = Path(path)
     tensors = read_tensors(directory)
+    paths = {name: names for _, names in module_paths(model) for name in names}
     for key in list(tensors):
-        prefix, found, _ = key.partition(".quant_state.")
-        if found:
-            _place(model, tensors, prefix)
+        prefix = flat_keys.prefix_of_state(key)
+        if prefix:
+            _place(model, tensors, prefix, paths)
     assign = any(parameter.is_meta for parameter in model.parameters())
     try:
         missing, unexpected = model.load_state_dict(tensors, strict=False, assign=assign)
@@ -94,7 +96,7 @@ def is_quantized(directory: Path) -> bool:
         except SafetensorError as error:
             msg = f"{file}: not a readable safetensors file: {error}"
             raise CorruptFileError(msg) from error
-        if any(".quant_state." in key for key in keys):
+        if any(flat_keys.prefix_of_state(key) for key in keys):
             return True
     return False
 
@@ -122,11 +124,13 @@ def _weight_files(directory: Path) -> list[Path]:
     return files
 
 
-def _place(model: nn.Module, tensors: dict[str, Tensor], prefix: str) -> None:
-    """Put a ``QuantizedLinear`` that can take the tensor at ``prefix`` into the model."""
+def _place(
+    model: nn.Module, tensors: dict[str, Tensor], prefix: str, paths: dict[str, list[str]]
+) -> None:
+    """Put a ``QuantizedLinear`` that can take the tensor at ``prefix`` at its layer's paths."""
     name, _, parameter = prefix.rpartition(".")
     try:
-        layer = model.get_submodule(name)
+        layer = module_at(model, name)
     except AttributeError as error:
         msg = f"the model has no layer {name}, for which the file holds a quantized weight"
         raise CorruptFileError(msg) from error
@@ -144,4 +148,4 @@ def _place(model: nn.Module, tensors: dict[str, Tensor], prefix: str) -> None:
     bias = layer.bias
     if bias is not None:
         bias.requires_grad_(False)
-    model.set_submodule(name, QuantizedLinear(empty, bias).train(layer.training))
+    replace_module(model, paths[name], QuantizedLinear(empty, bias).train(layer.training))

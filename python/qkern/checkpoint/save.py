@@ -15,7 +15,7 @@ from qkern.adapters import save_adapter
 from qkern.errors import AdapterMismatchError, FormatError
 from qkern.files import replacing, write_json
 from qkern.formats import QuantFormat
-from qkern.layers import QuantizedLinear
+from qkern.layers import QLoRALinear, QuantizedLinear
 from qkern.model import adapted_layers
 
 WEIGHTS_NAME: Final = "model.safetensors"
@@ -47,6 +47,9 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
         msg = "no layer of the model is quantized: call qkern.quantize_model first"
         raise FormatError(msg)
     adapted = dict(adapted_layers(model))
+    # A shared layer has several paths: its adapter stays out of the base at each of them.
+    modules = model.named_modules(remove_duplicate=False)
+    adapters = {name for name, module in modules if isinstance(module, QLoRALinear)}
     if any(layer.merged for layer in adapted.values()):
         msg = "an adapter is merged into the weights: call qkern.unmerge_adapter first"
         raise AdapterMismatchError(msg)
@@ -57,7 +60,7 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
         {
             key: tensor
             for key, tensor in model.state_dict().items()
-            if key.rpartition(".")[0] not in adapted or not key.endswith((".lora_A", ".lora_B"))
+            if key.rpartition(".")[0] not in adapters or not key.endswith((".lora_A", ".lora_B"))
         }
     )
     metadata = {"format": "pt", TIED_KEY: json.dumps(tied)}

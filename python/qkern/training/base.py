@@ -78,14 +78,16 @@ def load_finetuned(
     Returns:
         The model in evaluation mode, on the CPU.
     """
-    if fmt is None and adapter is not None:
-        fmt = adapters.read_quantization(adapter) or QuantFormat()
+    own = None if adapter is None else adapters.read_quantization(adapter) or QuantFormat()
+    # A format that was asked for gives other bytes than the adapter was trained over.
+    force = fmt not in (None, own)
+    fmt = own if fmt is None else fmt
     if fmt is None:
         model = load_model(path, dtype=dtype)
     else:
         model = load_frozen(path, fmt, dtype=dtype).model
     if adapter is not None:
-        adapters.load_adapter(model, adapter)
+        adapters.load_adapter(model, adapter, force=force)
     model.train(mode=False)
     return model
 
