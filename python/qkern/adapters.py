@@ -213,10 +213,10 @@ def _pattern(name: str) -> str:
 
 def _target_names(model: nn.Module, layers: dict[str, QLoRALinear]) -> list[str] | str:
     """What names the adapted layers and no others: ends of paths, paths, or an expression."""
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    modules = [name for name, _ in model.named_modules()]
     ends = {name.rpartition(".")[2] for name in layers}
     for targets in (sorted(ends), sorted(layers)):
-        named = {n for n in linear if any(n == t or n.endswith(f".{t}") for t in targets)}
+        named = {n for n in modules if any(n == t or n.endswith(f".{t}") for t in targets)}
         if named == set(layers):
             return targets
     return "|".join(re.escape(name) for name in sorted(layers))

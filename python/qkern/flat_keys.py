@@ -143,7 +143,10 @@ def unflatten(entries: Mapping[str, Tensor], prefix: str) -> QuantizedTensor:
 
     def entry(name: str, size: int, dtype: torch.dtype) -> Tensor:
         key = f"{prefix}.{name}" if name else prefix
-        found = entries[key]
+        found = entries.get(key)
+        if found is None:
+            msg = f"{prefix}: missing {key}, which the state says is there"
+            raise CorruptFileError(msg)
         if found.dtype != dtype or found.numel() != size:
             msg = f"{key}: got {found.numel()} x {found.dtype}, the state says {size} x {dtype}"
             raise CorruptFileError(msg)
