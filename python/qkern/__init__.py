@@ -129,7 +129,8 @@ def quantize(values: Any, quant_type: Any = "nf4", **settings: Any) -> Any:
 
     Args:
         values: float32, float16 or bfloat16; for NumPy, bfloat16 of ``ml_dtypes`` or uint16 bit
-            patterns with ``dtype="bfloat16"``.
+            patterns with ``dtype="bfloat16"``. Read-only memory is taken. They must not change
+            meanwhile: each code is then of an old or a new value.
         quant_type: "nf4", "fp4", "int8", or a ``QuantFormat``.
         **settings: ``blocksize=64``, ``double_quant=True``, ``method="absmax"``,
             ``nonfinite="error"`` (or "keep": NaN and infinity stay in their own block).
@@ -139,7 +140,8 @@ def quantize(values: Any, quant_type: Any = "nf4", **settings: Any) -> Any:
         ``offset``, ``format`` and ``shape``.
 
     Raises:
-        DTypeError: for any other dtype.
+        DTypeError: for any other dtype or type, sparse and wrapped tensors (``DTensor``), and
+            inside of ``torch.func``'s transforms.
         FormatError: for an unknown format or setting.
         NonFiniteError: for NaN or infinity, unless kept.
     """
@@ -163,7 +165,7 @@ def dequantize(q: Any, dtype: Any = None, *, out: Any = None) -> Any:
         out: a tensor, or a C-contiguous array, of q's shape to write into.
 
     Raises:
-        DTypeError: for any other dtype.
+        DTypeError: for anything else than ``quantize`` returned, and for any other dtype.
         ShapeError: for an ``out`` that does not fit.
     """
     if _is_tensor(q):
