@@ -45,7 +45,7 @@ class QuantizedLinear(nn.Linear):
         self.out_features, self.in_features = weight.shape
         if bias is not None:
             operands.check_bias(bias, self.out_features, self)
-        with torch.inference_mode(mode=False):  # what is made under it could never be trained on
+        with torch.inference_mode(False):  # what is made under it could never be trained on
             self.weight = nn.Parameter(weight, requires_grad=False)
             if bias is not None and bias.is_inference():
                 bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
@@ -247,7 +247,7 @@ class QLoRALinear(QuantizedLinear):
         self.r, self.lora_dropout = r, lora_dropout
         self.set_scaling(lora_alpha, use_rslora=use_rslora)
         self.merged = False
-        with torch.inference_mode(mode=False):
+        with torch.inference_mode(False):
             A = torch.empty(r, self.in_features, device=weight.device, dtype=dtype)
             B = torch.empty(self.out_features, r, device=weight.device, dtype=dtype)
             self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B)

@@ -62,7 +62,7 @@ def leave_inference_mode(model: nn.Module) -> None:
             made[id(tensor)] = nn.Parameter(copy, tensor.requires_grad) if is_parameter else copy
         return made[id(tensor)]
 
-    with torch.inference_mode(mode=False):
+    with torch.inference_mode(False):
         for module in model.modules():
             tensors: dict[str, Any]
             for tensors in (module._parameters, module._buffers):

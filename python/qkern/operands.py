@@ -44,6 +44,8 @@ def check_dense(values: Any) -> None:
             "(full_tensor() of a DTensor), or quantize before it is wrapped"
         )
         raise DTypeError(msg)
+    if torch.compiler.is_compiling():  # which cannot look into the following
+        return
     if torch._C._functorch.is_functorch_wrapped_tensor(values):
         msg = (
             "quantize has no derivative and no batching rule: call it outside of torch.func's "
@@ -75,29 +77,31 @@ def check_linear(
         DTypeError: for anything but floating-point tensors.
         DeviceError: for operands on different devices.
     """
-    if weight.dim() != 2:
-        msg = f"{_name(layer)} needs a weight of 2 dimensions, got {tuple(weight.shape)}"
+    shape, device = weight.shape, weight.packed.device  # each property of a subclass costs a call
+    if len(shape) != 2:
+        msg = f"{_name(layer)} needs a weight of 2 dimensions, got {tuple(shape)}"
         raise ShapeError(msg)
-    out_features, in_features = weight.shape
-    _check_tensor(x, "x", weight.device, layer)
+    out_features, in_features = shape
+    _check_tensor(x, "x", device, layer)
     if x.dim() == 0 or x.shape[-1] != in_features:
         msg = f"{_name(layer)} expects x of (..., {in_features}), got {tuple(x.shape)}"
         raise ShapeError(msg)
     if bias is not None:
-        _check_tensor(bias, "bias", weight.device, layer)
+        _check_tensor(bias, "bias", device, layer)
         check_bias(bias, out_features, layer)
     if lora_A is None and lora_B is None:
         return
-    shapes = [None if t is None else tuple(t.shape) for t in (lora_A, lora_B)]
-    fits = lora_A is not None and lora_B is not None and lora_A.dim() == lora_B.dim() == 2
-    if not fits or shapes != [(shapes[0][0], in_features), (out_features, shapes[0][0])]:  # type: ignore[index]
+    shapes = [None if t is None else t.shape for t in (lora_A, lora_B)]
+    r = shapes[0][0] if shapes[0] else 0
+    if shapes != [(r, in_features), (out_features, r)]:
+        found = [None if size is None else tuple(size) for size in shapes]
         msg = (
             f"{_name(layer)} expects lora_A of (r, {in_features}) and lora_B of "
-            f"({out_features}, r), got {shapes[0]} and {shapes[1]}"
+            f"({out_features}, r), got {found[0]} and {found[1]}"
         )
         raise ShapeError(msg)
     for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B)):
-        _check_tensor(tensor, name, weight.device, layer)
+        _check_tensor(tensor, name, device, layer)
 
 
 def need_dense_weight(x: Tensor, weight: QuantizedTensor) -> bool:
@@ -106,7 +110,9 @@ def need_dense_weight(x: Tensor, weight: QuantizedTensor) -> bool:
     Shards and slices (outside of training), nothing to multiply, float64, and derivatives for
     which the operators have no rules: forward-mode, and those of ``torch.func``.
     """
-    if not weight.is_whole or weight.numel() == 0 or x.dtype == torch.float64:
+    numel = weight.shape.numel()
+    whole = weight.start == 0 and numel == weight.whole_shape.numel()
+    if not whole or numel == 0 or x.dtype == torch.float64:
         return True
     if torch.compiler.is_compiling():
         return False

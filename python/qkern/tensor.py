@@ -112,7 +112,7 @@ class QuantizedTensor(torch.Tensor):
             msg = "the tensor is quantized already: dequantize it first to change its format"
             raise DTypeError(msg)
         operands.check_dense(values)
-        with torch.inference_mode(mode=False):
+        with torch.inference_mode(False):
             packed, absmax = ops.quantize(values.detach(), fmt.quant_type, fmt.blocksize, nonfinite)
             parts = Parts(packed, absmax, None, None)
             if fmt.double_quant:

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import qkern
+from qkern import functional
 from qkern.layers import QLoRALinear, QuantizedLinear
 
 FORMATS = [("nf4", True), ("nf4", False), ("fp4", True), ("int8", True), ("int8", False)]
@@ -100,6 +101,20 @@ def test_fake_inputs_of_a_real_layer() -> None:
     layer = QuantizedLinear.from_linear(nn.Linear(128, 64))
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert layer(torch.randn(3, 128)).shape == (3, 64)
+
+
+@pytest.mark.case("A16")
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_compiled_code_may_quantize(double_quant: bool) -> None:
+    torch._dynamo.reset()
+    values = torch.randn(64, 128)
+
+    def round_trip(values: Tensor) -> Tensor:
+        return functional.quantize(values, double_quant=double_quant).dequantize()
+
+    # whether 8-bit scales are safe is known from their values alone: a break of the graph
+    compiled = torch.compile(round_trip, backend="aot_eager", fullgraph=not double_quant)
+    assert torch.equal(compiled(values), round_trip(values))
 
 
 # -- wrapped ---------------------------------------------------------------------------------
