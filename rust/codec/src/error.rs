@@ -35,6 +35,20 @@ pub enum CodecError {
         /// Place of the first value that is not finite or is smaller than the one before it.
         index: usize,
     },
+    /// The importance of a column is negative, NaN or infinite.
+    Importance {
+        /// The column.
+        index: usize,
+        /// Its importance.
+        value: f32,
+    },
+    /// The importance is not one weight for each column of the values.
+    Columns {
+        /// How many weights there are.
+        columns: usize,
+        /// How many values.
+        values: usize,
+    },
     /// NaN or infinity among the values to quantize; the outputs are unspecified.
     NonFinite {
         /// Place of the first such value.
@@ -81,6 +95,15 @@ impl fmt::Display for CodecError {
                 f,
                 "the nested code table is wrong at index {index}: its 256 values must be finite and \
                  must ascend"
+            ),
+            Self::Importance { index, value } => write!(
+                f,
+                "the importance of column {index} is {value}: finite weights of 0 or more are needed"
+            ),
+            Self::Columns { columns, values } => write!(
+                f,
+                "importance has {columns} weights, and {values} values are no rows of as many \
+                 columns: pass one weight for each in_feature"
             ),
             Self::NonFinite { index, count } => write!(
                 f,

@@ -33,6 +33,28 @@ pub(crate) fn quantize_4bit(
     (codes.chunks(2).map(|pair| pair[0] << 4 | pair[1]).collect(), scales)
 }
 
+/// Packed codes against given scales.
+pub(crate) fn encode_4bit(
+    values: &[f32],
+    scales: &[f32],
+    table: &[f32; 16],
+    blocksize: usize,
+) -> Vec<u8> {
+    let mut codes = Vec::new();
+    for (block, &scale) in values.chunks(blocksize).zip(scales) {
+        let divisor = if scale.abs() < 1e-38 { 1e-38_f32.copysign(scale) } else { scale };
+        let ragged = block.len() < blocksize;
+        codes.extend(block.iter().map(|x| {
+            let scaled = if ragged { x / divisor } else { x * (1.0 / divisor) };
+            nearest(scaled.clamp(-1.0, 1.0), table)
+        }));
+    }
+    if codes.len() % 2 == 1 {
+        codes.push(nearest(0.0, table));
+    }
+    codes.chunks(2).map(|pair| pair[0] << 4 | pair[1]).collect()
+}
+
 /// The code of a scaled value.
 fn nearest(scaled: f32, table: &[f32; 16]) -> u8 {
     let mut sorted: Vec<(f32, u8)> = table.iter().copied().zip(0..).collect();

@@ -4,6 +4,7 @@ use std::sync::OnceLock;
 
 use crate::codebook::Codebook;
 use crate::error::CodecError;
+use crate::search::{self, Importance};
 use crate::values::{Values, ValuesMut};
 use crate::{dequantize, dequantize_int8, quantize, quantize_int8};
 
@@ -18,6 +19,8 @@ const KNOWN: [&str; 3] = ["avx512", "avx2", "scalar"];
 pub struct Bodies {
     name: &'static str,
     pub(crate) quantize_4bit: QuantizeFn,
+    pub(crate) encode_4bit: EncodeFn,
+    pub(crate) search_scales: SearchFn,
     pub(crate) dequantize_4bit: DequantizeFn,
     pub(crate) quantize_int8: QuantizeInt8Fn,
     pub(crate) dequantize_int8: DequantizeInt8Fn,
@@ -25,6 +28,10 @@ pub struct Bodies {
 
 /// Values, codes, block size -> packed, absmax, and whether all values were finite.
 type QuantizeFn = fn(Values<'_>, &Codebook, usize, &mut [u8], &mut [f32]) -> bool;
+/// Values, codes, block size, scales -> packed.
+type EncodeFn = fn(Values<'_>, &Codebook, usize, &[f32], &mut [u8]);
+/// Values, codes, block size, importance -> scales, and whether all values were finite.
+type SearchFn = fn(Values<'_>, &Codebook, usize, Option<Importance<'_>>, &mut [f32]) -> bool;
 /// Packed, absmax, table, block size -> values.
 type DequantizeFn = fn(&[u8], &[f32], &[f32; 16], usize, ValuesMut<'_>);
 /// Values, block size -> codes, absmax, and whether all values were finite.
@@ -104,6 +111,8 @@ fn native() -> impl Iterator<Item = &'static Bodies> {
 static SCALAR: Bodies = Bodies {
     name: "scalar",
     quantize_4bit: quantize::scalar::quantize,
+    encode_4bit: quantize::scalar::encode,
+    search_scales: search::scalar::search,
     dequantize_4bit: dequantize::scalar::dequantize,
     quantize_int8: quantize_int8::scalar::quantize,
     dequantize_int8: dequantize_int8::scalar::dequantize,
@@ -115,7 +124,7 @@ use x86::available as native;
 #[cfg(target_arch = "x86_64")]
 #[allow(unsafe_code)]
 mod x86 {
-    use super::{dequantize, dequantize_int8, quantize, quantize_int8, Bodies};
+    use super::{dequantize, dequantize_int8, quantize, quantize_int8, search, Bodies};
     use std::arch::is_x86_feature_detected as has;
 
     /// The only way to the tables below, which is what makes their calls sound.
@@ -135,6 +144,10 @@ mod x86 {
         // SAFETY: handed out by `available` only, where the features were found.
         quantize_4bit: |v, c, b, p, a| unsafe { quantize::avx512::quantize(v, c, b, p, a) },
         // SAFETY: as above.
+        encode_4bit: |v, c, b, s, p| unsafe { quantize::avx512::encode(v, c, b, s, p) },
+        // SAFETY: as above.
+        search_scales: |v, c, b, i, s| unsafe { search::avx512::search(v, c, b, i, s) },
+        // SAFETY: as above.
         dequantize_4bit: |p, a, t, b, v| unsafe { dequantize::avx512::dequantize(p, a, t, b, v) },
         // SAFETY: as above.
         quantize_int8: |v, b, q, a| unsafe { quantize_int8::avx512::quantize(v, b, q, a) },
@@ -146,6 +159,10 @@ mod x86 {
         name: "avx2",
         // SAFETY: handed out by `available` only, where the features were found.
         quantize_4bit: |v, c, b, p, a| unsafe { quantize::avx2::quantize(v, c, b, p, a) },
+        // SAFETY: as above.
+        encode_4bit: |v, c, b, s, p| unsafe { quantize::avx2::encode(v, c, b, s, p) },
+        // SAFETY: as above.
+        search_scales: |v, c, b, i, s| unsafe { search::avx2::search(v, c, b, i, s) },
         // SAFETY: as above.
         dequantize_4bit: |p, a, t, b, v| unsafe { dequantize::avx2::dequantize(p, a, t, b, v) },
         // SAFETY: as above.

@@ -144,21 +144,29 @@ pub(crate) fn plain_nan(scale: f32) -> f32 {
 pub(crate) trait Element: Copy {
     /// Zero.
     const ZERO: Self;
+    /// The largest finite value.
+    const MAX: f32;
     /// Whether the value is neither NaN nor infinite.
     fn is_finite(self) -> bool;
     /// Widens a slice, exactly.
     fn widen(from: &[Self], to: &mut [f32]);
+    /// The slice as floats, in `room` if they are not floats yet.
+    fn widened<'a>(from: &'a [Self], room: &'a mut [f32]) -> &'a [f32];
     /// Rounds a slice to nearest, ties to even.
     fn narrow(from: &[f32], to: &mut [Self]);
 }
 
 impl Element for f32 {
     const ZERO: Self = 0.0;
+    const MAX: f32 = f32::MAX;
     fn is_finite(self) -> bool {
         self.is_finite()
     }
     fn widen(from: &[Self], to: &mut [f32]) {
         to.copy_from_slice(from);
+    }
+    fn widened<'a>(from: &'a [Self], _: &'a mut [f32]) -> &'a [f32] {
+        from
     }
     fn narrow(from: &[f32], to: &mut [Self]) {
         to.copy_from_slice(from);
@@ -169,11 +177,17 @@ macro_rules! impl_element {
     ($type:ty) => {
         impl Element for $type {
             const ZERO: Self = <$type>::ZERO;
+            const MAX: f32 = <$type>::MAX.to_f32_const();
             fn is_finite(self) -> bool {
                 <$type>::is_finite(self)
             }
             fn widen(from: &[Self], to: &mut [f32]) {
                 from.convert_to_f32_slice(to);
+            }
+            fn widened<'a>(from: &'a [Self], room: &'a mut [f32]) -> &'a [f32] {
+                let room = &mut room[..from.len()];
+                Self::widen(from, room);
+                room
             }
             fn narrow(from: &[f32], to: &mut [Self]) {
                 to.convert_from_f32_slice(from);

@@ -36,6 +36,64 @@ pub(crate) fn quantize_4bit(
     })
 }
 
+/// Finds scales of least squared error for 4-bit codes; writes `absmax`.
+#[pyfunction]
+#[pyo3(signature = (values, dtype, code, blocksize, absmax, *, importance=None, nonfinite="error", threads=0, simd=None))]
+#[allow(clippy::too_many_arguments)] // the signature that Python sees
+pub(crate) fn search_scales(
+    py: Python<'_>,
+    values: &Bound<'_, PyAny>,
+    dtype: &str,
+    code: &Bound<'_, PyAny>,
+    blocksize: usize,
+    absmax: &Bound<'_, PyAny>,
+    importance: Option<&Bound<'_, PyAny>>,
+    nonfinite: &str,
+    threads: usize,
+    simd: Option<&str>,
+) -> PyResult<()> {
+    let engine = engine(py, threads, simd)?;
+    let nonfinite = policy(py, nonfinite)?;
+    let code = Codebook::new(&table("code", code)?).map_err(|e| errors::codec(py, &e))?;
+    let values = InputValues::new(values, dtype)?;
+    let importance = importance.map(|w| Input::<f32>::new("importance", w)).transpose()?;
+    let mut absmax = Output::<f32>::new("absmax", absmax)?;
+    let inputs = [Some(values.memory()), importance.as_ref().map(Input::memory)];
+    check_apart(py, &[absmax.memory()], &inputs.into_iter().flatten().collect::<Vec<_>>())?;
+
+    let weights = importance.as_ref().map(Input::slice).transpose()?;
+    let (values, absmax) = (values.slice()?, absmax.slice()?);
+    detached(py, || {
+        qkern_codec::search_scales(engine, values, &code, blocksize, weights, nonfinite, absmax)
+    })
+}
+
+/// Codes `values` against the scales `absmax`, of any sign; writes `packed`.
+#[pyfunction]
+#[pyo3(signature = (values, dtype, code, blocksize, absmax, packed, *, threads=0, simd=None))]
+#[allow(clippy::too_many_arguments)] // the signature that Python sees
+pub(crate) fn encode_4bit(
+    py: Python<'_>,
+    values: &Bound<'_, PyAny>,
+    dtype: &str,
+    code: &Bound<'_, PyAny>,
+    blocksize: usize,
+    absmax: &Bound<'_, PyAny>,
+    packed: &Bound<'_, PyAny>,
+    threads: usize,
+    simd: Option<&str>,
+) -> PyResult<()> {
+    let engine = engine(py, threads, simd)?;
+    let code = Codebook::new(&table("code", code)?).map_err(|e| errors::codec(py, &e))?;
+    let values = InputValues::new(values, dtype)?;
+    let absmax = Input::<f32>::new("absmax", absmax)?;
+    let mut packed = Output::<u8>::new("packed", packed)?;
+    check_apart(py, &[packed.memory()], &[values.memory(), absmax.memory()])?;
+
+    let (values, absmax, packed) = (values.slice()?, absmax.slice()?, packed.slice()?);
+    detached(py, || qkern_codec::encode_4bit(engine, values, &code, blocksize, absmax, packed))
+}
+
 /// Writes the `values` of 4-bit codes.
 #[pyfunction]
 #[pyo3(signature = (packed, absmax, code, blocksize, values, dtype, *, threads=0, simd=None))]

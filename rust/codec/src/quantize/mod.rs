@@ -75,3 +75,40 @@ pub fn quantize_4bit(
     }
     Ok(())
 }
+
+/// Codes `values` against `scales`, one a block, of any sign; writes `packed`.
+///
+/// The codes are those of [`quantize_4bit`] where a scale is the block's absmax. Where it is NaN or
+/// infinite the codes mean nothing, and so will the decoded block.
+///
+/// # Errors
+/// [`CodecError::Blocksize`] and [`CodecError::Length`].
+pub fn encode_4bit(
+    engine: Engine,
+    values: Values<'_>,
+    code: &Codebook,
+    blocksize: usize,
+    scales: &[f32],
+    packed: &mut [u8],
+) -> Result<(), CodecError> {
+    check_blocksize(blocksize)?;
+    let len = values.len();
+    check_len("packed", packed.len(), packed_len(len), (len, "values"))?;
+    check_len("absmax", scales.len(), num_blocks(len, blocksize), (len, "values"))?;
+
+    let whole = len / blocksize * blocksize;
+    let (blocks, tail) = values.split_at(whole);
+    let (packed, tail_packed) = packed.split_at_mut(whole / 2);
+    let (scales, tail_scale) = scales.split_at(whole / blocksize);
+
+    let jobs = scales.chunks(JOB / blocksize).zip(packed.chunks_mut(JOB / 2));
+    parallel::for_each(whole, engine.threads, blocks.chunks(JOB).zip(jobs), |(v, (s, p))| {
+        (engine.bodies.encode_4bit)(v, code, blocksize, s, p);
+    });
+    if let [scale] = tail_scale {
+        in_default_float_env(|| {
+            with_slice!(tail, Values, v => scalar::encode_tail(v, code, *scale, tail_packed));
+        });
+    }
+    Ok(())
+}
