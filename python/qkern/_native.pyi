@@ -24,6 +24,29 @@ def quantize_4bit(
     threads: int = 0,
     simd: str | None = None,
 ) -> None: ...
+def search_scales(
+    values: _Values,
+    dtype: str,
+    code: _F32,
+    blocksize: int,
+    absmax: _F32,
+    *,
+    importance: _F32 | None = None,
+    nonfinite: str = "error",
+    threads: int = 0,
+    simd: str | None = None,
+) -> None: ...
+def encode_4bit(
+    values: _Values,
+    dtype: str,
+    code: _F32,
+    blocksize: int,
+    absmax: _F32,
+    packed: _U8,
+    *,
+    threads: int = 0,
+    simd: str | None = None,
+) -> None: ...
 def dequantize_4bit(
     packed: _U8,
     absmax: _F32,

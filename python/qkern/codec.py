@@ -18,7 +18,7 @@ from qkern import _native  # noqa: TID251 - the one importer
 from qkern.errors import DTypeError, FormatError, ShapeError
 from qkern.formats import DTYPES, NESTED_BLOCKSIZE, QuantFormat, dynamic_code, resolve_format
 
-METHODS: Final = ("absmax",)
+METHODS: Final = ("absmax", "search")
 NONFINITE: Final = ("error", "keep")
 
 Array = npt.NDArray[Any]
@@ -78,6 +78,7 @@ def quantize(
     blocksize: int = 64,
     double_quant: bool = True,
     method: str = "absmax",
+    importance: Array | None = None,
     dtype: str | None = None,
     nonfinite: str = "error",
 ) -> QuantizedArray:
@@ -92,13 +93,19 @@ def quantize(
         quant_type: "nf4", "fp4", "int8", or a ``QuantFormat``.
         blocksize: values that share a scale.
         double_quant: store the scales in 8 bits.
-        method: how codes are chosen: "absmax".
+        method: how codes are chosen. "absmax": a block's scale is its largest magnitude, as in
+            bitsandbytes. "search", 4-bit formats only: the scale, of either sign, with the least
+            squared error; never worse than absmax on a block with fp32 scales, about 10 % less RMS
+            error, the same bytes to read.
+        importance: weights of the squared errors for "search", one for each column (of the last
+            dimension), finite and not negative: such as the mean square of each input feature.
         dtype: what uint16 input holds.
         nonfinite: "error", or "keep" to confine NaN and infinity to their own block.
 
     Raises:
         DTypeError: for any other dtype.
-        FormatError: for an unknown format, method or setting.
+        FormatError: for an unknown format, method or setting, or one that the format has not.
+        ShapeError: for an ``importance`` of another length than the last dimension.
         NonFiniteError: for NaN or infinity, unless kept.
 
     Example:
@@ -108,11 +115,15 @@ def quantize(
         ((128,), (4,))
     """
     fmt = resolve_format(quant_type, blocksize=blocksize, double_quant=double_quant)
-    check_choice("method", method, METHODS)
+    check_method(method, fmt, importance is not None)
     check_choice("nonfinite", nonfinite, NONFINITE)
     bits, name = _as_bits(np.asarray(values), dtype)
     flat = np.ascontiguousarray(bits).reshape(-1)
-    parts = encode(flat, name, fmt, nonfinite=nonfinite)
+    if method == "absmax":
+        parts = encode(flat, name, fmt, nonfinite=nonfinite)
+    else:
+        weights = as_importance(importance, np.shape(values))
+        parts = encode_searched(flat, name, fmt, weights, nonfinite=nonfinite)
     if fmt.double_quant and parts.offset is None:
         fmt = fmt.replace(double_quant=False)
     return QuantizedArray(*parts, format=fmt, shape=tuple(np.shape(values)), dtype=name)
@@ -170,6 +181,60 @@ def encode(values: Array, dtype: str, fmt: QuantFormat, *, nonfinite: str = "err
     return Parts(packed, codes, nested, offset) if safe else Parts(packed, absmax, None, None)
 
 
+def encode_searched(
+    values: Array,
+    dtype: str,
+    fmt: QuantFormat,
+    importance: F32 | None,
+    *,
+    nonfinite: str = "error",
+) -> Parts:
+    """As ``encode``, with scales of least squared error.
+
+    Codes are chosen against the scales as they will be decoded, after double quantization too.
+
+    Args:
+        values: (n,), see ``encode``.
+        dtype: of the values.
+        fmt: a 4-bit format.
+        importance: (columns,) fp32 weights of the squared errors, or None.
+        nonfinite: "error" or "keep".
+    """
+    scales = search_scales(values, dtype, fmt, importance, nonfinite=nonfinite)
+    if fmt.double_quant:
+        codes, nested, offset, safe = encode_absmax(scales)
+        if safe:
+            parts = Parts(np.empty(0, np.uint8), codes, nested, offset)
+            packed = encode_codes(values, dtype, fmt, decode_absmax(parts))
+            return parts._replace(packed=packed)
+    return Parts(encode_codes(values, dtype, fmt, scales), scales, None, None)
+
+
+def search_scales(
+    values: Array,
+    dtype: str,
+    fmt: QuantFormat,
+    importance: F32 | None = None,
+    *,
+    nonfinite: str = "error",
+) -> F32:
+    """Scales (blocks,) of least squared error, of either sign, for the values (n,)."""
+    scales = np.empty(fmt.num_blocks(values.size), np.float32)
+    code = code_array(fmt.quant_type)
+    _native.search_scales(
+        values, dtype, code, fmt.blocksize, scales, importance=importance, nonfinite=nonfinite
+    )
+    return scales
+
+
+def encode_codes(values: Array, dtype: str, fmt: QuantFormat, scales: F32) -> U8:
+    """Packed codes of the values (n,) against fp32 scales (blocks,) of either sign."""
+    packed = np.empty(fmt.packed_size(values.size), np.uint8)
+    code = code_array(fmt.quant_type)
+    _native.encode_4bit(values, dtype, code, fmt.blocksize, scales, packed)
+    return packed
+
+
 def encode_absmax(absmax: F32) -> tuple[U8, F32, F32, bool]:
     """8-bit codes (blocks,), nested_absmax (groups,), offset (1,) of scales, and if it is safe."""
     codes = np.empty(absmax.size, np.uint8)
@@ -204,6 +269,30 @@ def check_choice(what: str, got: str, allowed: tuple[str, ...]) -> None:
     if got not in allowed:
         msg = f"unknown {what} {got!r}: allowed are {', '.join(map(repr, allowed))}"
         raise FormatError(msg)
+
+
+def check_method(method: str, fmt: QuantFormat, has_importance: bool) -> None:  # noqa: FBT001
+    """Refuse a method that does not exist or that the format has not."""
+    check_choice("method", method, METHODS)
+    if method == "search" and fmt.code is None:
+        msg = f'method "search" is for 4-bit formats: {fmt.quant_type} is quantized by "absmax"'
+        raise FormatError(msg)
+    if has_importance and method != "search":
+        msg = f'importance weighs the errors of method "search", got method {method!r}'
+        raise FormatError(msg)
+
+
+def as_importance(importance: Any, shape: tuple[int, ...]) -> F32 | None:
+    """The weights of columns, (columns,) fp32, for values of ``shape``."""
+    if importance is None:
+        return None
+    weights = np.ascontiguousarray(importance, np.float32)
+    columns = shape[-1] if shape else 1
+    if weights.shape != (columns,):
+        msg = f"importance has shape {weights.shape}, values of {shape} need ({columns},)"
+        raise ShapeError(msg)
+    # Without columns there is nothing to weigh, and nothing that the extension could count.
+    return weights if columns else None
 
 
 @functools.cache

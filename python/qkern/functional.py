@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qkern.codec import METHODS, NONFINITE, QuantizedArray, check_choice
+from qkern.codec import NONFINITE, QuantizedArray, check_choice
 from qkern.errors import ShapeError
 from qkern.formats import QuantFormat, resolve_format
 from qkern.ops import host
@@ -20,13 +20,15 @@ def quantize(
     blocksize: int = 64,
     double_quant: bool = True,
     method: str = "absmax",
+    importance: Tensor | None = None,
     nonfinite: str = "error",
 ) -> QuantizedTensor:
     """Quantize a torch tensor on its device: ``qkern.quantize`` for tensors."""
     fmt = resolve_format(quant_type, blocksize=blocksize, double_quant=double_quant)
-    check_choice("method", method, METHODS)
     check_choice("nonfinite", nonfinite, NONFINITE)
-    return QuantizedTensor.from_dense(values, fmt, nonfinite=nonfinite)
+    return QuantizedTensor.from_dense(
+        values, fmt, method=method, importance=importance, nonfinite=nonfinite
+    )
 
 
 def dequantize(

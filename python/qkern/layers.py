@@ -50,9 +50,13 @@ class QuantizedLinear(nn.Linear):
         quant_type: str | QuantFormat = "nf4",
         blocksize: int = 64,
         double_quant: bool = True,
+        method: str = "absmax",
+        importance: Tensor | None = None,
         nonfinite: str = "error",
     ) -> QuantizedLinear:
         """Quantize a dense layer's weight; its bias is kept, frozen.
+
+        Arguments are those of ``qkern.quantize``.
 
         Raises:
             FormatError: if the layer is quantized already.
@@ -63,7 +67,9 @@ class QuantizedLinear(nn.Linear):
             msg = "the layer is quantized already"
             raise FormatError(msg)
         fmt = resolve_format(quant_type, blocksize=blocksize, double_quant=double_quant)
-        weight = QuantizedTensor.from_dense(layer.weight.detach(), fmt, nonfinite=nonfinite)
+        weight = QuantizedTensor.from_dense(
+            layer.weight, fmt, method=method, importance=importance, nonfinite=nonfinite
+        )
         if layer.bias is not None:
             layer.bias.requires_grad_(False)
         return _take_over(cls(weight, layer.bias), layer)
@@ -246,6 +252,8 @@ class QLoRALinear(QuantizedLinear):
         quant_type: str | QuantFormat = "nf4",
         blocksize: int = 64,
         double_quant: bool = True,
+        method: str = "absmax",
+        importance: Tensor | None = None,
         nonfinite: str = "error",
         **lora: Any,
     ) -> QLoRALinear:
@@ -254,9 +262,11 @@ class QLoRALinear(QuantizedLinear):
         Args:
             layer: ``nn.Linear`` or ``QuantizedLinear``.
             quant_type: see ``qkern.quantize``; unused for a quantized layer, as are the next
-                three.
+                five.
             blocksize: values that share a scale.
             double_quant: store the scales in 8 bits.
+            method: "absmax" or "search".
+            importance: (in_features,) weights of the errors for "search".
             nonfinite: "error" or "keep".
             **lora: ``r``, ``lora_alpha`` and the other arguments of the class.
         """
@@ -265,7 +275,9 @@ class QLoRALinear(QuantizedLinear):
             raise FormatError(msg)
         if not isinstance(layer, QuantizedLinear):
             fmt = resolve_format(quant_type, blocksize=blocksize, double_quant=double_quant)
-            layer = QuantizedLinear.from_linear(layer, quant_type=fmt, nonfinite=nonfinite)
+            layer = QuantizedLinear.from_linear(
+                layer, quant_type=fmt, method=method, importance=importance, nonfinite=nonfinite
+            )
         return _take_over(cls(layer.quantized_weight, layer.bias, **lora), layer)
 
     def set_scaling(self, lora_alpha: float, *, use_rslora: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ def quantize_model(
     double_quant: bool = True,
     exclude: str | Sequence[str] = (),
     min_coverage: float | None = None,
+    method: str = "absmax",
+    importance: Mapping[str, torch.Tensor] | None = None,
     nonfinite: str = "error",
 ) -> CoverageReport:
     """Replace every ``nn.Linear`` of a model by ``QuantizedLinear``, in place.
@@ -43,6 +45,9 @@ def quantize_model(
         double_quant: store the scales in 8 bits.
         exclude: module paths, ends of paths ("down_proj") or globs ("*.layers.0.*").
         min_coverage: least share of values that must be quantized, 0 to 1.
+        method: "absmax" or "search", see ``qkern.quantize``.
+        importance: for "search", weights of the errors, (in_features,) for each module path; a
+            layer without an entry weighs all columns alike.
         nonfinite: "error" or "keep", see ``qkern.quantize``.
 
     Raises:
@@ -52,12 +57,16 @@ def quantize_model(
         NonFiniteError: for NaN or infinity in a weight, naming the layer.
     """
     fmt = resolve_format(quant_type, blocksize=blocksize, double_quant=double_quant)
+    importance = importance or {}
+    _check_importance(model, importance)
     rows = []
     for site in _sites(model, exclude):
         name, module = site.names[0], model.get_submodule(site.names[0])
         weight: Any = module._parameters[site.parameter]
         if type(module) is nn.Linear and site.parameter == "weight" and not site.reason:
-            module = _quantize_layer(name, module, fmt, nonfinite)
+            weights = next((importance[n] for n in site.names if n in importance), None)
+            how = {"method": method, "importance": weights, "nonfinite": nonfinite}
+            module = _quantize_layer(name, module, fmt, how)
             weight = module.quantized_weight
             for path in site.names:
                 model.set_submodule(path, module)
@@ -158,11 +167,19 @@ def memory_footprint(model: nn.Module) -> int:
     )
 
 
+def _check_importance(model: nn.Module, importance: Mapping[str, torch.Tensor]) -> None:
+    linear = [name for _, names in _paths(model) for name in names]
+    unknown = [name for name in importance if name not in linear]
+    if unknown:
+        msg = f"importance names {unknown[0]!r}, which is no module of the model: use full paths"
+        raise FormatError(msg)
+
+
 def _quantize_layer(
-    name: str, layer: nn.Linear, fmt: QuantFormat, nonfinite: str
+    name: str, layer: nn.Linear, fmt: QuantFormat, how: dict[str, Any]
 ) -> QuantizedLinear:
     try:
-        return QuantizedLinear.from_linear(layer, quant_type=fmt, nonfinite=nonfinite)
+        return QuantizedLinear.from_linear(layer, quant_type=fmt, **how)
     except QkernError as error:
         msg = f"{name}.weight: {error}"
         raise type(error)(msg) from error

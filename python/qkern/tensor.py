@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from qkern import ops, reference, tensor_dispatch
+from qkern.codec import check_method
 from qkern.errors import DTypeError, FrozenWeightError, ShapeError
 from qkern.formats import NESTED_BLOCKSIZE, QuantFormat
 from qkern.ops import host
@@ -102,20 +103,20 @@ class QuantizedTensor(torch.Tensor):
 
     @classmethod
     def from_dense(
-        cls, values: Tensor, fmt: QuantFormat, *, nonfinite: str = "error"
+        cls,
+        values: Tensor,
+        fmt: QuantFormat,
+        *,
+        method: str = "absmax",
+        importance: Tensor | None = None,
+        nonfinite: str = "error",
     ) -> QuantizedTensor:
         """Quantize a dense tensor of any shape and strides, on its device; meta stays meta."""
         if isinstance(values, QuantizedTensor):
             msg = "the tensor is quantized already: dequantize it first to change its format"
             raise DTypeError(msg)
-        packed, absmax = ops.quantize(values.detach(), fmt.quant_type, fmt.blocksize, nonfinite)
-        parts = Parts(packed, absmax, None, None)
-        if fmt.double_quant:
-            codes, nested_absmax, offset, safe = ops.quantize_absmax(absmax)
-            if safe.is_meta or bool(safe):
-                parts = Parts(packed, codes, nested_absmax, offset)
-            else:
-                fmt = fmt.replace(double_quant=False)
+        check_method(method, fmt, importance is not None)
+        parts, fmt = ops.to_parts(values.detach(), fmt, method, importance, nonfinite)
         return cls.from_parts(parts, fmt, values.shape, values.dtype)
 
     @classmethod

@@ -22,7 +22,7 @@ pub(crate) fn format(py: Python<'_>, message: String) -> PyErr {
 /// The error of the codec; `NonFiniteError` carries `index` and `count` as attributes too.
 pub(crate) fn codec(py: Python<'_>, error: &CodecError) -> PyErr {
     let class = match error {
-        CodecError::Length { .. } => "ShapeError",
+        CodecError::Length { .. } | CodecError::Columns { .. } => "ShapeError",
         CodecError::NonFinite { .. } => "NonFiniteError",
         CodecError::UnknownSimd { .. } | CodecError::UnavailableSimd { .. } => "NativeError",
         _ => "FormatError",
