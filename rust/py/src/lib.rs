@@ -4,24 +4,28 @@
 //! `qkern.errors`. It computes nothing.
 
 mod arrays;
+mod detached;
 mod errors;
 mod functions;
 
 use pyo3::prelude::*;
 
 /// Quantize and dequantize on the host; see `qkern.codec` for the public functions.
-#[pymodule]
+// Free-threaded Python has not been tried: it turns its GIL on for this module. Sub-interpreters
+// are refused by PyO3.
+#[pymodule(gil_used = true)]
 mod _native {
     use pyo3::prelude::*;
 
     #[pymodule_export]
     use crate::functions::{
-        available_simd, cpu_features, dequantize_4bit, dequantize_absmax, dequantize_int8,
+        _panic, available_simd, cpu_features, dequantize_4bit, dequantize_absmax, dequantize_int8,
         quantize_4bit, quantize_absmax, quantize_int8, simd,
     };
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        crate::detached::keep_panics();
         module.add("__version__", env!("CARGO_PKG_VERSION"))
     }
 }
