@@ -18,8 +18,8 @@ compile_error!("a panic must unwind: to abort would end the Python process");
 thread_local! {
     /// Whether this thread is at native work.
     static AT_WORK: Cell<bool> = const { Cell::new(false) };
-    /// Whether native work on this thread asks for signals, as far as it knows.
-    static ASKS: Cell<bool> = const { Cell::new(true) };
+    /// Whether native work on this thread asks for signals, once it knows.
+    static ASKS: Cell<Option<bool>> = const { Cell::new(None) };
     /// What a signal's handler raised during native work.
     static RAISED: Cell<Option<PyErr>> = const { Cell::new(None) };
 }
@@ -33,7 +33,7 @@ pub(crate) fn detached<T: Send>(
     work: impl FnOnce() -> Result<T, CodecError> + Send,
 ) -> PyResult<T> {
     let outer = AT_WORK.replace(true);
-    ASKS.set(true); // after a fork another thread may be the main one
+    ASKS.set(None); // after a fork another thread may be the main one
                     // A panic leaves unspecified numbers in the outputs, as any error does, and nothing else.
     let result = py.detach(|| catch_unwind(AssertUnwindSafe(work)));
     AT_WORK.set(outer);
@@ -53,16 +53,14 @@ pub(crate) fn detached<T: Send>(
 /// leave the GIL alone.
 pub(crate) fn signal_raised() -> bool {
     let ask = |py: Python<'_>| {
-        let is_main = on_main_thread(py)?;
-        ASKS.set(is_main);
-        if is_main {
-            py.check_signals()
-        } else {
-            Ok(())
+        py.check_signals()?;
+        if ASKS.get().is_none() {
+            ASKS.set(Some(on_main_thread(py)?));
         }
+        Ok::<(), PyErr>(())
     };
     // At the end of the interpreter there is nobody to ask.
-    let raised = if ASKS.get() { Python::try_attach(ask) } else { None };
+    let raised = if ASKS.get() == Some(false) { None } else { Python::try_attach(ask) };
     let raised = raised.and_then(Result::err);
     let any = raised.is_some();
     RAISED.set(raised);
