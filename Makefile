@@ -24,8 +24,8 @@ export PYO3_PYTHON := $(abspath $(VENV_PYTHON))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install build sdist lint format test test-rust test-python test-wheel demo \
-	bench-codec bench-methods clean missing
+.PHONY: help install build sdist lint format test test-rust test-python test-large \
+	test-wheel demo bench-codec bench-methods clean missing
 
 help: ## show this help
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' \
@@ -63,6 +63,9 @@ test-rust: ## the tests of the Rust crates
 
 test-python: $(VENV)/.dev ## the Python tests that need no network
 	$(VENV_PYTHON) -m pytest -m "not wheel" $(PYTEST_ARGS)
+
+test-large: $(VENV)/.dev ## tensors of more than 2^31 values there and back: 8 GiB of memory
+	QKERN_TEST_LARGE=1 $(VENV_PYTHON) -m pytest tests/reliability/test_native.py -k a9 $(PYTEST_ARGS)
 
 test-wheel: $(VENV)/.dev ## build the wheel, open it, use it where there is no torch
 	$(VENV_PYTHON) -m pytest -m wheel $(PYTEST_ARGS)

@@ -80,10 +80,16 @@ def dequantize_int8(
     simd: str | None = None,
 ) -> None: ...
 def quantize_absmax(
-    absmax: _F32, nested_code: _F32, codes: _U8, nested_absmax: _F32
+    absmax: _F32, nested_code: _F32, codes: _U8, nested_absmax: _F32, *, threads: int = 0
 ) -> tuple[float, bool]: ...
 def dequantize_absmax(
-    codes: _U8, nested_code: _F32, nested_absmax: _F32, offset: float, absmax: _F32
+    codes: _U8,
+    nested_code: _F32,
+    nested_absmax: _F32,
+    offset: float,
+    absmax: _F32,
+    *,
+    threads: int = 0,
 ) -> None: ...
 def simd() -> str: ...
 def available_simd() -> list[str]: ...

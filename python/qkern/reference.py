@@ -131,12 +131,16 @@ def encode(values: Tensor, scales: Tensor, fmt: QuantFormat) -> Tensor:
 
 
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """8-bit codes (b,), group maxima (g,) and offset (1,) of fp32 scales (b,)."""
+    """8-bit codes (b,), group maxima (g,) and offset (1,) of fp32 scales (b,).
+
+    The offset is their mean, or 0 if one is negative: scales of both signs lie around it.
+    """
     groups = _blocks(absmax.double(), NESTED_BLOCKSIZE)
     # Summed group by group in fp64: the same mean for any number of threads.
     total = sum(group.sum() for group in groups) if len(groups) else torch.zeros(())
     mean = torch.as_tensor(total, dtype=torch.float64) / max(absmax.numel(), 1)
     offset = mean.float().reshape(1).to(absmax.device)
+    offset = torch.where((absmax < 0).any(), torch.zeros_like(offset), offset)
     residual = absmax - offset
     nested = _block_absmax(residual, NESTED_BLOCKSIZE)
     scale = nested.repeat_interleave(NESTED_BLOCKSIZE)[: absmax.numel()]

@@ -56,6 +56,8 @@ pub enum CodecError {
         /// How many there are.
         count: usize,
     },
+    /// Whoever may interrupt the work did; the outputs are unspecified.
+    Interrupted,
     /// No SIMD body has this name.
     UnknownSimd {
         /// The name.
@@ -110,6 +112,7 @@ impl fmt::Display for CodecError {
                 "NaN or infinity in {count} of the values to quantize, first at index {index}: \
                  repair them, or choose nonfinite=\"keep\" to confine the damage to their blocks"
             ),
+            Self::Interrupted => write!(f, "interrupted: the outputs are unspecified"),
             Self::UnknownSimd { name, origin, known } => {
                 write!(f, "{origin} names the SIMD body {name:?}, which does not exist: allowed are {known}")
             }

@@ -62,6 +62,8 @@ pub use double_quant::{dequantize_absmax, quantize_absmax, NestedScales, NESTED_
 pub use error::CodecError;
 pub use features::cpu_features;
 pub use layout::{num_blocks, packed_len, MAX_BLOCKSIZE, MIN_BLOCKSIZE};
+#[doc(hidden)]
+pub use parallel::{panic_in_a_job, THREAD_PREFIX};
 pub use quantize::{encode_4bit, quantize_4bit};
 pub use quantize_int8::quantize_int8;
 pub use search::search_scales;

@@ -77,22 +77,30 @@ impl Bodies {
     }
 }
 
-/// Who does the work: a set of bodies and a number of threads.
+/// Who does the work: a set of bodies and a number of threads; and who may end it early.
 #[derive(Clone, Copy, Debug)]
 pub struct Engine {
     /// The instruction set.
     pub bodies: &'static Bodies,
     /// Threads to use, the calling one included; 0 for one per core.
     pub threads: usize,
+    /// Asked now and then on the calling thread during long work: true ends it with
+    /// [`CodecError::Interrupted`].
+    pub interrupted: fn() -> bool,
 }
 
 impl Engine {
+    /// These bodies on so many threads, never interrupted.
+    pub fn new(bodies: &'static Bodies, threads: usize) -> Self {
+        Self { bodies, threads, interrupted: || false }
+    }
+
     /// The best bodies (see [`Bodies::detect`]) on all cores.
     ///
     /// # Errors
     /// If `QKERN_SIMD` names bodies that do not exist or that this machine cannot run.
     pub fn detect() -> Result<Self, CodecError> {
-        Ok(Self { bodies: Bodies::detect()?, threads: 0 })
+        Ok(Self::new(Bodies::detect()?, 0))
     }
 }
 

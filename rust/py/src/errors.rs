@@ -37,6 +37,13 @@ pub(crate) fn codec(py: Python<'_>, error: &CodecError) -> PyErr {
     raised
 }
 
+/// A panic: `text` says what and where.
+pub(crate) fn panic(py: Python<'_>, text: &str) -> PyErr {
+    let advice = "this is a bug in qkern, please report it with this text; what the call wrote is \
+                  unspecified, other calls are not affected";
+    raise(py, "NativeError", format!("native code {text}: {advice}"))
+}
+
 fn raise(py: Python<'_>, class: &str, message: String) -> PyErr {
     match py.import("qkern.errors").and_then(|module| module.getattr(class)) {
         Ok(class) => match class.call1((message,)) {

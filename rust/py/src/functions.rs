@@ -1,9 +1,10 @@
 //! The functions of `qkern._native`: arguments checked, GIL released, errors translated.
 
 use pyo3::prelude::*;
-use qkern_codec::{Bodies, Codebook, CodecError, Engine, NonFinite};
+use qkern_codec::{Bodies, Codebook, Engine, NonFinite};
 
 use crate::arrays::{check_apart, table, Input, InputValues, Output, OutputValues};
+use crate::detached::{detached, signal_raised};
 use crate::errors;
 
 /// Quantizes `values` to 4-bit codes; writes `packed` and `absmax`.
@@ -174,13 +175,16 @@ pub(crate) fn dequantize_int8(
 
 /// Codes scales in 8 bits; writes `codes` and `nested_absmax`, returns `(offset, safe)`.
 #[pyfunction]
+#[pyo3(signature = (absmax, nested_code, codes, nested_absmax, *, threads=0))]
 pub(crate) fn quantize_absmax(
     py: Python<'_>,
     absmax: &Bound<'_, PyAny>,
     nested_code: &Bound<'_, PyAny>,
     codes: &Bound<'_, PyAny>,
     nested_absmax: &Bound<'_, PyAny>,
+    threads: usize,
 ) -> PyResult<(f32, bool)> {
+    let engine = engine(py, threads, None)?;
     let absmax = Input::<f32>::new("absmax", absmax)?;
     let table = table("nested_code", nested_code)?;
     let mut codes = Output::<u8>::new("codes", codes)?;
@@ -188,12 +192,14 @@ pub(crate) fn quantize_absmax(
     check_apart(py, &[codes.memory(), nested.memory()], &[absmax.memory()])?;
 
     let (absmax, codes, nested) = (absmax.slice()?, codes.slice()?, nested.slice()?);
-    let scales = detached(py, || qkern_codec::quantize_absmax(absmax, &table, codes, nested))?;
+    let work = || qkern_codec::quantize_absmax(engine, absmax, &table, codes, nested);
+    let scales = detached(py, work)?;
     Ok((scales.offset, scales.safe))
 }
 
 /// Writes the scales, `absmax`, of 8-bit codes.
 #[pyfunction]
+#[pyo3(signature = (codes, nested_code, nested_absmax, offset, absmax, *, threads=0))]
 pub(crate) fn dequantize_absmax(
     py: Python<'_>,
     codes: &Bound<'_, PyAny>,
@@ -201,7 +207,9 @@ pub(crate) fn dequantize_absmax(
     nested_absmax: &Bound<'_, PyAny>,
     offset: f32,
     absmax: &Bound<'_, PyAny>,
+    threads: usize,
 ) -> PyResult<()> {
+    let engine = engine(py, threads, None)?;
     let codes = Input::<u8>::new("codes", codes)?;
     let table = table("nested_code", nested_code)?;
     let nested = Input::<f32>::new("nested_absmax", nested_absmax)?;
@@ -209,7 +217,15 @@ pub(crate) fn dequantize_absmax(
     check_apart(py, &[absmax.memory()], &[codes.memory(), nested.memory()])?;
 
     let (codes, nested, absmax) = (codes.slice()?, nested.slice()?, absmax.slice()?);
-    detached(py, || qkern_codec::dequantize_absmax(codes, &table, nested, offset, absmax))
+    detached(py, || qkern_codec::dequantize_absmax(engine, codes, &table, nested, offset, absmax))
+}
+
+/// Panics in native work, on a thread of its own unless `threads` is 1: for the tests.
+#[pyfunction]
+#[pyo3(signature = (message, *, threads=0))]
+pub(crate) fn _panic(py: Python<'_>, message: &str, threads: usize) -> PyResult<()> {
+    let engine = engine(py, threads, None)?;
+    detached(py, || qkern_codec::panic_in_a_job(engine, message))
 }
 
 /// Name of the SIMD body in use.
@@ -240,7 +256,7 @@ fn engine(py: Python<'_>, threads: usize, simd: Option<&str>) -> PyResult<Engine
         None => Bodies::detect(),
     };
     let bodies = bodies.map_err(|error| errors::codec(py, &error))?;
-    Ok(Engine { bodies, threads })
+    Ok(Engine { bodies, threads, interrupted: signal_raised })
 }
 
 fn policy(py: Python<'_>, nonfinite: &str) -> PyResult<NonFinite> {
@@ -252,12 +268,4 @@ fn policy(py: Python<'_>, nonfinite: &str) -> PyResult<NonFinite> {
             format!("nonfinite is {nonfinite:?}: allowed are \"error\" and \"keep\""),
         )),
     }
-}
-
-/// Runs `work` without the GIL.
-fn detached<T: Send>(
-    py: Python<'_>,
-    work: impl FnOnce() -> Result<T, CodecError> + Send,
-) -> PyResult<T> {
-    py.detach(work).map_err(|error| errors::codec(py, &error))
 }

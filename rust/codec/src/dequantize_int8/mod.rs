@@ -22,7 +22,7 @@ const STEP: f32 = 7.874015718698502e-3;
 /// Writes the values of 8-bit `codes` with one scale a block in `absmax`.
 ///
 /// # Errors
-/// [`CodecError::Blocksize`] and [`CodecError::Length`].
+/// [`CodecError::Blocksize`], [`CodecError::Length`] and [`CodecError::Interrupted`].
 pub fn dequantize_int8(
     engine: Engine,
     codes: &[i8],
@@ -41,9 +41,9 @@ pub fn dequantize_int8(
     let (absmax, tail_absmax) = absmax.split_at(whole / blocksize);
 
     let inputs = codes.chunks(JOB).zip(absmax.chunks(JOB / blocksize));
-    parallel::for_each(whole, engine.threads, inputs.zip(blocks.chunks(JOB)), |((q, a), v)| {
+    parallel::for_each(whole, engine, inputs.zip(blocks.chunks(JOB)), |((q, a), v)| {
         (engine.bodies.dequantize_int8)(q, a, blocksize, v);
-    });
+    })?;
     if let &[absmax] = tail_absmax {
         in_default_float_env(|| {
             with_slice!(tail, ValuesMut, v => scalar::dequantize_block(tail_codes, absmax, v));

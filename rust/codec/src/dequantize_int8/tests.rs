@@ -19,7 +19,7 @@ fn check(codes: &[i8], scales: &[f32], blocksize: usize) {
         Weights::Bf16(exact.iter().map(|&x| oracle::to_bf16(x)).collect()),
     ];
     for &bodies in available() {
-        let engine = Engine { bodies, threads: 1 };
+        let engine = Engine::new(bodies, 1);
         for (mut found, expected) in Weights::room(codes.len()).into_iter().zip(&expected) {
             dequantize_int8(engine, codes, scales, blocksize, found.values_mut()).unwrap();
             let (found, expected) = (found.bits(), expected.bits());
@@ -58,7 +58,7 @@ fn bodies_agree_on_the_bits_of_nan() {
     let codes = codes(4, 64);
     let absmax = [f32::from_bits(0xffbf_ffff), f32::from_bits(0x7f80_0001)];
     for &bodies in available() {
-        let (mut found, engine) = ([0.0_f32; 64], Engine { bodies, threads: 1 });
+        let (mut found, engine) = ([0.0_f32; 64], Engine::new(bodies, 1));
         dequantize_int8(engine, &codes, &absmax, 32, ValuesMut::F32(&mut found)).unwrap();
         assert_eq!(found.map(f32::to_bits)[0], 0xffff_0000, "{}", bodies.name());
         assert_eq!(found.map(f32::to_bits)[63], 0x7fc0_0000, "{}", bodies.name());
@@ -72,7 +72,7 @@ fn any_number_of_threads() {
     for &bodies in available() {
         for room in Weights::room(len) {
             let run = |threads| {
-                let (mut found, engine) = (room.clone(), Engine { bodies, threads });
+                let (mut found, engine) = (room.clone(), Engine::new(bodies, threads));
                 dequantize_int8(engine, &codes, &absmax, 64, found.values_mut()).unwrap();
                 found.bits()
             };

@@ -66,8 +66,8 @@ pub(crate) struct Sums {
 ///
 /// # Errors
 /// [`CodecError::Blocksize`], [`CodecError::Length`], [`CodecError::Importance`],
-/// [`CodecError::Columns`], and
-/// [`CodecError::NonFinite`] unless `nonfinite` is [`NonFinite::Keep`]; the scales are then
+/// [`CodecError::Columns`],
+/// [`CodecError::Interrupted`], and [`CodecError::NonFinite`] unless `nonfinite` is [`NonFinite::Keep`]; the scales are then
 /// unspecified.
 pub fn search_scales(
     engine: Engine,
@@ -92,11 +92,11 @@ pub fn search_scales(
 
     let finite = AtomicBool::new(true);
     let jobs = blocks.chunks(JOB).zip(scales.chunks_mut(JOB / blocksize)).enumerate();
-    parallel::for_each(whole, engine.threads, jobs, |(job, (v, s))| {
+    parallel::for_each(whole, engine, jobs, |(job, (v, s))| {
         if !(engine.bodies.search_scales)(v, code, blocksize, importance(job * JOB), s) {
             finite.store(false, Ordering::Relaxed);
         }
-    });
+    })?;
     if let [scale] = tail_scale {
         in_default_float_env(|| {
             let found = std::slice::from_mut(scale);
@@ -107,7 +107,7 @@ pub fn search_scales(
         *scale = at_least_smallest(*scale); // as the absmax of a ragged block is stored
     }
     if nonfinite == NonFinite::Error && !finite.into_inner() {
-        return Err(values.nonfinite_error());
+        return Err(values.nonfinite_error(engine));
     }
     Ok(())
 }

@@ -60,7 +60,7 @@ fn check(values: &[f32], table: &[f32; 16], blocksize: usize, importance: Option
         let absmax = oracle::quantize_4bit(&exact, table, blocksize);
         let largest = errors(&exact, &absmax, table, blocksize, importance);
         for &bodies in available() {
-            let engine = Engine { bodies, threads: 1 };
+            let engine = Engine::new(bodies, 1);
             let found = searched(engine, &weights, table, blocksize, importance);
             let errors = errors(&exact, &found, table, blocksize, importance);
             let worse = errors.iter().zip(&largest).position(|(e, most)| e > most);
@@ -99,7 +99,7 @@ proptest! {
         for weights in Weights::all(&hard_values(seed, len, blocksize)) {
             let expected = oracle::encode_4bit(&weights.widened(), &scales, &table, blocksize);
             for &bodies in available() {
-                let engine = Engine { bodies, threads: 1 };
+                let engine = Engine::new(bodies, 1);
                 let found = encoded(engine, &weights, &table, blocksize, &scales);
                 prop_assert_eq!(&found, &expected, "{}", bodies.name());
             }
@@ -132,7 +132,7 @@ fn the_error_is_near_that_of_a_long_search() {
         let absmax = oracle::quantize_4bit(&values, &table, blocksize);
         let absmax: f64 = errors(&values, &absmax, &table, blocksize, None).iter().sum();
         for &bodies in available() {
-            let engine = Engine { bodies, threads: 1 };
+            let engine = Engine::new(bodies, 1);
             let found = searched(engine, &Weights::F32(values.clone()), &table, blocksize, None);
             let error: f64 = errors(&values, &found, &table, blocksize, None).iter().sum();
             assert!(error < 1.02 * long, "{}: {error} against {long}", bodies.name());
@@ -156,7 +156,7 @@ fn long_search(block: &[f32], code: &Codebook) -> f64 {
 fn an_exact_block_keeps_its_absmax() {
     let values: Vec<f32> = (0..640).map(|i| NF4[(i * 7) % 16] * 0.75).collect();
     for &bodies in available() {
-        let engine = Engine { bodies, threads: 1 };
+        let engine = Engine::new(bodies, 1);
         let (_, scales) = searched(engine, &Weights::F32(values.clone()), &NF4, 64, None);
         assert_eq!(scales, [0.75; 10], "{}", bodies.name());
     }
@@ -166,7 +166,7 @@ fn an_exact_block_keeps_its_absmax() {
 fn equal_importance_changes_nothing() {
     let weights = Weights::F32(gaussian(96 * 40));
     for &bodies in available() {
-        let engine = Engine { bodies, threads: 1 };
+        let engine = Engine::new(bodies, 1);
         let found = searched(engine, &weights, &NF4, 64, None);
         assert_eq!(searched(engine, &weights, &NF4, 64, Some(&[3.0; 96])), found);
     }
@@ -179,7 +179,7 @@ fn any_number_of_threads() {
     let len = weights.values().len() / 100 * 100;
     let Weights::F32(values) = weights else { unreachable!("as made above") };
     let weights = Weights::F32(values[..len].to_vec());
-    let engine = |threads| Engine { bodies: available()[0], threads };
+    let engine = |threads| Engine::new(available()[0], threads);
     let alone = searched(engine(1), &weights, &NF4, 64, Some(&importance));
     for threads in [0, 2, 7] {
         assert!(searched(engine(threads), &weights, &NF4, 64, Some(&importance)) == alone);
@@ -195,7 +195,7 @@ fn nan_and_infinity_are_refused_or_kept_in_their_blocks() {
     let code = Codebook::new(&NF4).unwrap();
     for weights in Weights::all(&values) {
         for &bodies in available() {
-            let engine = Engine { bodies, threads: 1 };
+            let engine = Engine::new(bodies, 1);
             let mut scales = [0.0; 32];
             let run = |policy, scales: &mut [f32]| {
                 search_scales(engine, weights.values(), &code, 64, None, policy, scales)
@@ -216,7 +216,7 @@ fn half_precision_never_decodes_to_infinity() {
     for weights in Weights::all(&values) {
         let Weights::F16(_) = weights else { continue };
         for &bodies in available() {
-            let engine = Engine { bodies, threads: 1 };
+            let engine = Engine::new(bodies, 1);
             let (packed, scales) = searched(engine, &weights, &NF4, 64, None);
             let decoded = oracle::dequantize_4bit(&packed, &scales, &NF4, 64, 640);
             assert!(decoded.iter().all(|x| x.abs() <= 65504.0), "{}", bodies.name());
