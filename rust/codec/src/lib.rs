@@ -46,6 +46,7 @@ mod oracle;
 mod parallel;
 mod quantize;
 mod quantize_int8;
+mod quantize_int8_rows;
 mod simd;
 #[cfg(test)]
 mod testing;
@@ -63,5 +64,6 @@ pub use features::cpu_features;
 pub use layout::{num_blocks, packed_len, MAX_BLOCKSIZE, MIN_BLOCKSIZE};
 pub use quantize::quantize_4bit;
 pub use quantize_int8::quantize_int8;
+pub use quantize_int8_rows::quantize_int8_rows;
 pub use simd::{available, Bodies, Engine};
 pub use values::{NonFinite, Values, ValuesMut};

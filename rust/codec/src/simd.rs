@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 use crate::codebook::Codebook;
 use crate::error::CodecError;
 use crate::values::{Values, ValuesMut};
-use crate::{dequantize, dequantize_int8, quantize, quantize_int8};
+use crate::{dequantize, dequantize_int8, quantize, quantize_int8, quantize_int8_rows};
 
 /// Names the body to use, for tests and bug reports.
 const VARIABLE: &str = "QKERN_SIMD";
@@ -13,7 +13,8 @@ const VARIABLE: &str = "QKERN_SIMD";
 /// Every name that a body has, on any machine, best first.
 const KNOWN: [&str; 3] = ["avx512", "avx2", "scalar"];
 
-/// The operations of one instruction set. All take whole blocks only.
+/// The operations of one instruction set. All take whole blocks only, `quantize_int8_row` one row
+/// of any length.
 #[derive(Debug)]
 pub struct Bodies {
     name: &'static str,
@@ -21,6 +22,7 @@ pub struct Bodies {
     pub(crate) dequantize_4bit: DequantizeFn,
     pub(crate) quantize_int8: QuantizeInt8Fn,
     pub(crate) dequantize_int8: DequantizeInt8Fn,
+    pub(crate) quantize_int8_row: QuantizeInt8RowFn,
 }
 
 /// Values, codes, block size -> packed, absmax, and whether all values were finite.
@@ -31,6 +33,8 @@ type DequantizeFn = fn(&[u8], &[f32], &[f32; 16], usize, ValuesMut<'_>);
 type QuantizeInt8Fn = fn(Values<'_>, usize, &mut [i8], &mut [f32]) -> bool;
 /// Codes, absmax, block size -> values.
 type DequantizeInt8Fn = fn(&[i8], &[f32], usize, ValuesMut<'_>);
+/// Values of a row -> codes, and its absmax.
+type QuantizeInt8RowFn = fn(Values<'_>, &mut [i8]) -> f32;
 
 impl Bodies {
     /// `"scalar"`, `"avx2"` or `"avx512"`.
@@ -107,6 +111,7 @@ static SCALAR: Bodies = Bodies {
     dequantize_4bit: dequantize::scalar::dequantize,
     quantize_int8: quantize_int8::scalar::quantize,
     dequantize_int8: dequantize_int8::scalar::dequantize,
+    quantize_int8_row: quantize_int8_rows::scalar::quantize,
 };
 
 #[cfg(target_arch = "x86_64")]
@@ -115,7 +120,7 @@ use x86::available as native;
 #[cfg(target_arch = "x86_64")]
 #[allow(unsafe_code)]
 mod x86 {
-    use super::{dequantize, dequantize_int8, quantize, quantize_int8, Bodies};
+    use super::{dequantize, dequantize_int8, quantize, quantize_int8, quantize_int8_rows, Bodies};
     use std::arch::is_x86_feature_detected as has;
 
     /// The only way to the tables below, which is what makes their calls sound.
@@ -140,6 +145,8 @@ mod x86 {
         quantize_int8: |v, b, q, a| unsafe { quantize_int8::avx512::quantize(v, b, q, a) },
         // SAFETY: as above.
         dequantize_int8: |q, a, b, v| unsafe { dequantize_int8::avx512::dequantize(q, a, b, v) },
+        // SAFETY: as above.
+        quantize_int8_row: |v, q| unsafe { quantize_int8_rows::avx512::quantize(v, q) },
     };
 
     static AVX2: Bodies = Bodies {
@@ -152,6 +159,8 @@ mod x86 {
         quantize_int8: |v, b, q, a| unsafe { quantize_int8::avx2::quantize(v, b, q, a) },
         // SAFETY: as above.
         dequantize_int8: |q, a, b, v| unsafe { dequantize_int8::avx2::dequantize(q, a, b, v) },
+        // SAFETY: as above.
+        quantize_int8_row: |v, q| unsafe { quantize_int8_rows::avx2::quantize(v, q) },
     };
 }
 

@@ -17,7 +17,7 @@ mod _native {
     #[pymodule_export]
     use crate::functions::{
         available_simd, cpu_features, dequantize_4bit, dequantize_absmax, dequantize_int8,
-        quantize_4bit, quantize_absmax, quantize_int8, simd,
+        quantize_4bit, quantize_absmax, quantize_int8, quantize_int8_rows, simd,
     };
 
     #[pymodule_init]
