@@ -108,6 +108,7 @@ class QuantizedTensor(torch.Tensor):
         if isinstance(values, QuantizedTensor):
             msg = "the tensor is quantized already: dequantize it first to change its format"
             raise DTypeError(msg)
+        fmt = fmt.for_shape(values.shape)
         packed, absmax = ops.quantize(values.detach(), fmt.quant_type, fmt.blocksize, nonfinite)
         parts = Parts(packed, absmax, None, None)
         if fmt.double_quant:
