@@ -125,9 +125,10 @@ def quantize(values: Any, quant_type: Any = "nf4", **settings: Any) -> Any:
     Args:
         values: float32, float16 or bfloat16; for NumPy, bfloat16 of ``ml_dtypes`` or uint16 bit
             patterns with ``dtype="bfloat16"``.
-        quant_type: "nf4", "fp4", "int8", or a ``QuantFormat``.
-        **settings: ``blocksize=64``, ``double_quant=True``, ``method="absmax"``,
-            ``nonfinite="error"`` (or "keep": NaN and infinity stay in their own block).
+        quant_type: "nf4", "fp4", "int8", "int8_row", or a ``QuantFormat``.
+        **settings: ``blocksize=64``, ``double_quant=True`` (both unused by int8_row: a row of the
+            last dimension has one fp32 scale), ``method="absmax"``, ``nonfinite="error"`` (or
+            "keep": NaN and infinity stay in their own block).
 
     Returns:
         ``QuantizedTensor`` or ``QuantizedArray``, with ``packed``, ``absmax``, ``nested_absmax``,

@@ -69,6 +69,17 @@ def quantize_int8(
     threads: int = 0,
     simd: str | None = None,
 ) -> None: ...
+def quantize_int8_rows(
+    values: _Values,
+    dtype: str,
+    row: int,
+    packed: _I8,
+    absmax: _F32,
+    *,
+    nonfinite: str = "error",
+    threads: int = 0,
+    simd: str | None = None,
+) -> None: ...
 def dequantize_int8(
     packed: _I8,
     absmax: _F32,

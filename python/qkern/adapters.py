@@ -74,7 +74,7 @@ def save_adapter(model: nn.Module, path: str | PathLike[str]) -> None:
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = _plain(layer.lora_B)
     formats = [layer.quantized_weight.format for layer in layers.values()]
     # A tensor that 8-bit scales could not hold says nothing about what was asked for.
-    fmt = formats[0].replace(double_quant=any(f.double_quant for f in formats))
+    fmt = formats[0].template.replace(double_quant=any(f.double_quant for f in formats))
     metadata = {"format": "pt", "qkern": json.dumps(dataclasses.asdict(fmt))}
     directory = Path(path)
     with replacing(directory / WEIGHTS_NAME) as temporary:

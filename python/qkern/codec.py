@@ -16,7 +16,14 @@ import numpy.typing as npt
 
 from qkern import _native  # noqa: TID251 - the one importer
 from qkern.errors import DTypeError, FormatError, ShapeError
-from qkern.formats import DTYPES, NESTED_BLOCKSIZE, QuantFormat, dynamic_code, resolve_format
+from qkern.formats import (
+    DTYPES,
+    KINDS,
+    NESTED_BLOCKSIZE,
+    QuantFormat,
+    dynamic_code,
+    resolve_format,
+)
 
 METHODS: Final = ("absmax", "search")
 NONFINITE: Final = ("error", "keep")
@@ -90,9 +97,9 @@ def quantize(
     Args:
         values: float32, float16 or (``ml_dtypes``) bfloat16; or uint16 bit patterns of bfloat16
             with ``dtype="bfloat16"``.
-        quant_type: "nf4", "fp4", "int8", or a ``QuantFormat``.
-        blocksize: values that share a scale.
-        double_quant: store the scales in 8 bits.
+        quant_type: "nf4", "fp4", "int8", "int8_row", or a ``QuantFormat``.
+        blocksize: values that share a scale; unused by int8_row, where a row does.
+        double_quant: store the scales in 8 bits; unused by int8_row.
         method: how codes are chosen. "absmax": a block's scale is its largest magnitude, as in
             bitsandbytes. "search", 4-bit formats only: the scale, of either sign, with the least
             squared error; never worse than absmax on a block with fp32 scales, about 10 % less RMS
@@ -117,6 +124,7 @@ def quantize(
     fmt = resolve_format(quant_type, blocksize=blocksize, double_quant=double_quant)
     check_method(method, fmt, importance is not None)
     check_choice("nonfinite", nonfinite, NONFINITE)
+    fmt = fmt.for_shape(np.shape(values))
     bits, name = _as_bits(np.asarray(values), dtype)
     flat = np.ascontiguousarray(bits).reshape(-1)
     if method == "absmax":
@@ -161,20 +169,21 @@ def encode(values: Array, dtype: str, fmt: QuantFormat, *, nonfinite: str = "err
     Args:
         values: (n,) float32, or uint16 bit patterns of ``dtype``.
         dtype: "float32", "float16" or "bfloat16".
-        fmt: the format to write; unsafe double quantization comes back as fp32 scales.
+        fmt: the format to write, after ``for_shape``; unsafe double quantization comes back as
+            fp32 scales.
         nonfinite: "error" or "keep".
     """
     n = values.size
     absmax = np.empty(fmt.num_blocks(n), np.float32)
-    if fmt.quant_type == "int8":
-        packed: Array = np.empty(n, np.int8)
-        _native.quantize_int8(values, dtype, fmt.blocksize, packed, absmax, nonfinite=nonfinite)
-    else:
-        packed = np.empty(fmt.packed_size(n), np.uint8)
+    packed: Array = np.empty(fmt.packed_size(n), fmt.packed_dtype)
+    outputs = (fmt.blocksize, packed, absmax)
+    if fmt.code is not None:
         code = code_array(fmt.quant_type)
-        _native.quantize_4bit(
-            values, dtype, code, fmt.blocksize, packed, absmax, nonfinite=nonfinite
-        )
+        _native.quantize_4bit(values, dtype, code, *outputs, nonfinite=nonfinite)
+    elif fmt.kind.per_row:
+        _native.quantize_int8_rows(values, dtype, *outputs, nonfinite=nonfinite)
+    else:
+        _native.quantize_int8(values, dtype, *outputs, nonfinite=nonfinite)
     if not fmt.double_quant:
         return Parts(packed, absmax, None, None)
     codes, nested, offset, safe = encode_absmax(absmax)
@@ -246,11 +255,11 @@ def encode_absmax(absmax: F32) -> tuple[U8, F32, F32, bool]:
 def decode(parts: Parts, fmt: QuantFormat, out: Array, dtype: str) -> None:
     """Write the values of ``parts`` into ``out``: (n,) float32, or uint16 bits of ``dtype``."""
     absmax = decode_absmax(parts)
-    if fmt.quant_type == "int8":
-        _native.dequantize_int8(parts.packed, absmax, fmt.blocksize, out, dtype)
-    else:
+    if fmt.code is not None:
         code = code_array(fmt.quant_type)
         _native.dequantize_4bit(parts.packed, absmax, code, fmt.blocksize, out, dtype)
+    else:
+        _native.dequantize_int8(parts.packed, absmax, fmt.blocksize, out, dtype)
 
 
 def decode_absmax(parts: Parts) -> F32:
@@ -298,7 +307,7 @@ def as_importance(importance: Any, shape: tuple[int, ...]) -> F32 | None:
 @functools.cache
 def code_array(quant_type: str) -> F32:
     """The 16 values of a 4-bit format, (16,) fp32."""
-    return np.array(QuantFormat(quant_type).code, np.float32)
+    return np.array(KINDS[quant_type].code, np.float32)
 
 
 @functools.cache

@@ -27,8 +27,8 @@ _Layer = TypeVar("_Layer", bound=nn.Linear)
 class QuantizedLinear(nn.Linear):
     """``nn.Linear`` whose frozen weight is a ``QuantizedTensor``.
 
-    Its ``state_dict`` holds bitsandbytes' flat keys and loads strictly. Build it with
-    ``from_linear``.
+    Its ``state_dict`` holds bitsandbytes' flat keys (of ``Linear4bit``, or of ``Linear8bitLt`` for
+    int8_row) and loads strictly. Build it with ``from_linear``.
     """
 
     weight: nn.Parameter
@@ -56,7 +56,14 @@ class QuantizedLinear(nn.Linear):
     ) -> QuantizedLinear:
         """Quantize a dense layer's weight; its bias is kept, frozen.
 
-        Arguments are those of ``qkern.quantize``.
+        Args:
+            layer: ``nn.Linear``.
+            quant_type: "nf4", "fp4", "int8", "int8_row", or a ``QuantFormat``.
+            blocksize: values that share a scale; unused by int8_row, where a row does.
+            double_quant: store the scales in 8 bits; unused by int8_row.
+            method: "absmax" or "search", see ``qkern.quantize``.
+            importance: (in_features,) weights of the errors for "search".
+            nonfinite: "error" or "keep", see ``qkern.quantize``.
 
         Raises:
             FormatError: if the layer is quantized already.
@@ -142,11 +149,7 @@ class QuantizedLinear(nn.Linear):
                 )
             return
         if strict:
-            known = set(flat_keys.companions(shards.local_part(weight), key)) | {
-                key,
-                f"{key}.absmax",
-            }
-            known |= {f"{key}.nested_absmax", f"{key}.nested_quant_map"}
+            known = flat_keys.known_keys(shards.local_part(weight), key)
             unexpected_keys += [k for k in owned if k not in known]
         try:
             assign = bool(local_metadata.get("assign_to_params_buffers", False))
@@ -159,8 +162,8 @@ class QuantizedLinear(nn.Linear):
         if shards.is_sharded(weight):
             shards.load(weight, entries, key)
             return
-        loaded = flat_keys.unflatten(entries, key)
         mine = self.quantized_weight
+        loaded = flat_keys.unflatten(entries, key, mine.dtype)
         same = loaded.format.replace(double_quant=False) == mine.format.replace(double_quant=False)
         if loaded.shape != mine.shape or not same:
             msg = (
@@ -181,15 +184,16 @@ class QuantizedLinear(nn.Linear):
                 mine.data = loaded.to(device=mine.device, dtype=mine.dtype)
 
     def _fqn_modifiers(self) -> dict[str, str]:
-        """For ``torch.distributed.checkpoint``: keys below ``weight`` are no submodules."""
-        return {"weight": "_flat_names"}
+        """For ``torch.distributed.checkpoint``: the keys of the weight are no submodules."""
+        return {key.partition(".")[0]: "_flat_names" for key in self._weight_keys()}
+
+    def _weight_keys(self) -> set[str]:
+        return flat_keys.known_keys(shards.local_part(self.weight), "weight")
 
     @property
     def _flat_names(self) -> SimpleNamespace:
         names = SimpleNamespace()
-        for key in flat_keys.companions(shards.local_part(self.weight), "weight") | {
-            "weight.absmax": 0
-        }:
+        for key in self._weight_keys():
             at = names
             for name in key.split("."):
                 if not hasattr(at, name):

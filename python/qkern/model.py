@@ -40,9 +40,9 @@ def quantize_model(
 
     Args:
         model: on any device; layers on meta stay there.
-        quant_type: "nf4", "fp4", "int8", or a ``QuantFormat``.
-        blocksize: values that share a scale.
-        double_quant: store the scales in 8 bits.
+        quant_type: "nf4", "fp4", "int8", "int8_row", or a ``QuantFormat``.
+        blocksize: values that share a scale; unused by int8_row, where a row does.
+        double_quant: store the scales in 8 bits; unused by int8_row.
         exclude: module paths, ends of paths ("down_proj") or globs ("*.layers.0.*").
         min_coverage: least share of values that must be quantized, 0 to 1.
         method: "absmax" or "search", see ``qkern.quantize``.
@@ -187,7 +187,7 @@ def _quantize_layer(
 
 def _row(name: str, weight: Any, reason: str, fmt: QuantFormat) -> CoverageRow:
     quantized = isinstance(weight, QuantizedTensor)
-    if quantized and weight.format != fmt:
+    if quantized and weight.format.template != fmt.template:
         same = weight.format.replace(double_quant=fmt.double_quant) == fmt
         reason = "fp32 scales: 8 bits cannot hold them" if same else "was quantized before"
     before = weight.numel() * weight.element_size()

@@ -38,7 +38,7 @@ def quantize(values: Tensor, fmt: QuantFormat) -> Parts:
     Double quantization is applied as the format says, without asking whether it is safe
     (``scales_are_safe``).
     """
-    encode = _encode_int8 if fmt.quant_type == "int8" else _encode_4bit
+    encode = _encode_int8 if fmt.code is None else _encode_4bit
     packed, absmax = encode(values.detach().reshape(-1).float(), fmt)
     if not fmt.double_quant:
         return Parts(packed, absmax, None, None)
@@ -51,7 +51,7 @@ def dequantize(parts: Parts, fmt: QuantFormat, numel: int, dtype: torch.dtype) -
     if parts.nested_absmax is not None and parts.offset is not None:
         absmax = dequantize_absmax(absmax, parts.nested_absmax, parts.offset)
     packed = parts.packed.reshape(-1)
-    if fmt.quant_type == "int8":
+    if fmt.code is None:
         codes, step = packed.float(), absmax * torch.tensor(1 / 127, dtype=torch.float32)
     else:
         index = torch.stack([packed >> 4, packed & 15], dim=1).reshape(-1)[:numel]
@@ -218,8 +218,10 @@ def _at_least_floor(scales: Tensor) -> Tensor:
 
 def _encode_int8(x: Tensor, fmt: QuantFormat) -> tuple[Tensor, Tensor]:
     absmax = _block_absmax(x, fmt.blocksize)
-    # torch computes 127 / t as 127 * (1 / t); two tensors are divided for real.
-    factor = torch.full_like(absmax, 127.0) / absmax
+    if fmt.kind.per_row:  # bitsandbytes' factor: now and then an ulp off the quotient
+        factor = 127.0 * absmax.reciprocal()
+    else:  # torch computes 127 / t as 127 * (1 / t); two tensors are divided for real
+        factor = torch.full_like(absmax, 127.0) / absmax
     factor[absmax < INT8_ABSMAX_FLOOR] = 0.0
     scaled = x * factor.repeat_interleave(fmt.blocksize)[: x.numel()]
     return scaled.round().clamp(-127, 127).to(torch.int8), absmax

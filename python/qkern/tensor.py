@@ -116,6 +116,7 @@ class QuantizedTensor(torch.Tensor):
             msg = "the tensor is quantized already: dequantize it first to change its format"
             raise DTypeError(msg)
         check_method(method, fmt, importance is not None)
+        fmt = fmt.for_shape(values.shape)
         parts, fmt = ops.to_parts(values.detach(), fmt, method, importance, nonfinite)
         return cls.from_parts(parts, fmt, values.shape, values.dtype)
 

@@ -16,6 +16,7 @@ from qkern.adapters import load_adapter
 from qkern.checkpoint.save import INDEX_NAME, TIED_KEY, WEIGHTS_NAME
 from qkern.errors import CorruptFileError
 from qkern.files import read_json
+from qkern.formats import DTYPES
 from qkern.layers import QuantizedLinear
 from qkern.tensor import QuantizedTensor
 
@@ -25,6 +26,9 @@ def load_into(model: nn.Module, path: str | PathLike[str]) -> None:
 
     Linear layers that the file holds quantized become ``QuantizedLinear``; an adapter beside the
     base is loaded too. Parameters on meta take over the file's tensors.
+
+    Files of bitsandbytes' int8 rows do not say what dtype the weights had: they get the dtype of
+    ``config.json`` beside them, or if that does not say, of the layers that they replace.
 
     Args:
         model: dense, of the checkpoint's architecture; on meta to save memory.
@@ -36,10 +40,11 @@ def load_into(model: nn.Module, path: str | PathLike[str]) -> None:
     """
     directory = Path(path)
     tensors = read_tensors(directory)
-    for key in list(tensors):
-        prefix, found, _ = key.partition(".quant_state.")
-        if found:
-            _place(model, tensors, prefix)
+    prefixes = flat_keys.prefixes(tensors)
+    _check_scales(model, tensors, prefixes)
+    dtype = _dtype_of_config(directory)
+    for prefix in prefixes:
+        _place(model, tensors, prefix, dtype)
     assign = any(parameter.is_meta for parameter in model.parameters())
     try:
         missing, unexpected = model.load_state_dict(tensors, strict=False, assign=assign)
@@ -94,7 +99,7 @@ def is_quantized(directory: Path) -> bool:
         except SafetensorError as error:
             msg = f"{file}: not a readable safetensors file: {error}"
             raise CorruptFileError(msg) from error
-        if any(".quant_state." in key for key in keys):
+        if flat_keys.prefixes(keys):
             return True
     return False
 
@@ -122,8 +127,30 @@ def _weight_files(directory: Path) -> list[Path]:
     return files
 
 
-def _place(model: nn.Module, tensors: dict[str, Tensor], prefix: str) -> None:
-    """Put a ``QuantizedLinear`` that can take the tensor at ``prefix`` into the model."""
+def _check_scales(model: nn.Module, tensors: dict[str, Tensor], prefixes: list[str]) -> None:
+    """Refuse int8 codes for a dense parameter: their values would pass for weights."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for key, tensor in tensors.items():
+        if tensor.dtype == torch.int8 and key in parameters and key not in prefixes:
+            msg = f"{key}: int8 codes without their scales: there is no entry SCB beside it"
+            raise CorruptFileError(msg)
+
+
+def _dtype_of_config(directory: Path) -> torch.dtype | None:
+    """The dtype that a directory's ``config.json`` names, None if it does not."""
+    file = directory / "config.json"
+    config = read_json(file) if file.exists() else {}
+    name = config.get("dtype") or config.get("torch_dtype")
+    return getattr(torch, name) if name in DTYPES else None
+
+
+def _place(
+    model: nn.Module, tensors: dict[str, Tensor], prefix: str, dtype: torch.dtype | None
+) -> None:
+    """Put a ``QuantizedLinear`` that can take the tensor at ``prefix`` into the model.
+
+    ``dtype`` is for files that do not say what the weight's was.
+    """
     name, _, parameter = prefix.rpartition(".")
     try:
         layer = model.get_submodule(name)
@@ -135,7 +162,7 @@ def _place(model: nn.Module, tensors: dict[str, Tensor], prefix: str) -> None:
     if parameter != "weight" or type(layer) is not nn.Linear:
         msg = f"{prefix}: a quantized weight for a {type(layer).__name__}, nn.Linear is needed"
         raise CorruptFileError(msg)
-    loaded = flat_keys.unflatten(tensors, prefix)
+    loaded = flat_keys.unflatten(tensors, prefix, dtype or layer.weight.dtype)
     if loaded.shape != layer.weight.shape:
         msg = f"{prefix}: the file holds {tuple(loaded.shape)}, {tuple(layer.weight.shape)} needed"
         raise CorruptFileError(msg)

@@ -42,7 +42,7 @@ def quantize(
 def _(values: Tensor, quant_type: str, blocksize: int, nonfinite: str) -> tuple[Tensor, Tensor]:
     host.dtype_name(values.dtype)
     fmt = QuantFormat(quant_type, blocksize, double_quant=False)
-    packed_dtype = torch.uint8 if fmt.bits == 4 else torch.int8
+    packed_dtype = getattr(torch, fmt.packed_dtype)
     packed = values.new_empty(fmt.packed_size(values.numel()), dtype=packed_dtype)
     return packed, values.new_empty(fmt.num_blocks(values.numel()), dtype=torch.float32)
 

@@ -10,6 +10,8 @@ use crate::layout::{MAX_BLOCKSIZE, MIN_BLOCKSIZE};
 pub enum CodecError {
     /// The block size is not a power of two in the allowed range.
     Blocksize(usize),
+    /// Rows, or blocks of any length, must have values.
+    Row,
     /// A slice does not have the length that the values and the block size ask for.
     Length {
         /// Name of the slice.
@@ -86,6 +88,7 @@ impl fmt::Display for CodecError {
                 "blocksize {found} is not supported: allowed are the powers of two from \
                  {MIN_BLOCKSIZE} to {MAX_BLOCKSIZE}"
             ),
+            Self::Row => write!(f, "a row of 0 values has no scale: pass a length of 1 or more"),
             Self::Length { what, found, expected, unit, count } => {
                 write!(f, "{what} has length {found}, but {count} {unit} need {expected}")
             }

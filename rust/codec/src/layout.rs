@@ -27,6 +27,14 @@ pub(crate) fn check_blocksize(blocksize: usize) -> Result<(), CodecError> {
     }
 }
 
+/// Refuses rows without values.
+pub(crate) fn check_row(row: usize) -> Result<(), CodecError> {
+    if row == 0 {
+        return Err(CodecError::Row);
+    }
+    Ok(())
+}
+
 /// Refuses a slice called `what` whose length is not what `count` `unit` need.
 pub(crate) fn check_len(
     what: &'static str,

@@ -82,12 +82,25 @@ pub(crate) fn dequantize_4bit(
 
 /// Codes and scales.
 pub(crate) fn quantize_int8(values: &[f32], blocksize: usize) -> (Vec<i8>, Vec<f32>) {
+    quantize_int8_by(values, blocksize, |absmax| 127.0 / absmax)
+}
+
+/// Codes and scales, by bitsandbytes' factor.
+pub(crate) fn quantize_int8_rows(values: &[f32], row: usize) -> (Vec<i8>, Vec<f32>) {
+    quantize_int8_by(values, row, |absmax| 127.0 * (1.0 / absmax))
+}
+
+fn quantize_int8_by(
+    values: &[f32],
+    blocksize: usize,
+    factor: impl Fn(f32) -> f32,
+) -> (Vec<i8>, Vec<f32>) {
     let mut codes = Vec::new();
     let mut scales = Vec::new();
     for block in values.chunks(blocksize) {
         let absmax = absmax(block);
         scales.push(absmax);
-        let factor = if absmax < 1e-36 { 0.0 } else { 127.0 / absmax };
+        let factor = if absmax < 1e-36 { 0.0 } else { factor(absmax) };
         codes.extend(block.iter().map(|x| {
             let rounded = (x * factor).round_ties_even();
             if absmax.is_finite() {

@@ -6,7 +6,7 @@ use crate::codebook::Codebook;
 use crate::error::CodecError;
 use crate::search::{self, Importance};
 use crate::values::{Values, ValuesMut};
-use crate::{dequantize, dequantize_int8, quantize, quantize_int8};
+use crate::{dequantize, dequantize_int8, quantize, quantize_int8, quantize_int8_rows};
 
 /// Names the body to use, for tests and bug reports.
 const VARIABLE: &str = "QKERN_SIMD";
@@ -14,7 +14,8 @@ const VARIABLE: &str = "QKERN_SIMD";
 /// Every name that a body has, on any machine, best first.
 const KNOWN: [&str; 3] = ["avx512", "avx2", "scalar"];
 
-/// The operations of one instruction set. All take whole blocks only.
+/// The operations of one instruction set. All take whole blocks only, `quantize_int8_row` one row
+/// of any length.
 #[derive(Debug)]
 pub struct Bodies {
     name: &'static str,
@@ -24,6 +25,7 @@ pub struct Bodies {
     pub(crate) dequantize_4bit: DequantizeFn,
     pub(crate) quantize_int8: QuantizeInt8Fn,
     pub(crate) dequantize_int8: DequantizeInt8Fn,
+    pub(crate) quantize_int8_row: QuantizeInt8RowFn,
 }
 
 /// Values, codes, block size -> packed, absmax, and whether all values were finite.
@@ -38,6 +40,8 @@ type DequantizeFn = fn(&[u8], &[f32], &[f32; 16], usize, ValuesMut<'_>);
 type QuantizeInt8Fn = fn(Values<'_>, usize, &mut [i8], &mut [f32]) -> bool;
 /// Codes, absmax, block size -> values.
 type DequantizeInt8Fn = fn(&[i8], &[f32], usize, ValuesMut<'_>);
+/// Values of a row -> codes, and its absmax.
+type QuantizeInt8RowFn = fn(Values<'_>, &mut [i8]) -> f32;
 
 impl Bodies {
     /// `"scalar"`, `"avx2"` or `"avx512"`.
@@ -124,6 +128,7 @@ static SCALAR: Bodies = Bodies {
     dequantize_4bit: dequantize::scalar::dequantize,
     quantize_int8: quantize_int8::scalar::quantize,
     dequantize_int8: dequantize_int8::scalar::dequantize,
+    quantize_int8_row: quantize_int8_rows::scalar::quantize,
 };
 
 #[cfg(target_arch = "x86_64")]
@@ -132,7 +137,9 @@ use x86::available as native;
 #[cfg(target_arch = "x86_64")]
 #[allow(unsafe_code)]
 mod x86 {
-    use super::{dequantize, dequantize_int8, quantize, quantize_int8, search, Bodies};
+    use super::{
+        dequantize, dequantize_int8, quantize, quantize_int8, quantize_int8_rows, search, Bodies,
+    };
     use std::arch::is_x86_feature_detected as has;
 
     /// The only way to the tables below, which is what makes their calls sound.
@@ -161,6 +168,8 @@ mod x86 {
         quantize_int8: |v, b, q, a| unsafe { quantize_int8::avx512::quantize(v, b, q, a) },
         // SAFETY: as above.
         dequantize_int8: |q, a, b, v| unsafe { dequantize_int8::avx512::dequantize(q, a, b, v) },
+        // SAFETY: as above.
+        quantize_int8_row: |v, q| unsafe { quantize_int8_rows::avx512::quantize(v, q) },
     };
 
     static AVX2: Bodies = Bodies {
@@ -177,6 +186,8 @@ mod x86 {
         quantize_int8: |v, b, q, a| unsafe { quantize_int8::avx2::quantize(v, b, q, a) },
         // SAFETY: as above.
         dequantize_int8: |q, a, b, v| unsafe { dequantize_int8::avx2::dequantize(q, a, b, v) },
+        // SAFETY: as above.
+        quantize_int8_row: |v, q| unsafe { quantize_int8_rows::avx2::quantize(v, q) },
     };
 }
 

@@ -149,7 +149,33 @@ pub(crate) fn quantize_int8(
     })
 }
 
-/// Writes the `values` of 8-bit integers.
+/// Quantizes rows of `row` values to 8-bit integers; writes `packed` and `absmax`.
+#[pyfunction]
+#[pyo3(signature = (values, dtype, row, packed, absmax, *, nonfinite="error", threads=0, simd=None))]
+#[allow(clippy::too_many_arguments)] // the signature that Python sees
+pub(crate) fn quantize_int8_rows(
+    py: Python<'_>,
+    values: &Bound<'_, PyAny>,
+    dtype: &str,
+    row: usize,
+    packed: &Bound<'_, PyAny>,
+    absmax: &Bound<'_, PyAny>,
+    nonfinite: &str,
+    threads: usize,
+    simd: Option<&str>,
+) -> PyResult<()> {
+    let engine = engine(py, threads, simd)?;
+    let nonfinite = policy(py, nonfinite)?;
+    let values = InputValues::new(values, dtype)?;
+    let mut packed = Output::<i8>::new("packed", packed)?;
+    let mut absmax = Output::<f32>::new("absmax", absmax)?;
+    check_apart(py, &[packed.memory(), absmax.memory()], &[values.memory()])?;
+
+    let (values, packed, absmax) = (values.slice()?, packed.slice()?, absmax.slice()?);
+    detached(py, || qkern_codec::quantize_int8_rows(engine, values, row, nonfinite, packed, absmax))
+}
+
+/// Writes the `values` of 8-bit integers, in blocks of any length.
 #[pyfunction]
 #[pyo3(signature = (packed, absmax, blocksize, values, dtype, *, threads=0, simd=None))]
 #[allow(clippy::too_many_arguments)] // the signature that Python sees

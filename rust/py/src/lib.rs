@@ -20,7 +20,8 @@ mod _native {
     #[pymodule_export]
     use crate::functions::{
         _panic, available_simd, cpu_features, dequantize_4bit, dequantize_absmax, dequantize_int8,
-        encode_4bit, quantize_4bit, quantize_absmax, quantize_int8, search_scales, simd,
+        encode_4bit, quantize_4bit, quantize_absmax, quantize_int8, quantize_int8_rows,
+        search_scales, simd,
     };
 
     #[pymodule_init]

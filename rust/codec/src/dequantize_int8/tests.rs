@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::oracle;
 use crate::simd::available;
-use crate::testing::{hard_values, lengths, shapes, Random, Weights, BLOCKSIZES};
+use crate::testing::{hard_values, lengths, row_shapes, shapes, Random, Weights, BLOCKSIZES, ROWS};
 
 fn codes(seed: u64, len: usize) -> Vec<i8> {
     Random(seed).bytes(len).into_iter().map(|byte| byte as i8).collect() // -128 too
@@ -38,6 +38,11 @@ proptest! {
     }
 
     #[test]
+    fn rows_of_any_length((seed, row, len) in row_shapes()) {
+        check(&codes(seed, len), &hard_values(seed, num_blocks(len, row), 4), row);
+    }
+
+    #[test]
     fn any_scale(bits in any::<u32>()) {
         check(&codes(0, 300), &[f32::from_bits(bits); 5], 64);
     }
@@ -49,6 +54,16 @@ fn every_block_size_and_length() {
         for len in lengths(blocksize) {
             let scales = hard_values(len as u64, num_blocks(len, blocksize), 4);
             check(&codes(len as u64, len), &scales, blocksize);
+        }
+    }
+}
+
+#[test]
+fn rows_of_every_kind_of_length() {
+    for row in ROWS {
+        for len in [0, 1, row - 1, row, row + 1, 33 * row + row / 2] {
+            let scales = hard_values(len as u64, num_blocks(len, row), 4);
+            check(&codes(len as u64, len), &scales, row);
         }
     }
 }
@@ -68,12 +83,13 @@ fn bodies_agree_on_the_bits_of_nan() {
 #[test]
 fn any_number_of_threads() {
     let len = 3 * (1 << 20) + 12_345;
-    let (codes, absmax) = (codes(1, len), hard_values(1, num_blocks(len, 64), 4));
-    for &bodies in available() {
-        for room in Weights::room(len) {
+    let codes = codes(1, len);
+    for (blocksize, room) in [64, 172, JOB + 33].into_iter().zip(Weights::room(len)) {
+        let absmax = hard_values(1, num_blocks(len, blocksize), 4);
+        for &bodies in available() {
             let run = |threads| {
                 let (mut found, engine) = (room.clone(), Engine::new(bodies, threads));
-                dequantize_int8(engine, &codes, &absmax, 64, found.values_mut()).unwrap();
+                dequantize_int8(engine, &codes, &absmax, blocksize, found.values_mut()).unwrap();
                 found.bits()
             };
             let alone = run(1);
@@ -92,6 +108,7 @@ fn wrong_sizes_are_refused() {
         dequantize_int8(engine, &codes, &absmax, 64, ValuesMut::F32(&mut [0.0; 65]))
     };
     assert_eq!(run(65, 2), Ok(()));
+    assert_eq!(dequantize_int8(engine, &[], &[], 0, ValuesMut::F32(&mut [])), Err(CodecError::Row));
     assert!(matches!(run(64, 2), Err(CodecError::Length { what: "packed", .. })));
     assert!(matches!(run(65, 1), Err(CodecError::Length { what: "absmax", .. })));
 }

@@ -120,14 +120,21 @@ fn decode(table: &[f32; 256], code: u8, nested: f32, offset: f32) -> f32 {
 ///
 /// The mean is the sum of each group, then of these: the same for any number of threads.
 fn offset(engine: Engine, absmax: &[f32]) -> Result<f32, CodecError> {
-    if absmax.is_empty() || absmax.iter().any(|&a| a < 0.0) {
+    if absmax.is_empty() {
         return Ok(0.0);
     }
+    let negative = AtomicBool::new(false);
     let mut sums = vec![0.0_f64; absmax.len().div_ceil(NESTED_BLOCKSIZE)];
     let jobs = absmax.chunks(DECODE_JOB).zip(sums.chunks_mut(DECODE_JOB / NESTED_BLOCKSIZE));
     parallel::for_each(work(absmax.len(), DECODE_JOB), engine, jobs, |(absmax, sums)| {
         group_sums(absmax, sums);
+        if absmax.iter().any(|&a| a < 0.0) {
+            negative.store(true, Ordering::Relaxed);
+        }
     })?;
+    if negative.into_inner() {
+        return Ok(0.0);
+    }
     Ok(in_default_float_env(|| {
         let total = sums.into_iter().fold(0.0, |total, sum| total + sum);
         (total / absmax.len() as f64) as f32
