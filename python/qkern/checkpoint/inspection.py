@@ -98,7 +98,7 @@ def inspect_checkpoint(
             is_quantized=here.is_quantized,
             format=asked,
             method=None if asked is None else method,
-            rule=None if here.is_quantized else RULE,
+            rule=None if asked is None else RULE,
             tensors=rows,
             tied=tuple(here.tied.items()),
             comparison=comparison,

@@ -322,10 +322,10 @@ def _findings(row: TensorReport) -> list[str]:
         found.append(row.reason)
     if row.scales is not None and row.scales.nonfinite:
         found.append(f"{row.scales.nonfinite} scales are NaN or infinite")
-    if row.stored is not None and row.scales is not None and row.scales.negative:
+    if row.stored is not None and row.stored.double_quant and row.scales and row.scales.turned:
         found.append(
-            f"{row.scales.negative} scales are negative: damage by double quantization, unless "
-            "they were chosen so"
+            f"{row.scales.turned} of {row.scales.blocks} scales have another sign than before "
+            "double quantization"
         )
     return found
 

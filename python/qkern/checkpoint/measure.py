@@ -33,6 +33,7 @@ HISTOGRAM_LIMIT: Final = 10.05
 HISTOGRAM_BINS: Final = 201
 
 I64 = npt.NDArray[np.int64]
+F64 = npt.NDArray[np.float64]
 
 
 class Values:
@@ -107,18 +108,20 @@ def measure_scales(q: QuantizedTensor) -> ScaleStatistics:
     """The scales and codes of a quantized tensor on the CPU."""
     absmax = Values(q).absmax.astype(np.float64)
     finite = np.isfinite(absmax)
-    size = np.abs(absmax[finite & (absmax != 0)])
-    some = size.size > 0
+    size = np.where(finite, np.abs(absmax), 0)
+    some = size[size > 0]
+    largest, ratio = _group_sizes(size)
     counts = _count_codes(q)
     share = counts[counts > 0] / max(q.numel(), 1)
     return ScaleStatistics(
         blocks=absmax.size,
-        min_abs=float(size.min()) if some else None,
-        max_abs=float(size.max()) if some else None,
+        min_abs=float(some.min()) if some.size else None,
+        max_abs=float(some.max()) if some.size else None,
         zero=int((absmax == 0).sum()),
         negative=int((absmax < 0).sum()),
+        turned=int(((absmax < 0) & (size < largest / 64)).sum()),
         nonfinite=int((~finite).sum()),
-        group_ratio=_group_ratio(np.where(finite, np.abs(absmax), 0)) if some else None,
+        group_ratio=ratio,
         code_counts=tuple(counts.tolist()) if q.format.bits == 4 else None,
         code_entropy=abs(float(-(share * np.log2(share)).sum())),
     )
@@ -269,9 +272,11 @@ def _count_codes(q: QuantizedTensor) -> I64:
     return nibbles
 
 
-def _group_ratio(size: npt.NDArray[np.float64]) -> float:
-    """The largest ratio of two sizes, not 0, in a group of 256."""
+def _group_sizes(size: F64) -> tuple[F64, float | None]:
+    """For each scale the largest in its group of 256; the largest ratio of two, not 0, in one."""
     padded = np.pad(size, (0, -size.size % NESTED_BLOCKSIZE)).reshape(-1, NESTED_BLOCKSIZE)
+    largest = padded.max(axis=1)
     smallest = np.where(padded == 0, np.inf, padded).min(axis=1)
-    some = np.isfinite(smallest)
-    return float((padded.max(axis=1)[some] / smallest[some]).max())
+    some = largest > 0
+    ratio = float((largest[some] / smallest[some]).max()) if some.any() else None
+    return np.repeat(largest, NESTED_BLOCKSIZE)[: size.size], ratio

@@ -165,7 +165,7 @@ class CheckpointReader:
             key = wrong[0]
             msg = (
                 f"{index} and its shards differ in {len(wrong)} tensors: {key} is listed in "
-                f"{listed.get(key, 'no shard')} and found in {found.get(key, 'none of them')}"
+                f"{listed.get(key, 'no shard')} and found in {found.get(key, 'no shard')}"
             )
             raise CorruptFileError(msg)
 

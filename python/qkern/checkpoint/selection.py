@@ -22,9 +22,7 @@ _HEADS: Final = re.compile(
     r"(\w+_)?lm_head|classifier|embed_out|head|output_layer|qa_outputs|score|vocab_projector"
 )
 # The whole path of a module: too common a word further inside.
-_HEAD_PATHS: Final = re.compile(
-    r"output|(lm_head|classifier|score)\..+|cls\.predictions\.decoder|generator_lm_head"
-)
+_HEAD_PATHS: Final = re.compile(r"output|(cls|lm_head|classifier|score)\..+")
 
 
 def why_dense(tensor: StoredTensor, *, vocab_size: int | None = None) -> str:

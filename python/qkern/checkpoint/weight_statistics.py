@@ -39,7 +39,9 @@ class ScaleStatistics:
         min_abs: smallest magnitude that is not 0; None if there is none, as for the next two.
         max_abs: largest finite magnitude.
         zero: scales that are 0.
-        negative: scales below 0: valid, but no encoder by block maximum writes them.
+        negative: scales below 0, which a block maximum is not.
+        turned: negative ones below 1/64 of their group's largest magnitude. Double quantization is
+            off by up to 1/128 of that: it makes such values of small positive scales.
         nonfinite: scales that are NaN or infinite.
         group_ratio: largest ratio of two magnitudes, not 0, within a group of 256: double
             quantization spends its 8 bits on the largest of a group.
@@ -53,6 +55,7 @@ class ScaleStatistics:
     max_abs: float | None
     zero: int
     negative: int
+    turned: int
     nonfinite: int
     group_ratio: float | None
     code_counts: tuple[int, ...] | None
