@@ -54,8 +54,9 @@ def inspect_checkpoint(
     formats, scales and codes as the file holds them. With ``compare``: nothing is quantized, the
     error is the distance to the tensor of the same name in the other checkpoint.
 
-    Errors are those of the fp32 values, ``||w - w'|| / ||w'||`` (Frobenius), before any rounding
-    to a compute dtype. One tensor is in memory at a time, in pieces.
+    Errors are ``||w - w'|| / ||w||`` (Frobenius norms), with w the dense tensor or the other
+    checkpoint's, of fp32 values before any rounding to a compute dtype. One tensor is in memory at
+    a time, packed; its values are decoded in pieces.
 
     Args:
         path: a directory with safetensors files, or one such file.
