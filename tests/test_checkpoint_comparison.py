@@ -18,12 +18,12 @@ from qkern.checkpoint.inspection_report import InspectionReport
 
 
 def test_a_dtype_that_is_not_read_is_listed_and_not_compared(tmp_path: Path) -> None:
-    header = json.dumps({"x.weight": {"dtype": "F4", "shape": [2, 4], "data_offsets": [0, 4]}})
+    header = json.dumps({"x.weight": {"dtype": "U16", "shape": [2, 4], "data_offsets": [0, 16]}})
     file = tmp_path / "x.safetensors"
-    file.write_bytes(struct.pack("<Q", len(header)) + header.encode() + bytes(4))
+    file.write_bytes(struct.pack("<Q", len(header)) + header.encode() + bytes(16))
     report = qkern.inspect_checkpoint(file)
-    assert row(report, "x.weight").reason.startswith("F4, not one of")
-    assert row(report, "x.weight").nbytes == 4
+    assert row(report, "x.weight").reason == "U16, not floating point"
+    assert row(report, "x.weight").nbytes == 16
     compared = qkern.inspect_checkpoint(file, compare=file)
     assert compared.findings() == [("x.weight", "dtype is not read: not compared")]
     assert compared.exceeding(9.9) == ("x.weight",)
