@@ -32,6 +32,7 @@ from qkern.errors import (
 
 if TYPE_CHECKING:
     from qkern.adapters import load_adapter, merge_adapter, save_adapter, unmerge_adapter
+    from qkern.checkpoint.inspection import inspect_checkpoint
     from qkern.checkpoint.save import save
     from qkern.codec import QuantizedArray
     from qkern.formats import QuantFormat
@@ -62,6 +63,7 @@ __all__ = [
     "__version__",
     "add_lora",
     "dequantize",
+    "inspect_checkpoint",
     "linear",
     "load",
     "load_adapter",
@@ -83,6 +85,7 @@ _HOMES = {
     "QuantizedLinear": "qkern.layers",
     "QuantizedTensor": "qkern.tensor",
     "add_lora": "qkern.model",
+    "inspect_checkpoint": "qkern.checkpoint.inspection",
     "linear": "qkern.tensor",
     "load": "qkern.integrations.pretrained",
     "load_adapter": "qkern.adapters",

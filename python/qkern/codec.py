@@ -262,6 +262,24 @@ def decode(parts: Parts, fmt: QuantFormat, out: Array, dtype: str) -> None:
         _native.dequantize_int8(parts.packed, absmax, fmt.blocksize, out, dtype)
 
 
+def decode_range(
+    parts: Parts, fmt: QuantFormat, first: int, last: int, out: Array, dtype: str
+) -> None:
+    """Write the values of flat indices ``first`` to ``last`` (exclusive) into ``out``.
+
+    Args:
+        parts: of the whole value, with fp32 scales (see ``decode_absmax``).
+        fmt: how the bytes are read.
+        first: where a block starts; even.
+        last: where to stop, anywhere.
+        out: (last - first,) float32, or uint16 bits of ``dtype``.
+        dtype: "float32", "float16" or "bfloat16".
+    """
+    packed = parts.packed[fmt.packed_size(first) : fmt.packed_size(last)]
+    absmax = parts.absmax[first // fmt.blocksize : fmt.num_blocks(last)]
+    decode(Parts(packed, absmax, None, None), fmt.replace(double_quant=False), out, dtype)
+
+
 def decode_absmax(parts: Parts) -> F32:
     """The fp32 scales (blocks,), decoded if they are double-quantized."""
     if parts.nested_absmax is None or parts.offset is None:

@@ -253,7 +253,7 @@ def _sites(model: nn.Module, exclude: str | Sequence[str]) -> list[_Site]:
     for module, names, key, shared in found:
         reason = ""
         if isinstance(module, nn.Linear):
-            hits = [p for p in patterns if any(_matches(name, p) for name in names)]
+            hits = [p for p in patterns if any(matches(name, p) for name in names)]
             matched.update(hits)
             others = [other for other in shared if other != names[0]]
             if hits:
@@ -287,7 +287,8 @@ def _output_heads(model: nn.Module) -> set[int]:
     return heads
 
 
-def _matches(name: str, pattern: str) -> bool:
+def matches(name: str, pattern: str) -> bool:
+    """Whether a path is meant by a pattern of ``exclude``: itself, its end, or a glob."""
     return name == pattern or name.endswith(f".{pattern}") or fnmatch.fnmatchcase(name, pattern)
 
 

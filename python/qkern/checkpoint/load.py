@@ -75,7 +75,7 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError, safe_open
 
     tensors: dict[str, Tensor] = {}
-    for file in _weight_files(directory):
+    for file in weight_files(directory):
         try:
             with safe_open(file, "pt") as opened:
                 for key in opened.keys():  # noqa: SIM118 - no mapping
@@ -92,7 +92,7 @@ def is_quantized(directory: Path) -> bool:
     """Whether a directory's weights hold quantized tensors, by its files' headers alone."""
     from safetensors import SafetensorError, safe_open
 
-    for file in _weight_files(directory):
+    for file in weight_files(directory):
         try:
             with safe_open(file, "pt") as opened:
                 keys = list(opened.keys())
@@ -104,7 +104,13 @@ def is_quantized(directory: Path) -> bool:
     return False
 
 
-def _weight_files(directory: Path) -> list[Path]:
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a model directory: those of its index, or the single one.
+
+    Raises:
+        FileNotFoundError: if one is missing.
+        CorruptFileError: if the index is not usable, or points out of the directory.
+    """
     index = directory / INDEX_NAME
     if index.exists():
         names: Any = read_json(index).get("weight_map")

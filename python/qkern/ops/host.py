@@ -142,19 +142,11 @@ def _panels(
     step = fmt.blocksize // math.gcd(cols, fmt.blocksize)  # rows between block starts
     step *= max(1, PANEL_BYTES // (step * cols * dtype.itemsize))
     arrays = as_parts(parts)
-    absmax = codec.decode_absmax(arrays)
-    plain = fmt.replace(double_quant=False)
+    arrays = codec.Parts(arrays.packed, codec.decode_absmax(arrays), None, None)
     buffer = torch.empty(min(step, rows), cols, dtype=dtype)
     name, values = dtype_name(dtype), as_buffer(buffer)
-    per_value = arrays.packed.itemsize * (1 if fmt.bits == 8 else 0.5)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         first, last = start * cols, stop * cols
-        panel = codec.Parts(
-            arrays.packed[int(first * per_value) : math.ceil(last * per_value)],
-            absmax[first // fmt.blocksize : fmt.num_blocks(last)],
-            None,
-            None,
-        )
-        codec.decode(panel, plain, values[: last - first], name)
+        codec.decode_range(arrays, fmt, first, last, values[: last - first], name)
         yield start, buffer[: stop - start]
