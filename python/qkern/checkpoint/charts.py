@@ -19,7 +19,7 @@ import numpy as np
 from qkern.checkpoint.inspection_report import InspectionReport, TensorReport
 from qkern.errors import FormatError, MissingDependencyError
 from qkern.files import replacing
-from qkern.formats import CODES
+from qkern.formats import KINDS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -245,9 +245,10 @@ def _draw_weights(axes: Axes, report: InspectionReport) -> None:
 
 def _draw_codes(axes: Axes, quant_type: str, counts: Sequence[int]) -> None:
     share = np.array(counts) / max(sum(counts), 1)
-    order = np.argsort(np.array(CODES[quant_type]), kind="stable")
+    code = KINDS[quant_type].code or ()  # charts are drawn for formats that have a table
+    order = np.argsort(np.array(code), kind="stable")
     axes.bar(range(16), 100 * share[order], color="#9db4d0", width=0.8)
-    labels = [f"{CODES[quant_type][i]:.3f}" for i in order]
+    labels = [f"{code[i]:.3f}" for i in order]
     axes.set_xticks(range(16), labels, rotation=90, fontsize=7)
     axes.set(xlabel="code, in units of its block's scale", ylabel="share of the weights (%)")
     axes.set_title(f"use of the 16 {quant_type} codes (even would be 6.25 %)", fontsize=9)
