@@ -24,8 +24,8 @@ export PYO3_PYTHON := $(abspath $(VENV_PYTHON))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install build sdist lint format test test-rust test-python test-wheel demo \
-	bench-codec clean missing
+.PHONY: help install build sdist lint format test test-rust test-python test-large \
+	test-wheel demo bench-codec bench-methods clean missing
 
 help: ## show this help
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' \
@@ -64,6 +64,9 @@ test-rust: ## the tests of the Rust crates
 test-python: $(VENV)/.dev ## the Python tests that need no network
 	$(VENV_PYTHON) -m pytest -m "not wheel" $(PYTEST_ARGS)
 
+test-large: $(VENV)/.dev ## tensors of more than 2^31 values there and back: 8 GiB of memory
+	QKERN_TEST_LARGE=1 $(VENV_PYTHON) -m pytest tests/reliability/test_native.py -k a9 $(PYTEST_ARGS)
+
 test-wheel: $(VENV)/.dev ## build the wheel, open it, use it where there is no torch
 	$(VENV_PYTHON) -m pytest -m wheel $(PYTEST_ARGS)
 
@@ -72,6 +75,9 @@ demo: $(VENV)/.train ## fine-tune a small model on a laptop
 
 bench-codec: $(VENV)/.dev ## speed of host quantize and dequantize beside other packages
 	$(VENV_PYTHON) benches/bench_codec.py $(BENCH_ARGS)
+
+bench-methods: $(VENV)/.dev ## what the search for scales gains over absmax, and what it costs
+	$(VENV_PYTHON) benches/bench_methods.py $(BENCH_ARGS)
 
 clean: ## remove .venv and everything that was built
 	rm -rf $(VENV) target dist build python/qkern/_native*.so python/qkern/_native*.pyd

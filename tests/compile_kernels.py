@@ -13,12 +13,14 @@ from triton.compiler import ASTSource
 from qkern.kernels import dequantize
 
 CAPABILITIES = (80, 86, 89, 90, 120)
+# bits, double_quant, blocksize; the last are int8 rows
+KINDS = ((4, True, 64), (4, False, 64), (8, True, 64), (8, False, 172))
 
 
 def main() -> None:
     """Every format kind on every target."""
     for capability in CAPABILITIES:
-        for bits, double_quant in ((4, True), (4, False), (8, True)):
+        for bits, double_quant, blocksize in KINDS:
             signature = {
                 "packed_ptr": "*u8" if bits == 4 else "*i8",
                 "absmax_ptr": "*u8" if double_quant else "*fp32",
@@ -31,7 +33,7 @@ def main() -> None:
                 "stored": "i64",
             }
             constants = {
-                "BLOCKSIZE": 64,
+                "BLOCKSIZE": blocksize,
                 "GROUP": 256,
                 "DOUBLE_QUANT": double_quant,
                 "BITS": bits,
@@ -46,7 +48,8 @@ def main() -> None:
             ptx = compiled.asm["ptx"]
             assert "fma.rn.f32" not in ptx, "a product was fused into a sum"
             assert "div.full" not in ptx
-            print(f"compiled: dequantize {bits}-bit double_quant={double_quant} sm_{capability}")
+            kind = f"{bits}-bit blocksize={blocksize} double_quant={double_quant}"
+            print(f"compiled: dequantize {kind} sm_{capability}")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from toys import Stack
 
 BATCH = 8
 ALIGNED = (256, 192, 320, 256)
+KINDS = ("nf4", "int8_row")
 UNEVEN = (256, 65, 257)  # rows that two ranks cannot share evenly; 65 inputs: blocks cross rows
 
 
@@ -64,20 +65,20 @@ def frozen(model: nn.Module) -> nn.Module:
     return model
 
 
-def sharded(widths: tuple[int, ...], **policy: object) -> nn.Module:
+def sharded(widths: tuple[int, ...], quant_type: str = "nf4", **policy: object) -> nn.Module:
     """The model with every layer and the whole sharded over the ranks."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    model = frozen(Stack(widths))
+    model = frozen(Stack(widths, quant_type=quant_type))
     for layer in model.layers:
         fully_shard(layer, mesh=mesh, **policy)
     return fully_shard(model, mesh=mesh, **policy)
 
 
-def check_equal(widths: tuple[int, ...], model: nn.Module, tolerance: float = 1e-5) -> None:
+def check_equal(widths: tuple[int, ...], model: nn.Module, quant_type: str = "nf4") -> None:
     """Losses and adapters as one process gets them."""
-    alone = frozen(Stack(widths))
+    alone = frozen(Stack(widths, quant_type=quant_type))
     expected, got = train(alone, widths), train(model, widths)
-    torch.testing.assert_close(torch.tensor(got), torch.tensor(expected), rtol=tolerance, atol=0)
+    torch.testing.assert_close(torch.tensor(got), torch.tensor(expected), rtol=1e-5, atol=0)
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     pairs = zip(inner.named_parameters(), alone.named_parameters(), strict=True)
     for (_, mine), (name, theirs) in pairs:
@@ -89,11 +90,12 @@ def check_equal(widths: tuple[int, ...], model: nn.Module, tolerance: float = 1e
 
 def ddp_equals_one_process() -> None:
     """DistributedDataParallel as it is."""
-    model = frozen(Stack(ALIGNED))
-    before = [layer.weight.packed.clone() for layer in model.layers]
-    check_equal(ALIGNED, DistributedDataParallel(model))
-    for layer, packed in zip(model.layers, before, strict=True):
-        assert torch.equal(layer.weight.packed, packed), "DDP changed the packed bytes"
+    for quant_type in KINDS:
+        model = frozen(Stack(ALIGNED, quant_type=quant_type))
+        before = [layer.weight.packed.clone() for layer in model.layers]
+        check_equal(ALIGNED, DistributedDataParallel(model), quant_type)
+        for layer, packed in zip(model.layers, before, strict=True):
+            assert torch.equal(layer.weight.packed, packed), "DDP changed the packed bytes"
 
 
 def ddp_spreads_rank_0() -> None:
@@ -117,16 +119,18 @@ def fsdp2_equals_one_process() -> None:
 
 def fsdp2_uneven_rows() -> None:
     """Rows that do not divide, and rows that share blocks (held whole by every rank)."""
-    check_equal(UNEVEN, sharded(UNEVEN))
+    for quant_type in KINDS:
+        check_equal(UNEVEN, sharded(UNEVEN, quant_type), quant_type)
 
 
 def fsdp2_unshards_the_same_bytes() -> None:
     """What a rank gathers is what was quantized."""
-    whole, model = Stack(ALIGNED), sharded(ALIGNED)
-    for mine, theirs in zip(model.layers, whole.layers, strict=True):
-        mine.unshard()
-        assert torch.equal(mine.weight.packed, theirs.weight.packed)
-        assert torch.equal(mine.weight.dequantize(), theirs.weight.dequantize())
+    for quant_type in KINDS:
+        whole, model = Stack(ALIGNED, quant_type=quant_type), sharded(ALIGNED, quant_type)
+        for mine, theirs in zip(model.layers, whole.layers, strict=True):
+            mine.unshard()
+            assert torch.equal(mine.weight.packed, theirs.weight.packed)
+            assert torch.equal(mine.weight.dequantize(), theirs.weight.dequantize())
 
 
 def fsdp2_mixed_precision_keeps_scales() -> None:
@@ -149,17 +153,27 @@ def fsdp2_state_dict_round_trip() -> None:
         set_model_state_dict,
     )
 
-    model = sharded(UNEVEN)
-    state = get_model_state_dict(model)
-    other = sharded(UNEVEN)
-    for layer in other.layers:
-        layer.weight._local_tensor.packed.zero_()
-    set_model_state_dict(other, state)
-    full = get_model_state_dict(other, options=StateDictOptions(full_state_dict=True))
-    if dist.get_rank() == 0:
-        for key, value in Stack(UNEVEN).state_dict().items():
-            assert torch.equal(full[key].reshape(-1), value.reshape(-1)), key
-    check_equal(UNEVEN, other)
+    for quant_type in KINDS:
+        model = sharded(UNEVEN, quant_type)
+        state = get_model_state_dict(model)
+        other = sharded(UNEVEN, quant_type)
+        for layer in other.layers:
+            layer.weight._local_tensor.packed.zero_()
+            layer.weight._local_tensor.absmax.zero_()
+        set_model_state_dict(other, state)
+        full = get_model_state_dict(other, options=StateDictOptions(full_state_dict=True))
+        whole = Stack(UNEVEN, quant_type=quant_type)
+        if dist.get_rank() == 0:
+            for key, value in whole.state_dict().items():
+                assert torch.equal(full[key].reshape(-1), value.reshape(-1)), key
+            whole.load_state_dict(full, strict=True)
+        check_equal(UNEVEN, other, quant_type)
+        for layer in other.layers:
+            layer.weight._local_tensor.packed.zero_()
+        dense = ("bias", "lora_A", "lora_B")
+        entire = {k: v for k, v in whole.state_dict().items() if not k.endswith(dense)}
+        set_model_state_dict(other, {**state, **entire})  # each rank takes its rows
+        check_equal(UNEVEN, other, quant_type)
 
 
 def fsdp2_checkpointing_and_compile() -> None:

@@ -15,9 +15,9 @@ import qkern
 from qkern.adapters import read_quantization
 
 
-def adapted(seed: int = 1, **lora: object) -> nn.Module:
+def adapted(seed: int = 1, quant_type: str = "nf4", **lora: object) -> nn.Module:
     model = tiny_llama()
-    qkern.quantize_model(model)
+    qkern.quantize_model(model, quant_type)
     torch.manual_seed(seed)
     qkern.add_lora(model, **{"r": 4, "init_lora_weights": False, **lora})
     return model
@@ -69,6 +69,14 @@ def test_some_layers_only_and_ranks_of_their_own(tmp_path: Path) -> None:
     assert torch.equal(logits(fresh), logits(model))
 
 
+def test_recorded_format_of_int8_rows_is_that_of_every_width(tmp_path: Path) -> None:
+    model = tiny_llama()
+    qkern.quantize_model(model, "int8_row")
+    qkern.add_lora(model)
+    qkern.save_adapter(model, tmp_path)
+    assert read_quantization(tmp_path) == qkern.QuantFormat("int8_row", 0)
+
+
 def test_recorded_format_is_what_was_asked_for_and_not_one_layers_fallback(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(256, 64), nn.Linear(64, 64))
     with torch.no_grad():
@@ -80,8 +88,9 @@ def test_recorded_format_is_what_was_asked_for_and_not_one_layers_fallback(tmp_p
     assert read_quantization(tmp_path) == qkern.QuantFormat("nf4", double_quant=True)
 
 
-def test_merge_is_near_and_unmerge_restores_the_bytes() -> None:
-    model = adapted(lora_alpha=0.5)
+@pytest.mark.parametrize("quant_type", ["nf4", "int8_row"])
+def test_merge_is_near_and_unmerge_restores_the_bytes(quant_type: str) -> None:
+    model = adapted(quant_type=quant_type, lora_alpha=0.5)
     before = {n: p.clone() for n, p in model.state_dict().items()}
     expected = logits(model)
     qkern.merge_adapter(model)

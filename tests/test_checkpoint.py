@@ -13,6 +13,7 @@ from toys import tiny_llama, token_ids
 from transformers import AutoModelForCausalLM
 
 import qkern
+from qkern.formats import QUANT_TYPES
 from qkern.integrations.pretrained import load_model
 
 
@@ -27,7 +28,12 @@ def logits(model: nn.Module) -> Tensor:
         return model(token_ids()).logits
 
 
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int8"])
+def relative_distance(a: Tensor, b: Tensor) -> float:
+    """bitsandbytes' int8 layers round the activations to 8 bits too, so equal weights are near."""
+    return float((a.float() - b.float()).norm() / b.float().norm())
+
+
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
 @pytest.mark.parametrize("tied", [False, True])
 def test_save_and_load_give_the_same_logits(quant_type: str, tied: bool, tmp_path: Path) -> None:
     model = quantized(quant_type, tie_word_embeddings=tied)
@@ -52,12 +58,13 @@ def test_a_model_with_an_adapter_keeps_both(tmp_path: Path) -> None:
         qkern.save(model, tmp_path)
 
 
-def test_load_into_any_module(tmp_path: Path) -> None:
+@pytest.mark.parametrize("quant_type", ["nf4", "int8_row"])
+def test_load_into_any_module(quant_type: str, tmp_path: Path) -> None:
     def net() -> nn.Sequential:
         return nn.Sequential(nn.Linear(172, 65), nn.ReLU(), nn.Linear(65, 8))
 
     model = net()
-    qkern.quantize_model(model)
+    qkern.quantize_model(model, quant_type)
     qkern.save(model, tmp_path)
     x = torch.randn(3, 172)
     assert torch.equal(qkern.load(tmp_path, net())(x), model(x))
@@ -110,6 +117,92 @@ def test_we_open_what_transformers_with_bitsandbytes_writes(tmp_path: Path) -> N
     torch.testing.assert_close(
         logits(ours), theirs.train()(token_ids()).logits, rtol=1e-4, atol=1e-4
     )
+
+
+def test_transformers_with_bitsandbytes_opens_our_int8_rows(tmp_path: Path) -> None:
+    import bitsandbytes
+
+    model = quantized("int8_row").bfloat16()
+    qkern.save(model, tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert theirs.dtype == torch.bfloat16
+    for name, layer in model.named_modules():
+        if isinstance(layer, qkern.QuantizedLinear):
+            twin = theirs.get_submodule(name)
+            assert isinstance(twin, bitsandbytes.nn.Linear8bitLt)
+            assert torch.equal(twin.weight.data, layer.weight.packed)
+            assert torch.equal(twin.weight.SCB, layer.weight.absmax.reshape(-1))
+    assert type(theirs.lm_head) is nn.Linear
+    assert relative_distance(logits(theirs), logits(model)) < 0.03
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_we_open_what_transformers_with_bitsandbytes_writes_in_8_bits(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    from transformers import BitsAndBytesConfig
+
+    tiny_llama().save_pretrained(tmp_path / "dense")
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "dense",
+        quantization_config=BitsAndBytesConfig(load_in_8bit=True),
+        dtype=dtype,
+        device_map="cpu",
+    )
+    theirs.save_pretrained(tmp_path / "bnb")
+    into = tiny_llama()
+    qkern.load(tmp_path / "bnb", into)
+    for ours in (qkern.load(tmp_path / "bnb"), load_model(tmp_path / "bnb"), into):
+        mine, twin = (m.model.layers[1].mlp.down_proj.weight for m in (ours, theirs))
+        assert mine.format == qkern.QuantFormat("int8_row", 192)
+        assert mine.dtype == dtype
+        assert torch.equal(mine.packed, twin.data)
+        assert torch.equal(mine.absmax.reshape(-1), twin.SCB)
+    assert relative_distance(logits(theirs), logits(ours)) < 0.03
+
+
+def test_int8_rows_without_a_dtype_in_the_configuration_take_the_layers(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 8)).bfloat16()
+    qkern.quantize_model(model, "int8_row")
+    qkern.save(model, tmp_path)
+    for dtype in (torch.float32, torch.bfloat16):
+        loaded = qkern.load(tmp_path, nn.Sequential(nn.Linear(8, 8)).to(dtype))
+        assert loaded[0].weight.dtype == dtype
+        assert torch.equal(loaded[0].weight.packed, model[0].weight.packed)
+    (tmp_path / "config.json").write_text(json.dumps({"torch_dtype": "float16"}))
+    loaded = qkern.load(tmp_path, nn.Sequential(nn.Linear(8, 8)))
+    assert loaded[0].weight.dtype == torch.float16
+
+
+ROW = "model.layers.0.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda t: t.pop(f"{ROW}.SCB"), f"{ROW}.weight: missing {ROW}.SCB"),
+        (
+            lambda t: [t.pop(f"{ROW}.{k}") for k in ("SCB", "weight_format")],
+            f"{ROW}.weight: int8 codes without",
+        ),
+        (lambda t: t.update({f"{ROW}.SCB": t[f"{ROW}.SCB"][:5]}), r"SCB: got .*\[5\], .*192"),
+        (lambda t: t[f"{ROW}.weight_format"].fill_(1), "weight_format: got 1, only 0"),
+        (lambda t: t.update({f"{ROW}.weight": t[f"{ROW}.weight"].float()}), "got torch.float32"),
+        (
+            lambda t: t.update({f"{ROW}.{k}": t[f"{ROW}.{k}"][1:] for k in ("weight", "SCB")}),
+            r"the file holds \(191, 128\), \(192, 128\) needed",
+        ),
+        (lambda t: t.update({"lost.SCB": t[f"{ROW}.SCB"]}), "no layer lost"),
+    ],
+)
+def test_spoilt_int8_rows_are_refused_with_their_reason(
+    tmp_path: Path, change: object, text: str
+) -> None:
+    qkern.save(quantized("int8_row"), tmp_path)
+    spoil(tmp_path, change)
+    for model in (None, tiny_llama()):
+        with pytest.raises(qkern.CorruptFileError, match=text):
+            qkern.load(tmp_path, model)
 
 
 def test_dense_directories_open_too(tmp_path: Path) -> None:

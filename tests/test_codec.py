@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import qkern
 from qkern import _native, codec, functional, reference
-from qkern.formats import BLOCKSIZES, DTYPES, QuantFormat
+from qkern.formats import BLOCKSIZES, DTYPES, QUANT_TYPES, QuantFormat, resolve_format
 
 BODIES = _native.available_simd()
 RNG = np.random.default_rng(0)
@@ -26,9 +26,15 @@ def reference_parts(bits: np.ndarray, dtype: str, fmt: QuantFormat) -> reference
     return reference.quantize(values, fmt)
 
 
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int8"])
+# Rows of one value, odd, of no whole strips, of more values than there are.
+ROWS = [("int8_row", row) for row in (1, 33, 172, 4096, 5000)]
+
+
+@pytest.mark.parametrize(
+    ("quant_type", "blocksize"),
+    [(name, size) for name in ("nf4", "fp4", "int8") for size in (32, 64, 256, 4096)] + ROWS,
+)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("blocksize", [32, 64, 256, 4096])
 def test_every_body_writes_and_reads_the_references_bytes(
     quant_type: str, dtype: str, blocksize: int
 ) -> None:
@@ -53,9 +59,10 @@ def run_quantize(
 ) -> tuple[np.ndarray, np.ndarray]:
     absmax = np.full(fmt.num_blocks(bits.size), np.nan, np.float32)
     settings = {"simd": body, "threads": threads}
-    if fmt.quant_type == "int8":
+    if fmt.code is None:
         packed: np.ndarray = np.full(bits.size, -128, np.int8)
-        _native.quantize_int8(bits, dtype, fmt.blocksize, packed, absmax, **settings)
+        quantize = _native.quantize_int8_rows if fmt.kind.per_row else _native.quantize_int8
+        quantize(bits, dtype, fmt.blocksize, packed, absmax, **settings)
     else:
         packed = np.full(fmt.packed_size(bits.size), 0xAB, np.uint8)
         code = codec.code_array(fmt.quant_type)
@@ -67,7 +74,7 @@ def run_dequantize(
     packed: np.ndarray, absmax: np.ndarray, fmt: QuantFormat, n: int, dtype: str, body: str
 ) -> np.ndarray:
     out = np.full(n, np.nan, np.float32) if dtype == "float32" else np.full(n, 0x7FFF, np.uint16)
-    if fmt.quant_type == "int8":
+    if fmt.code is None:
         _native.dequantize_int8(packed, absmax, fmt.blocksize, out, dtype, simd=body)
     else:
         code = codec.code_array(fmt.quant_type)
@@ -76,7 +83,7 @@ def run_dequantize(
 
 
 @pytest.mark.parametrize("body", BODIES)
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
 def test_thread_count_does_not_change_bytes(body: str, quant_type: str) -> None:
     fmt = QuantFormat(quant_type, 64, double_quant=False)
     values = RNG.standard_normal(1 << 20).astype(np.float32)
@@ -89,7 +96,7 @@ def test_thread_count_does_not_change_bytes(body: str, quant_type: str) -> None:
 
 @given(
     shape=st.lists(st.integers(0, 9), min_size=0, max_size=4),
-    quant_type=st.sampled_from(["nf4", "fp4", "int8"]),
+    quant_type=st.sampled_from(QUANT_TYPES),
     dtype=st.sampled_from(DTYPES),
     blocksize=st.sampled_from(BLOCKSIZES),
     double_quant=st.booleans(),
@@ -116,7 +123,7 @@ def test_any_shape_and_strides_round_trip_within_the_formats_error(
     assert q.packed.tobytes() == contiguous.packed.tobytes()
     if values.size:
         # half the widest gap between codes, plus 1/8 for a scale in 8 bits
-        gap = {"nf4": 0.152, "fp4": 0.167, "int8": 0.004}[quant_type]
+        gap = {"nf4": 0.152, "fp4": 0.167, "int8": 0.004, "int8_row": 0.004}[quant_type]
         worst = np.abs(values.astype(np.float32)).max() * (gap + 0.125 * q.format.double_quant)
         assert np.abs(back.astype(np.float32) - values.astype(np.float32)).max() <= worst + 1e-3
 
@@ -172,6 +179,33 @@ def test_nonfinite_is_refused_with_its_place_or_kept_in_its_block() -> None:
     assert not np.isfinite(back[700])
 
 
+def test_nonfinite_in_int8_rows_stays_in_its_row() -> None:
+    values = RNG.standard_normal((5, 33)).astype(np.float32)
+    expected = qkern.dequantize(qkern.quantize(values, "int8_row"))
+    values[1, 32], values[3, 0] = np.nan, np.inf
+    kept = qkern.quantize(values, "int8_row", nonfinite="keep")
+    assert not kept.packed.reshape(5, 33)[[1, 3]].any()
+    np.testing.assert_array_equal(np.isfinite(kept.absmax), [True, False, True, False, True])
+    back = qkern.dequantize(kept)
+    np.testing.assert_array_equal(back[[0, 2, 4]], expected[[0, 2, 4]])
+
+
+@pytest.mark.parametrize(
+    ("shape", "row", "rows"),
+    [((3, 5, 7), 7, 15), ((4, 1), 1, 4), ((9,), 9, 1), ((), 1, 1), ((0, 6), 6, 0), ((6, 0), 1, 0)],
+)
+def test_an_int8_row_is_the_last_dimension(shape: tuple[int, ...], row: int, rows: int) -> None:
+    """Fewer than 2 dimensions are one row; rows without values have no scales."""
+    values = RNG.standard_normal(shape).astype(np.float32)
+    for fmt in ("int8_row", QuantFormat("int8_row"), QuantFormat("int8_row", 1000)):
+        q = qkern.quantize(values, fmt, blocksize=32, double_quant=True)
+        assert q.format == QuantFormat("int8_row", row, double_quant=False)
+        assert q.format.template == resolve_format("int8_row") == QuantFormat("int8_row", 0)
+        assert q.nbytes == q.format.nbytes(values.size) == values.size + 4 * rows
+        expected = np.abs(values).max(-1) if rows and values.ndim else np.abs(values)
+        np.testing.assert_array_equal(q.absmax, expected.reshape(-1)[:rows])
+
+
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
@@ -181,6 +215,9 @@ def test_nonfinite_is_refused_with_its_place_or_kept_in_its_block() -> None:
         (lambda: qkern.quantize(np.ones(4, np.float32), blocksize=0), ValueError, "32, 64"),
         (lambda: qkern.quantize(np.ones(4, np.float32), blocksize=-64), ValueError, "32, 64"),
         (lambda: qkern.quantize(np.ones(4, np.float32), blocksize=True), ValueError, "32, 64"),
+        (lambda: QuantFormat("int8_row", -1), qkern.FormatError, "a row's length"),
+        (lambda: QuantFormat("int8_row", True), qkern.FormatError, "a row's length"),
+        (lambda: resolve_format("int8_row").nbytes(9), qkern.FormatError, "for_shape"),
         (lambda: qkern.quantize(np.ones(4, np.float32), method="best"), ValueError, "absmax"),
         (
             lambda: qkern.dequantize(

@@ -153,6 +153,17 @@ def test_forward_hooks_stay() -> None:
     assert calls == ["pre", "forward"] * 2
 
 
+def test_int8_rows_of_all_widths_are_one_format_in_the_report() -> None:
+    model = tiny_llama()
+    report = qkern.quantize_model(model, "int8_row", blocksize=32)
+    assert {row.status for row in report.quantized} == {"int8_row"}
+    assert not any(row.reason for row in report.quantized)
+    fmt = model.model.layers[0].mlp.up_proj.weight.format
+    assert not any(row.reason for row in qkern.quantize_model(model, fmt).quantized)
+    again = qkern.quantize_model(model, "int8")
+    assert {row.reason for row in again.quantized} == {"was quantized before"}
+
+
 def test_unsafe_double_quantization_is_reported() -> None:
     layer = nn.Linear(256, 64)
     with torch.no_grad():
@@ -177,11 +188,11 @@ def test_int8_is_nearly_exact_and_nf4_is_near() -> None:
     with torch.no_grad():
         exact = tiny_llama()(token_ids()).logits
         errors = {}
-        for quant_type in ("int8", "nf4", "fp4"):
+        for quant_type in ("int8", "int8_row", "nf4", "fp4"):
             model = tiny_llama()
             qkern.quantize_model(model, quant_type)
             errors[quant_type] = ((model(token_ids()).logits - exact).norm() / exact.norm()).item()
-    assert errors["int8"] < 0.02 < errors["nf4"] < errors["fp4"] < 0.4
+    assert errors["int8"] < errors["int8_row"] < 0.02 < errors["nf4"] < errors["fp4"] < 0.4
 
 
 def test_add_lora_trains_only_adapters() -> None:

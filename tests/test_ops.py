@@ -12,7 +12,7 @@ from qkern.tensor import QuantizedTensor
 
 # (out_features, in_features): whole blocks; blocks across rows; odd; more than one panel of rows
 SHAPES = [(64, 128), (65, 172), (7, 33), (96, 64)]
-FORMATS = [("nf4", True), ("nf4", False), ("fp4", True), ("int8", True)]
+FORMATS = [("nf4", True), ("nf4", False), ("fp4", True), ("int8", True), ("int8_row", False)]
 
 
 def inputs(
@@ -77,8 +77,9 @@ def test_gradient_in_bf16_does_not_depend_on_the_panels(monkeypatch: pytest.Monk
     assert (got.double() - exact).norm() / exact.norm() < 2**-8
 
 
-def test_no_inputs_at_all_give_the_bias() -> None:
-    w, bias = qkern.quantize(torch.empty(5, 0)), torch.randn(5)
+@pytest.mark.parametrize("quant_type", ["nf4", "int8_row"])
+def test_no_inputs_at_all_give_the_bias(quant_type: str) -> None:
+    w, bias = qkern.quantize(torch.empty(5, 0), quant_type), torch.randn(5)
     assert torch.equal(qkern.linear(torch.empty(2, 0), w, bias), bias.expand(2, 5))
 
 

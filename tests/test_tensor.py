@@ -23,6 +23,9 @@ from qkern.tensor import QuantizedTensor
 # (rows, columns): whole blocks; blocks across rows; odd count; fewer values than a block
 SHAPES = [(8, 128), (5, 96), (7, 33), (3, 5), (192, 172)]
 FORMATS = [("nf4", True), ("nf4", False), ("fp4", True), ("int8", True), ("int8", False)]
+FORMATS += [("int8_row", False)]
+# One of 4 bits with scales of two levels, one of 8 bits whose blocks are rows.
+KINDS = ["nf4", "int8_row"]
 
 
 def layer(in_features: int = 128, out_features: int = 64, **settings: object) -> QuantizedLinear:
@@ -30,10 +33,10 @@ def layer(in_features: int = 128, out_features: int = 64, **settings: object) ->
     return QuantizedLinear.from_linear(nn.Linear(in_features, out_features), **settings)
 
 
-@pytest.fixture(scope="module")
-def model() -> nn.Module:
+@pytest.fixture(scope="module", params=KINDS)
+def model(request: pytest.FixtureRequest) -> nn.Module:
     quantized = tiny_llama()
-    qkern.quantize_model(quantized)
+    qkern.quantize_model(quantized, request.param)
     return quantized
 
 
@@ -70,9 +73,10 @@ def test_wrapper_reports_the_dense_tensor() -> None:
     assert q.nbytes == q.format.nbytes(8192)
 
 
+@pytest.mark.parametrize("quant_type", KINDS)
 @pytest.mark.parametrize("columns", [128, 172])
-def test_slices_of_rows_dequantize_to_the_rows(columns: int) -> None:
-    q = qkern.quantize(torch.randn(40, columns))
+def test_slices_of_rows_dequantize_to_the_rows(columns: int, quant_type: str) -> None:
+    q = qkern.quantize(torch.randn(40, columns), quant_type)
     dense = q.dequantize()
     for rows in (slice(3, 9), slice(0, 40), slice(39, 40), slice(5, 5)):
         assert torch.equal(q[rows].dequantize(), dense[rows])
@@ -117,13 +121,18 @@ def test_quantizing_twice_is_refused() -> None:
         QuantizedLinear.from_linear(layer())
 
 
-def test_in_place_addition_quantizes_again_and_its_inverse_restores_the_bytes() -> None:
-    q = qkern.quantize(torch.randn(64, 128))
-    before, delta = [p.clone() for p in q.parts], torch.randn(64, 128) * 0.3
+@pytest.mark.parametrize("quant_type", KINDS)
+def test_in_place_addition_quantizes_again_and_its_inverse_restores_the_bytes(
+    quant_type: str,
+) -> None:
+    q = qkern.quantize(torch.randn(64, 128), quant_type)
+    before = [p.clone() for p in q.parts if p is not None]
+    delta = torch.randn(64, 128) * 0.3
     q.data += delta
     assert not torch.equal(q.packed, before[0])
     q.data -= delta
-    assert all(torch.equal(a, b) for a, b in zip(q.parts, before, strict=True))
+    after = [p for p in q.parts if p is not None]
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
     q.data += delta
     q.data -= delta * 2  # not the inverse: an ordinary assignment
     assert not torch.equal(q.packed, before[0])
@@ -133,18 +142,26 @@ def test_in_place_addition_quantizes_again_and_its_inverse_restores_the_bytes() 
 
 
 def test_state_dict_has_flat_bitsandbytes_keys(model: nn.Module) -> None:
-    prefix = "model.layers.0.self_attn.q_proj.weight"
+    prefix = "model.layers.0.self_attn.q_proj."
     state = {k: v for k, v in model.state_dict().items() if k.startswith(prefix)}
     shapes = {k.removeprefix(prefix): (v.dtype, tuple(v.shape)) for k, v in state.items()}
-    blob = shapes.pop(".quant_state.bitsandbytes__nf4")
+    blob = shapes.pop("weight.quant_state.bitsandbytes__nf4", (torch.uint8,))
     assert blob[0] == torch.uint8
-    assert shapes == {
-        "": (torch.uint8, (8192, 1)),
-        ".absmax": (torch.uint8, (256,)),
-        ".quant_map": (torch.float32, (16,)),
-        ".nested_absmax": (torch.float32, (1,)),
-        ".nested_quant_map": (torch.float32, (256,)),
+    expected = {
+        "nf4": {
+            "weight": (torch.uint8, (8192, 1)),
+            "weight.absmax": (torch.uint8, (256,)),
+            "weight.quant_map": (torch.float32, (16,)),
+            "weight.nested_absmax": (torch.float32, (1,)),
+            "weight.nested_quant_map": (torch.float32, (256,)),
+        },
+        "int8_row": {
+            "weight": (torch.int8, (128, 128)),
+            "SCB": (torch.float32, (128,)),
+            "weight_format": (torch.uint8, ()),
+        },
     }
+    assert shapes == expected[model.get_submodule(prefix[:-1]).weight.format.quant_type]
     assert all(type(v) is Tensor for v in state.values())
 
 
@@ -192,11 +209,12 @@ def test_lying_entries_are_refused() -> None:
             layer().load_state_dict({**good, key: lie}, strict=False)
 
 
-def test_meta_and_assign(model: nn.Module) -> None:
+@pytest.mark.parametrize("quant_type", KINDS)
+def test_meta_and_assign(quant_type: str) -> None:
     with torch.device("meta"):
-        empty = QuantizedLinear.from_linear(nn.Linear(128, 64))
+        empty = QuantizedLinear.from_linear(nn.Linear(128, 64), quant_type=quant_type)
     assert empty.weight.is_meta
-    source = layer()
+    source = layer(quant_type=quant_type)
     empty.load_state_dict(source.state_dict(), strict=True, assign=True)
     x = torch.randn(2, 128)
     assert torch.equal(empty(x), source(x))
@@ -241,7 +259,8 @@ def test_casts_never_touch_the_bytes(model: nn.Module) -> None:
         assert isinstance(weight, QuantizedTensor)
         assert isinstance(weight, nn.Parameter)
         assert not weight.requires_grad
-        assert weight.nested_absmax.dtype == torch.float32
+        scales = weight.absmax if weight.nested_absmax is None else weight.nested_absmax
+        assert scales.dtype == torch.float32
         assert weight.dtype == cast.lm_head.weight.dtype
         if not weight.is_meta:
             assert torch.equal(weight.packed, original.packed)
@@ -299,16 +318,18 @@ def test_compile_fullgraph_equals_eager_without_recompiling_for_every_shape() ->
     assert counter.frame_count <= 3
 
 
-def test_compile_of_f_linear_over_a_quantized_weight() -> None:
+@pytest.mark.parametrize("quant_type", KINDS)
+def test_compile_of_f_linear_over_a_quantized_weight(quant_type: str) -> None:
     torch._dynamo.reset()
-    q, x = qkern.quantize(torch.randn(64, 128)), torch.randn(2, 128)
+    q, x = qkern.quantize(torch.randn(64, 128), quant_type), torch.randn(2, 128)
     compiled = torch.compile(nn.functional.linear, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x, q), nn.functional.linear(x, q))
 
 
-def test_compile_with_checkpointing_inside() -> None:
+@pytest.mark.parametrize("quant_type", KINDS)
+def test_compile_with_checkpointing_inside(quant_type: str) -> None:
     torch._dynamo.reset()
-    stack = Stack()
+    stack = Stack(quant_type=quant_type)
 
     def run(x: Tensor) -> Tensor:
         return checkpoint(stack, x, use_reentrant=False)

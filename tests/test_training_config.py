@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from qkern.formats import QuantFormat
 from qkern.training import FinetuneConfig, SettingError
 from qkern.training.order import LengthGroupedOrder
 
@@ -26,6 +27,11 @@ def test_order_groups_lengths_and_depends_on_seed_and_epoch() -> None:
     assert sorted(order) == sorted(first)
     assert list(order) != first
     assert list(LengthGroupedOrder(lengths, batch=4, seed=4)) != first
+
+
+def test_int8_rows_need_no_blocksize_and_no_double_quantization() -> None:
+    fmt = FinetuneConfig(quant_type="int8_row").format
+    assert fmt == QuantFormat("int8_row", 0, double_quant=False)
 
 
 @pytest.mark.parametrize(

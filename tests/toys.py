@@ -35,11 +35,17 @@ def token_ids(*shape: int) -> Tensor:
 class Stack(nn.Module):
     """Quantized layers with adapters and biases between tanh's."""
 
-    def __init__(self, widths: tuple[int, ...] = (256, 192, 320, 256), r: int = 8) -> None:
+    def __init__(
+        self,
+        widths: tuple[int, ...] = (256, 192, 320, 256),
+        r: int = 8,
+        quant_type: str = "nf4",
+    ) -> None:
         super().__init__()
         torch.manual_seed(0)
+        lora = {"r": r, "lora_alpha": 16, "init_lora_weights": False}
         self.layers = nn.ModuleList(
-            QLoRALinear.from_linear(nn.Linear(a, b), r=r, lora_alpha=16, init_lora_weights=False)
+            QLoRALinear.from_linear(nn.Linear(a, b), quant_type=quant_type, **lora)
             for a, b in pairwise(widths)
         )
 

@@ -34,6 +34,7 @@ from qkern.errors import (
 
 if TYPE_CHECKING:
     from qkern.adapters import load_adapter, save_adapter
+    from qkern.checkpoint.inspection import inspect_checkpoint
     from qkern.checkpoint.save import save
     from qkern.codec import QuantizedArray
     from qkern.formats import QuantFormat
@@ -67,6 +68,7 @@ __all__ = [
     "__version__",
     "add_lora",
     "dequantize",
+    "inspect_checkpoint",
     "linear",
     "load",
     "load_adapter",
@@ -88,6 +90,7 @@ _HOMES = {
     "QuantizedLinear": "qkern.layers",
     "QuantizedTensor": "qkern.tensor",
     "add_lora": "qkern.model",
+    "inspect_checkpoint": "qkern.checkpoint.inspection",
     "linear": "qkern.tensor",
     "load": "qkern.integrations.pretrained",
     "load_adapter": "qkern.adapters",
@@ -131,9 +134,10 @@ def quantize(values: Any, quant_type: Any = "nf4", **settings: Any) -> Any:
         values: float32, float16 or bfloat16; for NumPy, bfloat16 of ``ml_dtypes`` or uint16 bit
             patterns with ``dtype="bfloat16"``. Read-only memory is taken. They must not change
             meanwhile: each code is then of an old or a new value.
-        quant_type: "nf4", "fp4", "int8", or a ``QuantFormat``.
-        **settings: ``blocksize=64``, ``double_quant=True``, ``method="absmax"``,
-            ``nonfinite="error"`` (or "keep": NaN and infinity stay in their own block).
+        quant_type: "nf4", "fp4", "int8", "int8_row", or a ``QuantFormat``.
+        **settings: ``blocksize=64``, ``double_quant=True`` (both unused by int8_row: a row of the
+            last dimension has one fp32 scale), ``method="absmax"``, ``nonfinite="error"`` (or
+            "keep": NaN and infinity stay in their own block).
 
     Returns:
         ``QuantizedTensor`` or ``QuantizedArray``, with ``packed``, ``absmax``, ``nested_absmax``,

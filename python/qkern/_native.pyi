@@ -24,6 +24,29 @@ def quantize_4bit(
     threads: int = 0,
     simd: str | None = None,
 ) -> None: ...
+def search_scales(
+    values: _Values,
+    dtype: str,
+    code: _F32,
+    blocksize: int,
+    absmax: _F32,
+    *,
+    importance: _F32 | None = None,
+    nonfinite: str = "error",
+    threads: int = 0,
+    simd: str | None = None,
+) -> None: ...
+def encode_4bit(
+    values: _Values,
+    dtype: str,
+    code: _F32,
+    blocksize: int,
+    absmax: _F32,
+    packed: _U8,
+    *,
+    threads: int = 0,
+    simd: str | None = None,
+) -> None: ...
 def dequantize_4bit(
     packed: _U8,
     absmax: _F32,
@@ -46,6 +69,17 @@ def quantize_int8(
     threads: int = 0,
     simd: str | None = None,
 ) -> None: ...
+def quantize_int8_rows(
+    values: _Values,
+    dtype: str,
+    row: int,
+    packed: _I8,
+    absmax: _F32,
+    *,
+    nonfinite: str = "error",
+    threads: int = 0,
+    simd: str | None = None,
+) -> None: ...
 def dequantize_int8(
     packed: _I8,
     absmax: _F32,
@@ -57,10 +91,16 @@ def dequantize_int8(
     simd: str | None = None,
 ) -> None: ...
 def quantize_absmax(
-    absmax: _F32, nested_code: _F32, codes: _U8, nested_absmax: _F32
+    absmax: _F32, nested_code: _F32, codes: _U8, nested_absmax: _F32, *, threads: int = 0
 ) -> tuple[int, bool]: ...
 def dequantize_absmax(
-    codes: _U8, nested_code: _F32, nested_absmax: _F32, offset: int, absmax: _F32
+    codes: _U8,
+    nested_code: _F32,
+    nested_absmax: _F32,
+    offset: int,
+    absmax: _F32,
+    *,
+    threads: int = 0,
 ) -> None: ...
 def simd() -> str: ...
 def available_simd() -> list[str]: ...

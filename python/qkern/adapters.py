@@ -80,7 +80,7 @@ def save_adapter(model: nn.Module, path: str | PathLike[str]) -> None:
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = _plain(layer.lora_B)
     formats = [shards.local_part(layer.weight).format for layer in layers.values()]
     # A tensor that 8-bit scales could not hold says nothing about what was asked for.
-    fmt = formats[0].replace(double_quant=any(f.double_quant for f in formats))
+    fmt = formats[0].template.replace(double_quant=any(f.double_quant for f in formats))
     metadata = {"format": "pt", _FORMAT_KEY: json.dumps(dataclasses.asdict(fmt))}
     base = base_fingerprint(layers)
     if base is not None:

@@ -16,9 +16,16 @@ import numpy.typing as npt
 
 from qkern import _native  # noqa: TID251 - the one importer
 from qkern.errors import DTypeError, FormatError, ShapeError
-from qkern.formats import DTYPES, NESTED_BLOCKSIZE, QuantFormat, dynamic_code, resolve_format
+from qkern.formats import (
+    DTYPES,
+    KINDS,
+    NESTED_BLOCKSIZE,
+    QuantFormat,
+    dynamic_code,
+    resolve_format,
+)
 
-METHODS: Final = ("absmax",)
+METHODS: Final = ("absmax", "search")
 NONFINITE: Final = ("error", "keep")
 
 Array = npt.NDArray[Any]
@@ -78,6 +85,7 @@ def quantize(
     blocksize: int = 64,
     double_quant: bool = True,
     method: str = "absmax",
+    importance: Array | None = None,
     dtype: str | None = None,
     nonfinite: str = "error",
 ) -> QuantizedArray:
@@ -89,16 +97,22 @@ def quantize(
     Args:
         values: float32, float16 or (``ml_dtypes``) bfloat16; or uint16 bit patterns of bfloat16
             with ``dtype="bfloat16"``.
-        quant_type: "nf4", "fp4", "int8", or a ``QuantFormat``.
-        blocksize: values that share a scale.
-        double_quant: store the scales in 8 bits.
-        method: how codes are chosen: "absmax".
+        quant_type: "nf4", "fp4", "int8", "int8_row", or a ``QuantFormat``.
+        blocksize: values that share a scale; unused by int8_row, where a row does.
+        double_quant: store the scales in 8 bits; unused by int8_row.
+        method: how codes are chosen. "absmax": a block's scale is its largest magnitude, as in
+            bitsandbytes. "search", 4-bit formats only: the scale, of either sign, with the least
+            squared error; never worse than absmax on a block with fp32 scales, about 10 % less RMS
+            error, the same bytes to read.
+        importance: weights of the squared errors for "search", one for each column (of the last
+            dimension), finite and not negative: such as the mean square of each input feature.
         dtype: what uint16 input holds.
         nonfinite: "error", or "keep" to confine NaN and infinity to their own block.
 
     Raises:
         DTypeError: for any other dtype.
-        FormatError: for an unknown format, method or setting.
+        FormatError: for an unknown format, method or setting, or one that the format has not.
+        ShapeError: for an ``importance`` of another length than the last dimension.
         NonFiniteError: for NaN or infinity, unless kept.
 
     Example:
@@ -108,11 +122,16 @@ def quantize(
         ((128,), (4,))
     """
     fmt = resolve_format(quant_type, blocksize=blocksize, double_quant=double_quant)
-    check_choice("method", method, METHODS)
+    check_method(method, fmt, importance is not None)
     check_choice("nonfinite", nonfinite, NONFINITE)
+    fmt = fmt.for_shape(np.shape(values))
     bits, name = _as_bits(np.asarray(values), dtype)
     flat = np.ascontiguousarray(bits).reshape(-1)
-    parts = encode(flat, name, fmt, nonfinite=nonfinite)
+    if method == "absmax":
+        parts = encode(flat, name, fmt, nonfinite=nonfinite)
+    else:
+        weights = as_importance(importance, np.shape(values))
+        parts = encode_searched(flat, name, fmt, weights, nonfinite=nonfinite)
     if fmt.double_quant and parts.offset is None:
         fmt = fmt.replace(double_quant=False)
     return QuantizedArray(*parts, format=fmt, shape=tuple(np.shape(values)), dtype=name)
@@ -150,24 +169,79 @@ def encode(values: Array, dtype: str, fmt: QuantFormat, *, nonfinite: str = "err
     Args:
         values: (n,) float32, or uint16 bit patterns of ``dtype``.
         dtype: "float32", "float16" or "bfloat16".
-        fmt: the format to write; unsafe double quantization comes back as fp32 scales.
+        fmt: the format to write, after ``for_shape``; unsafe double quantization comes back as
+            fp32 scales.
         nonfinite: "error" or "keep".
     """
     n = values.size
     absmax = np.empty(fmt.num_blocks(n), np.float32)
-    if fmt.quant_type == "int8":
-        packed: Array = np.empty(n, np.int8)
-        _native.quantize_int8(values, dtype, fmt.blocksize, packed, absmax, nonfinite=nonfinite)
-    else:
-        packed = np.empty(fmt.packed_size(n), np.uint8)
+    packed: Array = np.empty(fmt.packed_size(n), fmt.packed_dtype)
+    outputs = (fmt.blocksize, packed, absmax)
+    if fmt.code is not None:
         code = code_array(fmt.quant_type)
-        _native.quantize_4bit(
-            values, dtype, code, fmt.blocksize, packed, absmax, nonfinite=nonfinite
-        )
+        _native.quantize_4bit(values, dtype, code, *outputs, nonfinite=nonfinite)
+    elif fmt.kind.per_row:
+        _native.quantize_int8_rows(values, dtype, *outputs, nonfinite=nonfinite)
+    else:
+        _native.quantize_int8(values, dtype, *outputs, nonfinite=nonfinite)
     if not fmt.double_quant:
         return Parts(packed, absmax, None, None)
     codes, nested, offset, safe = encode_absmax(absmax)
     return Parts(packed, codes, nested, offset) if safe else Parts(packed, absmax, None, None)
+
+
+def encode_searched(
+    values: Array,
+    dtype: str,
+    fmt: QuantFormat,
+    importance: F32 | None,
+    *,
+    nonfinite: str = "error",
+) -> Parts:
+    """As ``encode``, with scales of least squared error.
+
+    Codes are chosen against the scales as they will be decoded, after double quantization too.
+
+    Args:
+        values: (n,), see ``encode``.
+        dtype: of the values.
+        fmt: a 4-bit format.
+        importance: (columns,) fp32 weights of the squared errors, or None.
+        nonfinite: "error" or "keep".
+    """
+    scales = search_scales(values, dtype, fmt, importance, nonfinite=nonfinite)
+    if fmt.double_quant:
+        codes, nested, offset, safe = encode_absmax(scales)
+        if safe:
+            parts = Parts(np.empty(0, np.uint8), codes, nested, offset)
+            packed = encode_codes(values, dtype, fmt, decode_absmax(parts))
+            return parts._replace(packed=packed)
+    return Parts(encode_codes(values, dtype, fmt, scales), scales, None, None)
+
+
+def search_scales(
+    values: Array,
+    dtype: str,
+    fmt: QuantFormat,
+    importance: F32 | None = None,
+    *,
+    nonfinite: str = "error",
+) -> F32:
+    """Scales (blocks,) of least squared error, of either sign, for the values (n,)."""
+    scales = np.empty(fmt.num_blocks(values.size), np.float32)
+    code = code_array(fmt.quant_type)
+    _native.search_scales(
+        values, dtype, code, fmt.blocksize, scales, importance=importance, nonfinite=nonfinite
+    )
+    return scales
+
+
+def encode_codes(values: Array, dtype: str, fmt: QuantFormat, scales: F32) -> U8:
+    """Packed codes of the values (n,) against fp32 scales (blocks,) of either sign."""
+    packed = np.empty(fmt.packed_size(values.size), np.uint8)
+    code = code_array(fmt.quant_type)
+    _native.encode_4bit(values, dtype, code, fmt.blocksize, scales, packed)
+    return packed
 
 
 def encode_absmax(absmax: F32) -> tuple[U8, F32, F32, bool]:
@@ -181,11 +255,29 @@ def encode_absmax(absmax: F32) -> tuple[U8, F32, F32, bool]:
 def decode(parts: Parts, fmt: QuantFormat, out: Array, dtype: str) -> None:
     """Write the values of ``parts`` into ``out``: (n,) float32, or uint16 bits of ``dtype``."""
     absmax = decode_absmax(parts)
-    if fmt.quant_type == "int8":
-        _native.dequantize_int8(parts.packed, absmax, fmt.blocksize, out, dtype)
-    else:
+    if fmt.code is not None:
         code = code_array(fmt.quant_type)
         _native.dequantize_4bit(parts.packed, absmax, code, fmt.blocksize, out, dtype)
+    else:
+        _native.dequantize_int8(parts.packed, absmax, fmt.blocksize, out, dtype)
+
+
+def decode_range(
+    parts: Parts, fmt: QuantFormat, first: int, last: int, out: Array, dtype: str
+) -> None:
+    """Write the values of flat indices ``first`` to ``last`` (exclusive) into ``out``.
+
+    Args:
+        parts: of the whole value, with fp32 scales (see ``decode_absmax``).
+        fmt: how the bytes are read.
+        first: where a block starts; even.
+        last: where to stop, anywhere.
+        out: (last - first,) float32, or uint16 bits of ``dtype``.
+        dtype: "float32", "float16" or "bfloat16".
+    """
+    packed = parts.packed[fmt.packed_size(first) : fmt.packed_size(last)]
+    absmax = parts.absmax[first // fmt.blocksize : fmt.num_blocks(last)]
+    decode(Parts(packed, absmax, None, None), fmt.replace(double_quant=False), out, dtype)
 
 
 def decode_absmax(parts: Parts) -> F32:
@@ -207,10 +299,34 @@ def check_choice(what: str, got: str, allowed: tuple[str, ...]) -> None:
         raise FormatError(msg)
 
 
+def check_method(method: str, fmt: QuantFormat, has_importance: bool) -> None:  # noqa: FBT001
+    """Refuse a method that does not exist or that the format has not."""
+    check_choice("method", method, METHODS)
+    if method == "search" and fmt.code is None:
+        msg = f'method "search" is for 4-bit formats: {fmt.quant_type} is quantized by "absmax"'
+        raise FormatError(msg)
+    if has_importance and method != "search":
+        msg = f'importance weighs the errors of method "search", got method {method!r}'
+        raise FormatError(msg)
+
+
+def as_importance(importance: Any, shape: tuple[int, ...]) -> F32 | None:
+    """The weights of columns, (columns,) fp32, for values of ``shape``."""
+    if importance is None:
+        return None
+    weights = np.ascontiguousarray(importance, np.float32)
+    columns = shape[-1] if shape else 1
+    if weights.shape != (columns,):
+        msg = f"importance has shape {weights.shape}, values of {shape} need ({columns},)"
+        raise ShapeError(msg)
+    # Without columns there is nothing to weigh, and nothing that the extension could count.
+    return weights if columns else None
+
+
 @functools.cache
 def code_array(quant_type: str) -> F32:
     """The 16 values of a 4-bit format, (16,) fp32."""
-    return np.array(QuantFormat(quant_type).code, np.float32)
+    return np.array(KINDS[quant_type].code, np.float32)
 
 
 @functools.cache

@@ -56,7 +56,7 @@ class MissingDependencyError(QkernError, ImportError):
 
 
 class NativeError(QkernError, RuntimeError):
-    """The native extension cannot do what was asked on this machine."""
+    """The native extension cannot do what was asked on this machine, or met a bug of its own."""
 
 
 class FrozenWeightError(QkernError, RuntimeError):

@@ -46,7 +46,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         msg = f"{path} is not valid JSON: {error}"
         raise CorruptFileError(msg) from error
     if not isinstance(content, dict):

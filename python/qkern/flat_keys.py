@@ -9,49 +9,46 @@ For the prefix ``layer.weight``:
     layer.weight.nested_quant_map              fp32 (256,)       double quantization
     layer.weight.quant_state.bitsandbytes__nf4 uint8 (bytes of JSON,); __fp4; qkern__int8
 
-int8 blocks have no twin in bitsandbytes: their 1-D weight cannot be mistaken for a dense one.
+int8 blocks have no twin in bitsandbytes: their 1-D weight cannot be mistaken for a dense one. int8
+rows have the keys of its ``Linear8bitLt``, which do not say what dtype the weight had:
+
+    layer.weight                               int8 (out_features, in_features)
+    layer.SCB                                  fp32 (out_features,), the rows' absmax
+    layer.weight_format                        uint8 (), 0: rows; may be missing
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qkern.errors import CorruptFileError, QkernError
-from qkern.formats import CODES, DTYPES, NESTED_BLOCKSIZE, QuantFormat, dynamic_code
-from qkern.operands import has_data
+from qkern.formats import DTYPES, NESTED_BLOCKSIZE, QuantFormat, dynamic_code
+from qkern.ops import has_data
 from qkern.reference import Parts
 from qkern.tensor import QuantizedTensor
 
 _STATE = "quant_state."
-
-
-def state_name(quant_type: str) -> str:
-    """Last part of the key that holds the JSON."""
-    owner = "qkern" if quant_type == "int8" else "bitsandbytes"
-    return f"{_STATE}{owner}__{quant_type}"
-
-
-def prefix_of_state(key: str) -> str:
-    """The tensor's own key, if ``key`` is the one of its JSON; empty for every other key.
-
-    A module may be called ``quant_state`` itself.
-    """
-    prefix, _, last = key.rpartition(f".{_STATE}")
-    return prefix if last.startswith(("bitsandbytes__", "qkern__")) else ""
+_ROWS = QuantFormat("int8_row", 0)
+_WEIGHT, _SCALES, _LAYOUT = "weight", "SCB", "weight_format"
 
 
 def flatten(q: QuantizedTensor, prefix: str) -> dict[str, Tensor]:
     """The entries of ``q`` under ``prefix``; plain tensors that share its memory."""
-    fmt = q.format
-    weight = q.packed.reshape(-1, 1) if fmt.bits == 4 else q.packed.reshape(-1)
-    entries = {prefix: weight, f"{prefix}.absmax": q.absmax.reshape(-1)}
-    return entries | companions(q, prefix)
+    fmt, packed, absmax = q.format, q.packed, q.absmax.reshape(-1)
+    if fmt.kind.state is None:
+        shape = q.shape if q.has_rows else q.whole_shape
+        packed = packed.reshape(shape)
+        if absmax.numel() == 0:  # rows without values
+            absmax = absmax.new_zeros(shape[:-1].numel())
+    else:
+        packed = packed.reshape(-1, 1) if fmt.bits == 4 else packed.reshape(-1)
+    return {prefix: packed, scales_key(prefix, fmt): absmax} | companions(q, prefix)
 
 
 def companions(q: QuantizedTensor, prefix: str) -> dict[str, Tensor]:
@@ -59,50 +56,90 @@ def companions(q: QuantizedTensor, prefix: str) -> dict[str, Tensor]:
     fmt, entries = q.format, {}
     if fmt.code is not None:
         entries[f"{prefix}.quant_map"] = torch.tensor(fmt.code, dtype=torch.float32, device="cpu")
-    state: dict[str, Any] = {
-        "quant_type": fmt.quant_type,
-        "blocksize": fmt.blocksize,
-        # A file names what was quantized: float64 is only ever reported by a cast model.
-        "dtype": str(q.dtype).removeprefix("torch.").replace("float64", "float32"),
-        "shape": list(q.whole_shape),
-    }
-    if q.nested_absmax is not None and q.offset is not None:
+    if q.nested_absmax is not None:
         entries[f"{prefix}.nested_absmax"] = q.nested_absmax
         entries[f"{prefix}.nested_quant_map"] = torch.tensor(
             dynamic_code(), dtype=torch.float32, device="cpu"
         )
-        state["nested_blocksize"] = NESTED_BLOCKSIZE
-        state["nested_dtype"] = "float32"
-        state["nested_offset"] = float(q.offset) if has_data(q.offset) else 0.0
-    blob = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
-    entries[f"{prefix}.{state_name(fmt.quant_type)}"] = blob
+    if fmt.kind.state is None:
+        entries[_sibling(prefix, _LAYOUT)] = torch.tensor(0, dtype=torch.uint8, device="cpu")
+    else:
+        entries[f"{prefix}.{_STATE}{fmt.kind.state}"] = _json(q)
     device = q.packed.device
     return {key: entry if entry.is_meta else entry.to(device) for key, entry in entries.items()}
 
 
+def _json(q: QuantizedTensor) -> Tensor:
+    """What bitsandbytes' ``quant_state`` entry says, its JSON as bytes."""
+    state: dict[str, Any] = {
+        "quant_type": q.format.quant_type,
+        "blocksize": q.format.blocksize,
+        # A file names what was quantized: float64 is only ever reported by a cast model.
+        "dtype": str(q.dtype).removeprefix("torch.").replace("float64", "float32"),
+        "shape": list(q.whole_shape),
+    }
+    if q.offset is not None:
+        state["nested_blocksize"] = NESTED_BLOCKSIZE
+        state["nested_dtype"] = "float32"
+        state["nested_offset"] = float(q.offset) if has_data(q.offset) else 0.0
+    return torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
+
+
+def scales_key(prefix: str, fmt: QuantFormat) -> str:
+    """The key of the scales."""
+    return _sibling(prefix, _SCALES) if fmt.kind.state is None else f"{prefix}.absmax"
+
+
+def prefixes(keys: Iterable[str]) -> list[str]:
+    """The prefixes of the quantized tensors that ``keys`` speak of, each once.
+
+    A module may be called ``quant_state`` itself.
+    """
+    found: dict[str, None] = {}
+    for key in keys:
+        prefix, _, last = key.rpartition(f".{_STATE}")
+        if prefix and last.startswith(("bitsandbytes__", "qkern__")):
+            found[prefix] = None
+        elif key.rpartition(".")[2] in (_SCALES, _LAYOUT):
+            found[_sibling(key, _WEIGHT)] = None
+    return list(found)
+
+
 def owned_keys(entries: Mapping[str, Any], prefix: str) -> list[str]:
     """Keys of ``entries`` that belong to the tensor at ``prefix``."""
-    return [key for key in entries if key == prefix or key.startswith(f"{prefix}.")]
+    whole = (prefix, _sibling(prefix, _SCALES), _sibling(prefix, _LAYOUT))
+    return [key for key in entries if key in whole or key.startswith(f"{prefix}.")]
+
+
+def known_keys(q: QuantizedTensor, prefix: str) -> set[str]:
+    """Keys that a file may hold for ``q``, with 8-bit scales or without."""
+    keys = {prefix, scales_key(prefix, q.format), *companions(q, prefix)}
+    if "nested" in q.format.kind.scales:
+        keys |= {f"{prefix}.nested_absmax", f"{prefix}.nested_quant_map"}
+    return keys
 
 
 def missing_keys(entries: Mapping[str, Any], prefix: str, fmt: QuantFormat) -> list[str]:
     """Keys that a tensor of ``fmt`` needs and ``entries`` does not have."""
-    names = ["absmax", state_name(fmt.quant_type)]
+    names = [] if fmt.kind.state is None else [f"{_STATE}{fmt.kind.state}"]
     if fmt.code is not None:
         names.append("quant_map")
-    if f"{prefix}.nested_absmax" in entries or f"{prefix}.nested_quant_map" in entries:
-        names += ["nested_absmax", "nested_quant_map"]
-    wanted = [prefix, *(f"{prefix}.{name}" for name in names)]
+    nested = ["nested_absmax", "nested_quant_map"]
+    if "nested" in fmt.kind.scales and any(f"{prefix}.{name}" in entries for name in nested):
+        names += nested
+    wanted = [prefix, scales_key(prefix, fmt), *(f"{prefix}.{name}" for name in names)]
     return [key for key in wanted if key not in entries]
 
 
 def read_state(entries: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
-    """The checked JSON of the tensor at ``prefix``.
+    """Format, shape, dtype (None if not said) and offset of the tensor at ``prefix``, checked.
 
     Raises:
-        CorruptFileError: if there is none, or it does not say what a tensor needs.
+        CorruptFileError: if the entries do not say what a tensor needs, or contradict each other.
     """
     keys = [key for key in entries if key.startswith(f"{prefix}.{_STATE}")]
+    if not keys and any(_sibling(prefix, name) in entries for name in (_SCALES, _LAYOUT)):
+        return _read_rows(entries, prefix)
     if len(keys) != 1:
         msg = f"{prefix}: exactly one {prefix}.{_STATE}* entry is needed, found {len(keys)}"
         raise CorruptFileError(msg)
@@ -115,6 +152,9 @@ def read_state(entries: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, QkernError) as error:
         msg = f"{keys[0]}: not a readable quantization state: {error}"
         raise CorruptFileError(msg) from error
+    if fmt.kind.state is None:
+        msg = f"{keys[0]}: {fmt.quant_type} has no quantization state, but the key {_SCALES}"
+        raise CorruptFileError(msg)
     if dtype not in DTYPES or min(shape, default=0) < 0 or nested != NESTED_BLOCKSIZE:
         msg = (
             f"{keys[0]}: dtype {dtype!r}, shape {shape}, nested_blocksize {nested}: allowed are "
@@ -124,8 +164,45 @@ def read_state(entries: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
     return {"format": fmt, "shape": shape, "dtype": getattr(torch, dtype), "offset": offset}
 
 
-def unflatten(entries: Mapping[str, Tensor], prefix: str) -> QuantizedTensor:
+def _read_rows(entries: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
+    """The same of bitsandbytes' int8 entries."""
+    missing = missing_keys(entries, prefix, _ROWS)
+    if missing:
+        msg = f"{prefix}: missing {', '.join(missing)}: int8 rows need their scales"
+        raise CorruptFileError(msg)
+    layout_key = _sibling(prefix, _LAYOUT)
+    layout = entries.get(layout_key)
+    # bitsandbytes wrote no weight_format once, and means rows by that.
+    if layout is not None and not layout.is_meta and layout.cpu().tolist() not in (0, [0]):
+        msg = (
+            f"{layout_key}: got {layout.tolist()}, only 0 (rows) can be read: 1 to 3 are layouts "
+            "of old versions of bitsandbytes; quantize the dense model again"
+        )
+        raise CorruptFileError(msg)
+    weight, scales_at = entries[prefix], scales_key(prefix, _ROWS)
+    scales, rows = entries[scales_at], weight.shape[:-1].numel()
+    if weight.dtype != torch.int8 or weight.dim() < 2:
+        msg = f"{prefix}: got {weight.dtype} {list(weight.shape)}, int8 (out, in) is needed"
+        raise CorruptFileError(msg)
+    if scales.dtype != torch.float32 or scales.numel() != rows:
+        msg = (
+            f"{scales_at}: got {scales.dtype} {list(scales.shape)}, float32 ({rows},) is needed "
+            f"for the rows of {prefix}"
+        )
+        raise CorruptFileError(msg)
+    shape = list(weight.shape)
+    return {"format": _ROWS.for_shape(shape), "shape": shape, "dtype": None, "offset": 0.0}
+
+
+def unflatten(
+    entries: Mapping[str, Tensor], prefix: str, dtype: torch.dtype = torch.float16
+) -> QuantizedTensor:
     """The tensor at ``prefix``, sharing the entries' memory where it can.
+
+    Args:
+        entries: of a ``state_dict`` or file.
+        prefix: of the tensor's keys.
+        dtype: of the dense tensor, where the entries do not say (int8 rows).
 
     Raises:
         CorruptFileError: if an entry is missing, has another size or dtype than the state says,
@@ -138,11 +215,10 @@ def unflatten(entries: Mapping[str, Tensor], prefix: str) -> QuantizedTensor:
         msg = f"{prefix}: missing {', '.join(missing)}"
         raise CorruptFileError(msg)
     numel = torch.Size(state["shape"]).numel()
-    packed_dtype = torch.uint8 if fmt.bits == 4 else torch.int8
+    packed_dtype = getattr(torch, fmt.packed_dtype)
     absmax_dtype = torch.uint8 if fmt.double_quant else torch.float32
 
-    def entry(name: str, size: int, dtype: torch.dtype) -> Tensor:
-        key = f"{prefix}.{name}" if name else prefix
+    def entry(key: str, size: int, dtype: torch.dtype) -> Tensor:
         found = entries.get(key)
         if found is None:
             msg = f"{prefix}: missing {key}, which the state says is there"
@@ -152,21 +228,26 @@ def unflatten(entries: Mapping[str, Tensor], prefix: str) -> QuantizedTensor:
             raise CorruptFileError(msg)
         return found.reshape(-1)
 
-    packed = entry("", fmt.packed_size(numel), packed_dtype)
-    absmax = entry("absmax", fmt.num_blocks(numel), absmax_dtype)
+    packed = entry(prefix, fmt.packed_size(numel), packed_dtype)
+    scales = scales_key(prefix, fmt)
+    if numel == 0 and fmt.kind.state is None:
+        absmax = entries[scales].reshape(-1)[:0]  # rows without values
+    else:
+        absmax = entry(scales, fmt.num_blocks(numel), absmax_dtype)
     if fmt.code is not None:
-        _check_table(entry("quant_map", 16, torch.float32), CODES[fmt.quant_type], prefix)
+        _check_table(entry(f"{prefix}.quant_map", 16, torch.float32), fmt.code, prefix)
     nested_absmax = offset = None
     if fmt.double_quant:
-        nested_absmax = entry("nested_absmax", fmt.num_nested(numel), torch.float32)
+        nested_absmax = entry(f"{prefix}.nested_absmax", fmt.num_nested(numel), torch.float32)
         finite = not has_data(nested_absmax) or bool(nested_absmax.isfinite().all())
         if not finite or not math.isfinite(state["offset"]):
             msg = f"{prefix}: NaN or infinity among its second-level scales or its offset"
             raise CorruptFileError(msg)
-        _check_table(entry("nested_quant_map", 256, torch.float32), dynamic_code(), prefix)
+        table = entry(f"{prefix}.nested_quant_map", 256, torch.float32)
+        _check_table(table, dynamic_code(), prefix)
         offset = torch.tensor([state["offset"]], dtype=torch.float32, device=packed.device)
     parts = Parts(packed, absmax, nested_absmax, offset)
-    return QuantizedTensor.from_parts(parts, fmt, state["shape"], state["dtype"])
+    return QuantizedTensor.from_parts(parts, fmt, state["shape"], state["dtype"] or dtype)
 
 
 def _check_table(found: Tensor, expected: tuple[float, ...], prefix: str) -> None:
@@ -177,3 +258,9 @@ def _check_table(found: Tensor, expected: tuple[float, ...], prefix: str) -> Non
     if not torch.equal(found.cpu(), table):
         msg = f"{prefix}: its table of {len(expected)} codes is not the format's own"
         raise CorruptFileError(msg)
+
+
+def _sibling(prefix: str, name: str) -> str:
+    """The key ``name`` in the module whose parameter is at ``prefix``."""
+    module, dot, _ = prefix.rpartition(".")
+    return f"{module}{dot}{name}"

@@ -1,12 +1,13 @@
 """How quantized bytes are read: the format, its constants and all size arithmetic. No torch.
 
-A format is a table of codes (4-bit) or a step (int8), a block size and a kind of scale. How the
-codes were *chosen* is not part of it (see ``codec``): any bytes of a format decode the same way.
+A format is a kind (a row of ``KINDS``: table of codes, width, allowed blocks and scales, name in
+files), a block size and a kind of scale. How the codes were *chosen* is not part of it (see
+``codec``): any bytes of a format decode the same way.
 
 Layout, shared by every back end and by the files:
 
 - blocks of ``blocksize`` values run over the flat row-major tensor, across row ends; the last
-  block may be shorter;
+  block may be shorter. Of ``int8_row`` a block is a row: all values of the last dimension;
 - 4-bit: value ``2 i`` sits in the high nibble of byte ``i``, value ``2 i + 1`` in the low one; an
   odd count is padded with the code of 0.0;
 - one fp32 ``absmax`` per block. Double quantization stores it as ``absmax - offset`` in an 8-bit
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -58,11 +60,43 @@ _FP4_MAGNITUDES = (
 # bitsandbytes' FP4: bit 3 is the sign, magnitudes are divided by 12.
 FP4: Final[tuple[float, ...]] = _FP4_MAGNITUDES + tuple(0.0 - m for m in _FP4_MAGNITUDES)
 
-CODES: Final[dict[str, tuple[float, ...]]] = {"nf4": NF4, "fp4": FP4}
-QUANT_TYPES: Final = ("nf4", "fp4", "int8")
 BLOCKSIZES: Final = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE: Final = 256
 DTYPES: Final = ("float32", "float16", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class FormatKind:
+    """What the name of a format fixes.
+
+    Args:
+        bits: of a code, 4 (two in a byte) or 8.
+        code: the value of each code, in units of its scale; None for signed integers, in units of
+            ``scale / 127``.
+        blocksizes: how many values may share a scale; empty where that is a row's length.
+        scales: how scales may be stored: "fp32", or "nested" (double quantization).
+        state: name of the JSON entry in files; None for bitsandbytes' int8 keys, which have none.
+    """
+
+    bits: int
+    code: tuple[float, ...] | None
+    blocksizes: tuple[int, ...]
+    scales: tuple[str, ...]
+    state: str | None
+
+    @property
+    def per_row(self) -> bool:
+        """Whether a block is a row, of any length."""
+        return not self.blocksizes
+
+
+KINDS: Final[dict[str, FormatKind]] = {
+    "nf4": FormatKind(4, NF4, BLOCKSIZES, ("fp32", "nested"), "bitsandbytes__nf4"),
+    "fp4": FormatKind(4, FP4, BLOCKSIZES, ("fp32", "nested"), "bitsandbytes__fp4"),
+    "int8": FormatKind(8, None, BLOCKSIZES, ("fp32", "nested"), "qkern__int8"),
+    "int8_row": FormatKind(8, None, (), ("fp32",), None),
+}
+QUANT_TYPES: Final = tuple(KINDS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +104,12 @@ class QuantFormat:
     """How the bytes of a quantized tensor are read.
 
     Args:
-        quant_type: ``"nf4"``, ``"fp4"`` (4 bits a weight) or ``"int8"`` (8 bits).
+        quant_type: ``"nf4"``, ``"fp4"`` (4 bits a weight), ``"int8"`` (8 bits) or ``"int8_row"``
+            (8 bits, the layout of bitsandbytes' int8 files).
         blocksize: values that share a scale, one of 32, 64, ... 4096; an int, or an integer of
-            NumPy's, which is kept as an int.
-        double_quant: scales stored in 8 bits instead of 32.
+            NumPy's, which is kept as an int. For int8_row the length of a row, or 0 until
+            ``for_shape`` fills it in.
+        double_quant: scales stored in 8 bits instead of 32; False for int8_row, whatever is given.
 
     Raises:
         FormatError: for any other value.
@@ -91,28 +127,61 @@ class QuantFormat:
         if self.quant_type not in QUANT_TYPES:
             msg = f"unknown quant_type {self.quant_type!r}: allowed are {', '.join(QUANT_TYPES)}"
             raise FormatError(msg)
-        is_int = isinstance(self.blocksize, (int, np.integer))
-        if not is_int or self.blocksize not in BLOCKSIZES:
-            allowed = ", ".join(map(str, BLOCKSIZES))
+        if not _is_blocksize(self.blocksize, self.kind):
+            allowed = ", ".join(map(str, self.kind.blocksizes)) or "a row's length, 0 or more"
             msg = f"blocksize {self.blocksize!r} is not supported: allowed are {allowed}"
             raise FormatError(msg)
         object.__setattr__(self, "blocksize", int(self.blocksize))
         if not isinstance(self.double_quant, bool):
             msg = f"double_quant must be True or False, got {self.double_quant!r}"
             raise FormatError(msg)
+        if "nested" not in self.kind.scales:
+            object.__setattr__(self, "double_quant", False)
+
+    @property
+    def kind(self) -> FormatKind:
+        """What the name fixes."""
+        return KINDS[self.quant_type]
 
     @property
     def bits(self) -> int:
         """Bits of one code, scales not counted."""
-        return 8 if self.quant_type == "int8" else 4
+        return self.kind.bits
 
     @property
     def code(self) -> tuple[float, ...] | None:
         """The 16 values of a 4-bit format, in units of absmax; None for int8."""
-        return CODES.get(self.quant_type)
+        return self.kind.code
+
+    @property
+    def packed_dtype(self) -> str:
+        """Name of the dtype of packed codes."""
+        return "int8" if self.kind.code is None else "uint8"
+
+    def for_shape(self, shape: Sequence[int]) -> QuantFormat:
+        """The format of a tensor of ``shape``: of int8_row, ``blocksize`` becomes a row's length.
+
+        Fewer than 2 dimensions are one row. Rows without values count as 1 long: there are none
+        of their scales either.
+        """
+        if not self.kind.per_row:
+            return self
+        return self.replace(blocksize=max(int(shape[-1]), 1) if len(shape) else 1)
+
+    @property
+    def template(self) -> QuantFormat:
+        """The format as it was asked for, before ``for_shape``: the same for every shape."""
+        return self.replace(blocksize=0) if self.kind.per_row else self
 
     def num_blocks(self, numel: int) -> int:
-        """Blocks, and so scales, of a tensor of ``numel`` values."""
+        """Blocks, and so scales, of a tensor of ``numel`` values.
+
+        Raises:
+            FormatError: for int8_row without the length of a row.
+        """
+        if self.blocksize == 0:
+            msg = f"{self.quant_type} has a scale a row: for_shape(shape) fills in its length"
+            raise FormatError(msg)
         return -(-numel // self.blocksize)
 
     def num_nested(self, numel: int) -> int:
@@ -145,10 +214,24 @@ class QuantFormat:
 def resolve_format(
     quant_type: str | QuantFormat, *, blocksize: int = 64, double_quant: bool = True
 ) -> QuantFormat:
-    """The format that a caller named; a ``QuantFormat`` in place of the name decides alone."""
+    """The format that a caller named; a ``QuantFormat`` in place of the name decides alone.
+
+    Args:
+        quant_type: a name of ``QUANT_TYPES``, or a format.
+        blocksize: values that share a scale; unused by int8_row, whose rows do.
+        double_quant: store the scales in 8 bits; unused by int8_row, whose scales are fp32.
+    """
     if isinstance(quant_type, QuantFormat):
         return quant_type
+    if quant_type in QUANT_TYPES and KINDS[quant_type].per_row:
+        return QuantFormat(quant_type, 0, double_quant)
     return QuantFormat(quant_type, blocksize, double_quant)
+
+
+def _is_blocksize(value: object, kind: FormatKind) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        return False
+    return bool(value >= 0) if kind.per_row else value in kind.blocksizes
 
 
 @functools.cache

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkern.codec import METHODS, NONFINITE, QuantizedArray, check_choice
+from qkern.codec import NONFINITE, QuantizedArray, check_choice
 from qkern.errors import DTypeError, FrozenWeightError, ShapeError
 from qkern.formats import QuantFormat, resolve_format
 from qkern.ops import host
@@ -22,6 +22,7 @@ def quantize(
     blocksize: int = 64,
     double_quant: bool = True,
     method: str = "absmax",
+    importance: Tensor | None = None,
     nonfinite: str = "error",
 ) -> QuantizedTensor:
     """Quantize a torch tensor on its device: ``qkern.quantize`` for tensors.
@@ -29,9 +30,10 @@ def quantize(
     The result is detached: quantizing has no derivative.
     """
     fmt = resolve_format(quant_type, blocksize=blocksize, double_quant=double_quant)
-    check_choice("method", method, METHODS)
     check_choice("nonfinite", nonfinite, NONFINITE)
-    return QuantizedTensor.from_dense(values, fmt, nonfinite=nonfinite)
+    return QuantizedTensor.from_dense(
+        values, fmt, method=method, importance=importance, nonfinite=nonfinite
+    )
 
 
 def dequantize(

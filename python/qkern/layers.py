@@ -27,8 +27,8 @@ _Layer = TypeVar("_Layer", bound=nn.Linear)
 class QuantizedLinear(nn.Linear):
     """``nn.Linear`` whose frozen weight is a ``QuantizedTensor``.
 
-    Its ``state_dict`` holds bitsandbytes' flat keys and loads strictly. Build it with
-    ``from_linear``.
+    Its ``state_dict`` holds bitsandbytes' flat keys (of ``Linear4bit``, or of ``Linear8bitLt`` for
+    int8_row) and loads strictly. Build it with ``from_linear``.
 
     Attributes:
         path: where a model holds the layer, for errors; empty until a model is quantized or loaded.
@@ -59,9 +59,20 @@ class QuantizedLinear(nn.Linear):
         quant_type: str | QuantFormat = "nf4",
         blocksize: int = 64,
         double_quant: bool = True,
+        method: str = "absmax",
+        importance: Tensor | None = None,
         nonfinite: str = "error",
     ) -> QuantizedLinear:
         """Quantize a dense layer's weight; its bias is kept, frozen.
+
+        Args:
+            layer: ``nn.Linear``.
+            quant_type: "nf4", "fp4", "int8", "int8_row", or a ``QuantFormat``.
+            blocksize: values that share a scale; unused by int8_row, where a row does.
+            double_quant: store the scales in 8 bits; unused by int8_row.
+            method: "absmax" or "search", see ``qkern.quantize``.
+            importance: (in_features,) weights of the errors for "search".
+            nonfinite: "error" or "keep", see ``qkern.quantize``.
 
         Raises:
             FormatError: if the layer is quantized already, has a forward of its own, or computes
@@ -75,7 +86,9 @@ class QuantizedLinear(nn.Linear):
             raise FormatError(msg)
         operands.check_layer(layer)
         fmt = resolve_format(quant_type, blocksize=blocksize, double_quant=double_quant)
-        weight = QuantizedTensor.from_dense(layer.weight.detach(), fmt, nonfinite=nonfinite)
+        weight = QuantizedTensor.from_dense(
+            layer.weight, fmt, method=method, importance=importance, nonfinite=nonfinite
+        )
         if layer.bias is not None:
             layer.bias.requires_grad_(False)
         return _take_over(cls(weight, layer.bias), layer)
@@ -150,11 +163,7 @@ class QuantizedLinear(nn.Linear):
             )
             raise StateDictError(msg)
         if strict:
-            known = set(flat_keys.companions(shards.local_part(weight), key)) | {
-                key,
-                f"{key}.absmax",
-            }
-            known |= {f"{key}.nested_absmax", f"{key}.nested_quant_map"}
+            known = flat_keys.known_keys(shards.local_part(weight), key)
             unexpected_keys += [k for k in owned if k not in known]
         try:
             assign = bool(local_metadata.get("assign_to_params_buffers", False))
@@ -167,8 +176,8 @@ class QuantizedLinear(nn.Linear):
         if shards.is_sharded(weight):
             shards.load(weight, entries, key)
             return
-        loaded = flat_keys.unflatten(entries, key)
         mine = self.quantized_weight
+        loaded = flat_keys.unflatten(entries, key, mine.dtype)
         same = loaded.format.replace(double_quant=False) == mine.format.replace(double_quant=False)
         if loaded.shape != mine.shape or not same:
             msg = (
@@ -189,15 +198,16 @@ class QuantizedLinear(nn.Linear):
                 mine.data = loaded.to(device=mine.device, dtype=mine.dtype)
 
     def _fqn_modifiers(self) -> dict[str, str]:
-        """For ``torch.distributed.checkpoint``: keys below ``weight`` are no submodules."""
-        return {"weight": "_flat_names"}
+        """For ``torch.distributed.checkpoint``: the keys of the weight are no submodules."""
+        return {key.partition(".")[0]: "_flat_names" for key in self._weight_keys()}
+
+    def _weight_keys(self) -> set[str]:
+        return flat_keys.known_keys(shards.local_part(self.weight), "weight")
 
     @property
     def _flat_names(self) -> SimpleNamespace:
         names = SimpleNamespace()
-        for key in flat_keys.companions(shards.local_part(self.weight), "weight") | {
-            "weight.absmax": 0
-        }:
+        for key in self._weight_keys():
             at = names
             for name in key.split("."):
                 if not hasattr(at, name):
@@ -261,6 +271,8 @@ class QLoRALinear(QuantizedLinear):
         quant_type: str | QuantFormat = "nf4",
         blocksize: int = 64,
         double_quant: bool = True,
+        method: str = "absmax",
+        importance: Tensor | None = None,
         nonfinite: str = "error",
         **lora: Any,
     ) -> QLoRALinear:
@@ -269,9 +281,11 @@ class QLoRALinear(QuantizedLinear):
         Args:
             layer: ``nn.Linear`` or ``QuantizedLinear``.
             quant_type: see ``qkern.quantize``; unused for a quantized layer, as are the next
-                three.
+                five.
             blocksize: values that share a scale.
             double_quant: store the scales in 8 bits.
+            method: "absmax" or "search".
+            importance: (in_features,) weights of the errors for "search".
             nonfinite: "error" or "keep".
             **lora: ``r``, ``lora_alpha`` and the other arguments of the class.
         """
@@ -281,7 +295,9 @@ class QLoRALinear(QuantizedLinear):
         operands.check_layer(layer)
         if not isinstance(layer, QuantizedLinear):
             fmt = resolve_format(quant_type, blocksize=blocksize, double_quant=double_quant)
-            layer = QuantizedLinear.from_linear(layer, quant_type=fmt, nonfinite=nonfinite)
+            layer = QuantizedLinear.from_linear(
+                layer, quant_type=fmt, method=method, importance=importance, nonfinite=nonfinite
+            )
         return _take_over(cls(layer.quantized_weight, layer.bias, **lora), layer)
 
     def set_scaling(self, lora_alpha: float, *, use_rslora: bool) -> None:

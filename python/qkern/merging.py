@@ -8,7 +8,7 @@ from qkern import shards
 from qkern.errors import AdapterMismatchError, QkernError
 from qkern.layers import QLoRALinear, QuantizedLinear
 from qkern.model import adapted_layers
-from qkern.operands import has_data
+from qkern.ops import has_data
 from qkern.tensor_dispatch import take_back
 
 # What merging calls its addition to a weight.

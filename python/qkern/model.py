@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import fnmatch
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ def quantize_model(
     double_quant: bool = True,
     exclude: str | Sequence[str] = (),
     min_coverage: float | None = None,
+    method: str = "absmax",
+    importance: Mapping[str, torch.Tensor] | None = None,
     nonfinite: str = "error",
 ) -> CoverageReport:
     """Replace every ``nn.Linear`` of a model by ``QuantizedLinear``, in place.
@@ -42,11 +44,14 @@ def quantize_model(
 
     Args:
         model: on any device; layers on meta stay there.
-        quant_type: "nf4", "fp4", "int8", or a ``QuantFormat``.
-        blocksize: values that share a scale.
-        double_quant: store the scales in 8 bits.
+        quant_type: "nf4", "fp4", "int8", "int8_row", or a ``QuantFormat``.
+        blocksize: values that share a scale; unused by int8_row, where a row does.
+        double_quant: store the scales in 8 bits; unused by int8_row.
         exclude: module paths, ends of paths ("down_proj") or globs ("*.layers.0.*").
         min_coverage: least share of values that must be quantized, 0 to 1.
+        method: "absmax" or "search", see ``qkern.quantize``.
+        importance: for "search", weights of the errors, (in_features,) for each module path; a
+            layer without an entry weighs all columns alike.
         nonfinite: "error" or "keep", see ``qkern.quantize``.
 
     Raises:
@@ -56,6 +61,8 @@ def quantize_model(
         NonFiniteError: for NaN or infinity in a weight, naming the layer.
     """
     fmt = resolve_format(quant_type, blocksize=blocksize, double_quant=double_quant)
+    importance = importance or {}
+    _check_importance(model, importance)
     rows = []
     leave_inference_mode(model)
     for site in _sites(model, exclude):
@@ -63,7 +70,9 @@ def quantize_model(
         module = module_at(model, name)
         weight: Any = module._parameters[site.parameter]
         if type(module) is nn.Linear and site.parameter == "weight" and not site.reason:
-            module = _quantize_layer(name, module, fmt, nonfinite)
+            weights = next((importance[n] for n in site.names if n in importance), None)
+            how = {"method": method, "importance": weights, "nonfinite": nonfinite}
+            module = _quantize_layer(name, module, fmt, how)
             weight = module.quantized_weight
             replace_module(model, site.names, module)
         row = _row(name, weight, site.reason or _class_reason(module, site.parameter), fmt)
@@ -168,11 +177,19 @@ def memory_footprint(model: nn.Module) -> int:
     )
 
 
+def _check_importance(model: nn.Module, importance: Mapping[str, torch.Tensor]) -> None:
+    linear = [name for _, names in module_paths(model) for name in names]
+    unknown = [name for name in importance if name not in linear]
+    if unknown:
+        msg = f"importance names {unknown[0]!r}, which is no module of the model: use full paths"
+        raise FormatError(msg)
+
+
 def _quantize_layer(
-    name: str, layer: nn.Linear, fmt: QuantFormat, nonfinite: str
+    name: str, layer: nn.Linear, fmt: QuantFormat, how: dict[str, Any]
 ) -> QuantizedLinear:
     try:
-        return QuantizedLinear.from_linear(layer, quant_type=fmt, nonfinite=nonfinite)
+        return QuantizedLinear.from_linear(layer, quant_type=fmt, **how)
     except QkernError as error:
         msg = f"{name}.weight: {error}"
         raise type(error)(msg) from error
@@ -180,7 +197,7 @@ def _quantize_layer(
 
 def _row(name: str, weight: Any, reason: str, fmt: QuantFormat) -> CoverageRow:
     quantized = isinstance(weight, QuantizedTensor)
-    if quantized and weight.format != fmt:
+    if quantized and weight.format.template != fmt.template:
         same = weight.format.replace(double_quant=fmt.double_quant) == fmt
         reason = "fp32 scales: 8 bits cannot hold them" if same else "was quantized before"
     before = weight.numel() * weight.element_size()
@@ -240,7 +257,7 @@ def _sites(model: nn.Module, exclude: str | Sequence[str]) -> list[_Site]:
     for module, names, key, shared in found:
         reason = ""
         if isinstance(module, nn.Linear):
-            hits = [p for p in patterns if any(_matches(name, p) for name in names)]
+            hits = [p for p in patterns if any(matches(name, p) for name in names)]
             matched.update(hits)
             others = [other for other in shared if other != names[0]]
             if hits:
@@ -274,7 +291,8 @@ def _output_heads(model: nn.Module) -> set[int]:
     return heads
 
 
-def _matches(name: str, pattern: str) -> bool:
+def matches(name: str, pattern: str) -> bool:
+    """Whether a path is meant by a pattern of ``exclude``: itself, its end, or a glob."""
     return name == pattern or name.endswith(f".{pattern}") or fnmatch.fnmatchcase(name, pattern)
 
 

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import is_fake
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from qkern.errors import DeviceError, DTypeError, FormatError, ShapeError
@@ -16,11 +15,6 @@ if TYPE_CHECKING:
 
 # float64 is for checking gradients: it computes on a dense copy of the weight.
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-
-def has_data(tensor: Tensor) -> bool:
-    """Whether a tensor has values: not on meta, not one of ``FakeTensorMode``."""
-    return not (tensor.is_meta or is_fake(tensor))
 
 
 def check_dense(values: Any) -> None:

@@ -17,6 +17,8 @@ from qkern.formats import NESTED_BLOCKSIZE, QuantFormat, dynamic_code
 
 # Below this, bitsandbytes' reciprocal would overflow: its floor for the block maximum.
 ABSMAX_FLOOR = 1e-38
+# Below this, the arithmetic of a search would be subnormal: such a block keeps its absmax.
+SEARCHED_ABSMAX_FLOOR = 1e-36
 # Below this, 127 / absmax is not finite in fp32: such an int8 block is stored as zeros.
 INT8_ABSMAX_FLOOR = 1e-36
 
@@ -36,7 +38,7 @@ def quantize(values: Tensor, fmt: QuantFormat) -> Parts:
     Double quantization is applied as the format says, without asking whether it is safe
     (``scales_are_safe``).
     """
-    encode = _encode_int8 if fmt.quant_type == "int8" else _encode_4bit
+    encode = _encode_int8 if fmt.code is None else _encode_4bit
     packed, absmax = encode(values.detach().reshape(-1).float(), fmt)
     if not fmt.double_quant:
         return Parts(packed, absmax, None, None)
@@ -49,7 +51,7 @@ def dequantize(parts: Parts, fmt: QuantFormat, numel: int, dtype: torch.dtype) -
     if parts.nested_absmax is not None and parts.offset is not None:
         absmax = dequantize_absmax(absmax, parts.nested_absmax, parts.offset)
     packed = parts.packed.reshape(-1)
-    if fmt.quant_type == "int8":
+    if fmt.code is None:
         codes, step = packed.float(), absmax * torch.tensor(1 / 127, dtype=torch.float32)
     else:
         index = torch.stack([packed >> 4, packed & 15], dim=1).reshape(-1)[:numel]
@@ -58,13 +60,87 @@ def dequantize(parts: Parts, fmt: QuantFormat, numel: int, dtype: torch.dtype) -
     return (codes * scales).to(dtype)
 
 
+def search_scales(values: Tensor, fmt: QuantFormat, importance: Tensor | None = None) -> Tensor:
+    """Scales (b,) of least squared error for 4-bit codes, of either sign.
+
+    For a trial scale t, c are the table's values nearest to x / t. The best scale for these codes
+    is ``sum(w x c) / sum(w c c)``, and ``sum(w x c)^2 / sum(w c c)`` what it explains of
+    ``sum(w x x)``. Trials are multiples of the absmax: eight fixed ones, then four near the best.
+
+    Args:
+        values: any shape.
+        fmt: a 4-bit format.
+        importance: weights w, (columns,) of the last dimension, or None for ones.
+    """
+    x = values.detach().reshape(-1).float()
+    absmax = _block_absmax(x, fmt.blocksize)  # (b,)
+    usable = (absmax >= SEARCHED_ABSMAX_FLOOR) & absmax.isfinite()
+    u = _blocks(x, fmt.blocksize) / torch.where(usable, absmax, torch.ones_like(absmax))[:, None]
+    w = torch.ones_like(x)
+    if importance is not None:
+        weights = importance.to(x) / importance.max().clamp_min(torch.finfo(torch.float32).tiny)
+        w = weights.expand(values.shape).reshape(-1) if values.dim() else weights.reshape(-1)
+    w = _blocks(w, fmt.blocksize)  # (b, blocksize); 0 beyond the end
+    ascending = torch.sort(_code_tensor(fmt, x.device)).values
+    bounds = (ascending[:-1] + ascending[1:]) / 2
+
+    def compare(best: Tensor, trial: Tensor) -> Tensor:  # (3, b), (b,) or (1,) to (3, b)
+        c = ascending[torch.bucketize((u / trial[:, None]).clamp(-1, 1), bounds)]
+        xc, cc = (w * u * c).sum(1), (w * c * c).sum(1)
+        found = torch.stack([xc * xc / cc, trial.expand_as(xc), xc / cc])
+        return torch.where(found[0] > best[0], found, best)
+
+    none = torch.stack([torch.full_like(absmax, -torch.inf), absmax * 0 + 1, absmax * 0 + 1])
+    best = none
+    for multiple in _trials(fmt, ascending):
+        best = compare(best, x.new_tensor([multiple]))
+    middle = best[1]
+    for near in (1.02, 0.98, 1.04, 0.96):
+        best = compare(best, middle * near)
+    c = ascending[torch.bucketize(u.clamp(-1, 1), bounds)]
+    explained = (w * (2 * u - c) * c).sum(1)  # by the absmax itself
+    gains = best[0] - explained > 1e-5 * (w * c * c).sum(1)
+    scales = absmax * best[2]
+    fits = scales.abs() * ascending.abs().max() <= torch.finfo(values.dtype).max
+    scales = torch.where(usable & gains & fits, scales, absmax)
+    if x.numel() % fmt.blocksize:
+        scales[-1] = _at_least_floor(scales[-1:])
+    return scales
+
+
+def _trials(fmt: QuantFormat, ascending: Tensor) -> tuple[float, ...]:
+    """The first trial scales, as multiples of the absmax; no sign where the table is symmetric."""
+    small = fmt.blocksize <= 128
+    if torch.equal(ascending, -ascending.flip(0)):
+        if small:
+            return (1.0, 0.82, 0.88, 0.94, 0.85, 0.91, 1.06, 1.36)
+        return (1.0, 0.64, 0.7, 0.76, 0.8, 0.84, 0.88, 0.94)
+    multiples = (1.0, 0.9, 1.07, 1.36) if small else (1.0, 0.8, 0.87, 0.94)
+    return multiples + tuple(-multiple for multiple in multiples)
+
+
+def encode(values: Tensor, scales: Tensor, fmt: QuantFormat) -> Tensor:
+    """Packed 4-bit codes of ``values`` (any shape) against scales (b,) of either sign."""
+    x = values.detach().reshape(-1).float()
+    full = x.numel() // fmt.blocksize * fmt.blocksize
+    divisor = _at_least_floor(scales)
+    scaled = x * (1.0 / divisor).repeat_interleave(fmt.blocksize)[: x.numel()]
+    if full < x.numel():
+        scaled[full:] = x[full:] / divisor[-1]
+    return _pack_nearest(scaled, fmt)
+
+
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """8-bit codes (b,), group maxima (g,) and offset (1,) of fp32 scales (b,)."""
+    """8-bit codes (b,), group maxima (g,) and offset (1,) of fp32 scales (b,).
+
+    The offset is their mean, or 0 if one is negative: scales of both signs lie around it.
+    """
     groups = _blocks(absmax.double(), NESTED_BLOCKSIZE)
     # Summed group by group in fp64: the same mean for any number of threads.
     total = sum(group.sum() for group in groups) if len(groups) else torch.zeros(())
     mean = torch.as_tensor(total, dtype=torch.float64) / max(absmax.numel(), 1)
     offset = mean.float().reshape(1).to(absmax.device)
+    offset = torch.where((absmax < 0).any(), torch.zeros_like(offset), offset)
     residual = absmax - offset
     nested = _block_absmax(residual, NESTED_BLOCKSIZE)
     scale = nested.repeat_interleave(NESTED_BLOCKSIZE)[: absmax.numel()]
@@ -119,20 +195,33 @@ def _encode_4bit(x: Tensor, fmt: QuantFormat) -> tuple[Tensor, Tensor]:
     if full < x.numel():  # the ragged last block divides instead, as bitsandbytes does
         absmax[-1] = absmax[-1].clamp_min(ABSMAX_FLOOR)
         scaled[full:] = x[full:] / absmax[-1]
-    if x.numel() % 2:
+    return _pack_nearest(scaled, fmt), absmax
+
+
+def _pack_nearest(scaled: Tensor, fmt: QuantFormat) -> Tensor:
+    """Two codes a byte of the values nearest to ``scaled`` (n,), clamped to [-1, 1]."""
+    if scaled.numel() % 2:
         scaled = torch.cat([scaled, scaled.new_zeros(1)])
-    code = _code_tensor(fmt, x.device)
+    code = _code_tensor(fmt, scaled.device)
     ascending, order = torch.sort(code, stable=True)
     # A value equal to a midpoint takes the lower code.
     index = torch.bucketize(scaled.clamp(-1, 1), (ascending[:-1] + ascending[1:]) / 2)
     nibble = order[index].to(torch.uint8)
-    return (nibble[0::2] << 4) | nibble[1::2], absmax
+    return (nibble[0::2] << 4) | nibble[1::2]
+
+
+def _at_least_floor(scales: Tensor) -> Tensor:
+    """Scales of magnitude ``ABSMAX_FLOOR`` or more, with their signs."""
+    floor = torch.full_like(scales, ABSMAX_FLOOR).copysign(scales)
+    return torch.where(scales.abs() < ABSMAX_FLOOR, floor, scales)
 
 
 def _encode_int8(x: Tensor, fmt: QuantFormat) -> tuple[Tensor, Tensor]:
     absmax = _block_absmax(x, fmt.blocksize)
-    # torch computes 127 / t as 127 * (1 / t); two tensors are divided for real.
-    factor = torch.full_like(absmax, 127.0) / absmax
+    if fmt.kind.per_row:  # bitsandbytes' factor: now and then an ulp off the quotient
+        factor = 127.0 * absmax.reciprocal()
+    else:  # torch computes 127 / t as 127 * (1 / t); two tensors are divided for real
+        factor = torch.full_like(absmax, 127.0) / absmax
     factor[absmax < INT8_ABSMAX_FLOOR] = 0.0
     scaled = x * factor.repeat_interleave(fmt.blocksize)[: x.numel()]
     return scaled.round().clamp(-127, 127).to(torch.int8), absmax

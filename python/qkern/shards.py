@@ -1,7 +1,7 @@
 """A weight that FSDP2 sharded: a ``DTensor`` around one rank's ``QuantizedTensor``.
 
-Its ``state_dict`` entries have the flat keys of the whole weight. Codes and scales are ``DTensor``s
-of two dimensions, sharded by rows; all else is the same on every rank.
+Its ``state_dict`` entries have the flat keys of the whole weight. Codes and scales are
+``DTensor``s, sharded by rows; all else is the same on every rank.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ def local_part(weight: Any) -> QuantizedTensor:
 
 def entries(weight: Any, key: str) -> dict[str, Tensor]:
     """The ``state_dict`` entries of a weight, sharded or whole."""
-    if not is_sharded(weight):
-        return flat_keys.flatten(weight, key)
+    local = local_part(weight)
+    if not is_sharded(weight) or not local.has_rows:  # every rank holds everything
+        return flat_keys.flatten(local, key)
     from torch.distributed.tensor import DTensor
 
     def wrap(rows: Tensor) -> Tensor:
@@ -40,13 +41,14 @@ def entries(weight: Any, key: str) -> dict[str, Tensor]:
             weight.device_mesh,
             weight.placements,
             run_check=False,
-            shape=torch.Size((weight.shape[0], rows.shape[1])),
-            stride=(rows.shape[1], 1),
+            shape=torch.Size((weight.shape[0], *rows.shape[1:])),
+            stride=rows.stride(),
         )
 
-    local: QuantizedTensor = weight._local_tensor
-    packed, absmax = (wrap(t) if local.has_rows else t for t in (local.packed, local.absmax))
-    return {key: packed, f"{key}.absmax": absmax} | flat_keys.companions(local, key)
+    one_each = local.format.kind.per_row
+    absmax = local.absmax.reshape(-1) if one_each else local.absmax.contiguous()
+    entries = {key: wrap(local.packed), flat_keys.scales_key(key, local.format): wrap(absmax)}
+    return entries | flat_keys.companions(local, key)
 
 
 def load(weight: Any, state_dict: Mapping[str, Any], key: str) -> None:
@@ -68,17 +70,17 @@ def load(weight: Any, state_dict: Mapping[str, Any], key: str) -> None:
         first = rank * -(-local.whole_shape[0] // weight.device_mesh.size())
 
     def rows(name: str, mine: Tensor) -> Any:
-        entry = state_dict[key + name]
+        entry = state_dict[name]
         if is_sharded(entry):
-            return entry._local_tensor
+            return entry._local_tensor.reshape(mine.shape)
         if not local.has_rows:
             return entry.reshape(mine.shape)
         whole = entry.reshape(local.whole_shape[0], -1)
         return whole[first : first + mine.shape[0]]
 
     with torch.no_grad():
-        local.packed.copy_(rows("", local.packed))
-        local.absmax.copy_(rows(".absmax", local.absmax))
+        local.packed.copy_(rows(key, local.packed))
+        local.absmax.copy_(rows(flat_keys.scales_key(key, local.format), local.absmax))
         if local.nested_absmax is not None and local.offset is not None:
             local.nested_absmax.copy_(state_dict[f"{key}.nested_absmax"])
             local.offset.fill_(state["offset"])

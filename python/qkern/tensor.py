@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from qkern import operands, ops, reference, tensor_dispatch
+from qkern.codec import check_method
 from qkern.errors import DTypeError, ShapeError
 from qkern.formats import NESTED_BLOCKSIZE, QuantFormat
 from qkern.ops import host
@@ -102,7 +103,13 @@ class QuantizedTensor(torch.Tensor):
 
     @classmethod
     def from_dense(
-        cls, values: Tensor, fmt: QuantFormat, *, nonfinite: str = "error"
+        cls,
+        values: Tensor,
+        fmt: QuantFormat,
+        *,
+        method: str = "absmax",
+        importance: Tensor | None = None,
+        nonfinite: str = "error",
     ) -> QuantizedTensor:
         """Quantize a dense tensor of any shape and strides, on its device; meta stays meta.
 
@@ -111,16 +118,11 @@ class QuantizedTensor(torch.Tensor):
         if isinstance(values, QuantizedTensor):
             msg = "the tensor is quantized already: dequantize it first to change its format"
             raise DTypeError(msg)
+        check_method(method, fmt, importance is not None)
         operands.check_dense(values)
+        fmt = fmt.for_shape(values.shape)
         with torch.inference_mode(False):
-            packed, absmax = ops.quantize(values.detach(), fmt.quant_type, fmt.blocksize, nonfinite)
-            parts = Parts(packed, absmax, None, None)
-            if fmt.double_quant:
-                codes, nested_absmax, offset, safe = ops.quantize_absmax(absmax)
-                if not operands.has_data(safe) or bool(safe):
-                    parts = Parts(packed, codes, nested_absmax, offset)
-                else:
-                    fmt = fmt.replace(double_quant=False)
+            parts, fmt = ops.to_parts(values.detach(), fmt, method, importance, nonfinite)
             return cls.from_parts(parts, fmt, values.shape, values.dtype)
 
     @classmethod

@@ -16,7 +16,8 @@ import numpy as np  # noqa: E402 - what is hidden must be hidden first
 
 import qkern  # noqa: E402
 
-FORMATS = {"nf4": 0.2, "fp4": 0.2, "int8": 0.005}  # largest error in units of the largest value
+# largest error in units of the largest value
+FORMATS = {"nf4": 0.2, "fp4": 0.2, "int8": 0.005, "int8_row": 0.005}
 
 
 def bfloat16_bits(values: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ from qkern.adapters import load_adapter
 from qkern.checkpoint.save import INDEX_NAME, TIED_KEY, WEIGHTS_NAME
 from qkern.errors import CorruptFileError
 from qkern.files import read_json
+from qkern.formats import DTYPES
 from qkern.layers import QuantizedLinear
 from qkern.module_tree import module_at, module_paths, replace_module
 from qkern.tensor import QuantizedTensor
@@ -26,6 +27,9 @@ def load_into(model: nn.Module, path: str | PathLike[str]) -> None:
 
     Linear layers that the file holds quantized become ``QuantizedLinear``; an adapter beside the
     base is loaded too. Parameters on meta take over the file's tensors.
+
+    Files of bitsandbytes' int8 rows do not say what dtype the weights had: they get the dtype of
+    ``config.json`` beside them, or if that does not say, of the layers that they replace.
 
     Args:
         model: dense, of the checkpoint's architecture; on meta to save memory.
@@ -38,10 +42,11 @@ def load_into(model: nn.Module, path: str | PathLike[str]) -> None:
     directory = Path(path)
     tensors = read_tensors(directory)
     paths = {name: names for _, names in module_paths(model) for name in names}
-    for key in list(tensors):
-        prefix = flat_keys.prefix_of_state(key)
-        if prefix:
-            _place(model, tensors, prefix, paths)
+    prefixes = flat_keys.prefixes(tensors)
+    _check_scales(model, tensors, prefixes)
+    dtype = _dtype_of_config(directory)
+    for prefix in prefixes:
+        _place(model, tensors, prefix, dtype, paths)
     assign = any(parameter.is_meta for parameter in model.parameters())
     try:
         missing, unexpected = model.load_state_dict(tensors, strict=False, assign=assign)
@@ -75,7 +80,7 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError, safe_open
 
     tensors: dict[str, Tensor] = {}
-    for file in _weight_files(directory):
+    for file in weight_files(directory):
         try:
             with safe_open(file, "pt") as opened:
                 for key in opened.keys():  # noqa: SIM118 - no mapping
@@ -92,19 +97,25 @@ def is_quantized(directory: Path) -> bool:
     """Whether a directory's weights hold quantized tensors, by its files' headers alone."""
     from safetensors import SafetensorError, safe_open
 
-    for file in _weight_files(directory):
+    for file in weight_files(directory):
         try:
             with safe_open(file, "pt") as opened:
                 keys = list(opened.keys())
         except SafetensorError as error:
             msg = f"{file}: not a readable safetensors file: {error}"
             raise CorruptFileError(msg) from error
-        if any(flat_keys.prefix_of_state(key) for key in keys):
+        if flat_keys.prefixes(keys):
             return True
     return False
 
 
-def _weight_files(directory: Path) -> list[Path]:
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a model directory: those of its index, or the single one.
+
+    Raises:
+        FileNotFoundError: if one is missing.
+        CorruptFileError: if the index is not usable, or points out of the directory.
+    """
     index = directory / INDEX_NAME
     if index.exists():
         names: Any = read_json(index).get("weight_map")
@@ -127,10 +138,34 @@ def _weight_files(directory: Path) -> list[Path]:
     return files
 
 
+def _check_scales(model: nn.Module, tensors: dict[str, Tensor], prefixes: list[str]) -> None:
+    """Refuse int8 codes for a dense parameter: their values would pass for weights."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for key, tensor in tensors.items():
+        if tensor.dtype == torch.int8 and key in parameters and key not in prefixes:
+            msg = f"{key}: int8 codes without their scales: there is no entry SCB beside it"
+            raise CorruptFileError(msg)
+
+
+def _dtype_of_config(directory: Path) -> torch.dtype | None:
+    """The dtype that a directory's ``config.json`` names, None if it does not."""
+    file = directory / "config.json"
+    config = read_json(file) if file.exists() else {}
+    name = config.get("dtype") or config.get("torch_dtype")
+    return getattr(torch, name) if name in DTYPES else None
+
+
 def _place(
-    model: nn.Module, tensors: dict[str, Tensor], prefix: str, paths: dict[str, list[str]]
+    model: nn.Module,
+    tensors: dict[str, Tensor],
+    prefix: str,
+    dtype: torch.dtype | None,
+    paths: dict[str, list[str]],
 ) -> None:
-    """Put a ``QuantizedLinear`` that can take the tensor at ``prefix`` at its layer's paths."""
+    """Put a ``QuantizedLinear`` that can take the tensor at ``prefix`` at its layer's paths.
+
+    ``dtype`` is for files that do not say what the weight's was.
+    """
     name, _, parameter = prefix.rpartition(".")
     try:
         layer = module_at(model, name)
@@ -142,7 +177,7 @@ def _place(
     if parameter != "weight" or type(layer) is not nn.Linear:
         msg = f"{prefix}: a quantized weight for a {type(layer).__name__}, nn.Linear is needed"
         raise CorruptFileError(msg)
-    loaded = flat_keys.unflatten(tensors, prefix)
+    loaded = flat_keys.unflatten(tensors, prefix, dtype or layer.weight.dtype)
     if loaded.shape != layer.weight.shape:
         msg = f"{prefix}: the file holds {tuple(loaded.shape)}, {tuple(layer.weight.shape)} needed"
         raise CorruptFileError(msg)

@@ -1,4 +1,4 @@
-"""Write a quantized model so that qkern, and for 4-bit formats bitsandbytes, open it."""
+"""Write a quantized model so that qkern opens it, and bitsandbytes all formats but int8 blocks."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "to_dict"):
         content = {**config.to_dict(), "architectures": [type(model).__name__]}
-        content["quantization_config"] = _quantization_config(model, layers)
+        content |= _quantization_config(model, layers)
         write_json(directory / "config.json", json.loads(json.dumps(content, default=_as_text)))
     generation = getattr(model, "generation_config", None)
     if generation is not None and hasattr(generation, "to_dict"):
@@ -98,27 +98,39 @@ def _distinct(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
 
 
 def _quantization_config(model: nn.Module, layers: dict[str, QuantizedLinear]) -> dict[str, Any]:
-    """What transformers reads to open the directory."""
-    formats = [layer.quantized_weight.format for layer in layers.values()]
+    """What transformers reads to open the directory: entries of ``config.json``."""
+    formats = [layer.quantized_weight.format.template for layer in layers.values()]
     fmt = max(set(formats), key=formats.count)
     skipped = [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name not in layers
     ]
-    if fmt.quant_type == "int8":
-        return {"quant_method": "qkern", **_as_fields(fmt), "skip_modules": skipped}
-    weight = next(iter(layers.values())).quantized_weight
-    return {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
-        "load_in_8bit": False,
-        "bnb_4bit_quant_type": fmt.quant_type,
-        "bnb_4bit_use_double_quant": fmt.double_quant,
-        "bnb_4bit_compute_dtype": str(weight.dtype).removeprefix("torch."),
-        "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": skipped,
-    }
+    dtype = _as_text(next(iter(layers.values())).quantized_weight.dtype)
+    quantization: dict[str, Any]
+    if fmt.kind.state is None:
+        quantization = {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": False,
+            "load_in_8bit": True,
+            "llm_int8_skip_modules": skipped,
+        }
+        # The entries of the weights do not hold their dtype.
+        return {"dtype": dtype, "quantization_config": quantization}
+    if fmt.kind.state.startswith("bitsandbytes"):
+        quantization = {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "load_in_8bit": False,
+            "bnb_4bit_quant_type": fmt.quant_type,
+            "bnb_4bit_use_double_quant": fmt.double_quant,
+            "bnb_4bit_compute_dtype": dtype,
+            "bnb_4bit_quant_storage": "uint8",
+            "llm_int8_skip_modules": skipped,
+        }
+    else:
+        quantization = {"quant_method": "qkern", **_as_fields(fmt), "skip_modules": skipped}
+    return {"quantization_config": quantization}
 
 
 def _as_fields(fmt: QuantFormat) -> dict[str, Any]:

@@ -66,7 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _setting(lora, "target_modules", str, "all-linear, or names separated by commas")
     base = parser.add_argument_group("frozen weights")
     _setting(base, "quant_type", str, "format", choices=QUANT_TYPES)
-    _setting(base, "blocksize", int, "values that share a scale", choices=BLOCKSIZES)
+    shared = "values that share a scale; unused by int8_row"
+    _setting(base, "blocksize", int, shared, choices=BLOCKSIZES)
     _flag(base, "double_quant", "--no-double-quant", "scales in fp32 instead of 8 bits", on=False)
 
 

@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from qkern.cli import exit_codes
-from qkern.formats import BLOCKSIZES, QUANT_TYPES, QuantFormat
+from qkern.formats import BLOCKSIZES, QUANT_TYPES, resolve_format
 from qkern.training.config import DEVICES, DTYPES
 from qkern.training.libraries import quiet_libraries
 from qkern.training.requirements import GENERATION, require
@@ -37,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "frozen weights", "as the adapter was trained; without an adapter, as the files are"
     )
     base.add_argument("--quant-type", choices=QUANT_TYPES)
-    base.add_argument("--blocksize", type=int, choices=BLOCKSIZES, default=64)
+    base.add_argument(
+        "--blocksize", type=int, choices=BLOCKSIZES, default=64, help="unused by int8_row"
+    )
     base.add_argument("--no-double-quant", action="store_true")
 
 
@@ -75,7 +77,9 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
 
     fmt = None
     if args.quant_type is not None:
-        fmt = QuantFormat(args.quant_type, args.blocksize, not args.no_double_quant)
+        fmt = resolve_format(
+            args.quant_type, blocksize=args.blocksize, double_quant=not args.no_double_quant
+        )
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device)
     tokenizer = load_tokenizer(args.model)

@@ -4,7 +4,8 @@
     absmax[b] = nested_code[a[b]] * nested_absmax[b // 256] + offset      double-quantized
 
 fp32 products; one rounding to the output dtype. Byte ``j`` of a 4-bit tensor holds value ``2 j`` in
-its high nibble and ``2 j + 1`` in its low one; both lie in the same block.
+its high nibble and ``2 j + 1`` in its low one; both lie in the same block. Blocks of int8 may have
+any length (rows); each length compiles once.
 
 Bytes are promised, so products and sums must not be fused: every launch sets
 ``enable_fp_fusion=False``. Format: docs of ``qkern.formats``.

@@ -6,6 +6,22 @@ default implementation, for devices that have no kernels of their own.
 
 from qkern.ops.dequantize import dequantize
 from qkern.ops.linear import linear
-from qkern.ops.quantize import quantize, quantize_absmax
+from qkern.ops.quantize import (
+    encode,
+    has_data,
+    quantize,
+    quantize_absmax,
+    search_scales,
+    to_parts,
+)
 
-__all__ = ["dequantize", "linear", "quantize", "quantize_absmax"]
+__all__ = [
+    "dequantize",
+    "encode",
+    "has_data",
+    "linear",
+    "quantize",
+    "quantize_absmax",
+    "search_scales",
+    "to_parts",
+]

@@ -67,6 +67,22 @@ def quantize(values: Tensor, fmt: QuantFormat, nonfinite: str) -> tuple[Tensor, 
     return torch.from_numpy(parts.packed), torch.from_numpy(parts.absmax)
 
 
+def search_scales(
+    values: Tensor, fmt: QuantFormat, importance: Tensor | None, nonfinite: str
+) -> Tensor:
+    """Scales (blocks,) of least squared error for values of any shape and strides."""
+    name = dtype_name(values.dtype)
+    weights = None if importance is None else as_array(importance.contiguous())
+    flat = as_array(values.contiguous())
+    return torch.from_numpy(codec.search_scales(flat, name, fmt, weights, nonfinite=nonfinite))
+
+
+def encode(values: Tensor, scales: Tensor, fmt: QuantFormat) -> Tensor:
+    """Flat packed codes of values of any shape and strides against scales (blocks,)."""
+    flat, scale = as_array(values.contiguous()), as_array(scales.contiguous())
+    return torch.from_numpy(codec.encode_codes(flat, dtype_name(values.dtype), fmt, scale))
+
+
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """8-bit codes, nested_absmax, offset (1,) and safe (1,) of fp32 scales (blocks,)."""
     codes, nested, offset, safe = codec.encode_absmax(as_array(absmax.contiguous()))
@@ -126,19 +142,11 @@ def _panels(
     step = fmt.blocksize // math.gcd(cols, fmt.blocksize)  # rows between block starts
     step *= max(1, PANEL_BYTES // (step * cols * dtype.itemsize))
     arrays = as_parts(parts)
-    absmax = codec.decode_absmax(arrays)
-    plain = fmt.replace(double_quant=False)
+    arrays = codec.Parts(arrays.packed, codec.decode_absmax(arrays), None, None)
     buffer = torch.empty(min(step, rows), cols, dtype=dtype)
     name, values = dtype_name(dtype), as_buffer(buffer)
-    per_value = arrays.packed.itemsize * (1 if fmt.bits == 8 else 0.5)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         first, last = start * cols, stop * cols
-        panel = codec.Parts(
-            arrays.packed[int(first * per_value) : math.ceil(last * per_value)],
-            absmax[first // fmt.blocksize : fmt.num_blocks(last)],
-            None,
-            None,
-        )
-        codec.decode(panel, plain, values[: last - first], name)
+        codec.decode_range(arrays, fmt, first, last, values[: last - first], name)
         yield start, buffer[: stop - start]

@@ -1,6 +1,8 @@
 """Values to bytes.
 
 ``qkern::quantize``: values to codes and fp32 scales by the block maximum.
+``qkern::search_scales``: values to fp32 scales of least squared error.
+``qkern::encode``: values to codes against such scales.
 ``qkern::quantize_absmax``: those scales to 8 bits, with the answer whether that is safe.
 """
 
@@ -8,9 +10,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from qkern import reference
-from qkern.errors import NonFiniteError
+from qkern.errors import FormatError, NonFiniteError, ShapeError
 from qkern.formats import NESTED_BLOCKSIZE, QuantFormat
 from qkern.ops import host
 
@@ -40,7 +43,7 @@ def quantize(
 def _(values: Tensor, quant_type: str, blocksize: int, nonfinite: str) -> tuple[Tensor, Tensor]:
     host.dtype_name(values.dtype)
     fmt = QuantFormat(quant_type, blocksize, double_quant=False)
-    packed_dtype = torch.uint8 if fmt.bits == 4 else torch.int8
+    packed_dtype = getattr(torch, fmt.packed_dtype)
     packed = values.new_empty(fmt.packed_size(values.numel()), dtype=packed_dtype)
     return packed, values.new_empty(fmt.num_blocks(values.numel()), dtype=torch.float32)
 
@@ -49,6 +52,68 @@ def _(values: Tensor, quant_type: str, blocksize: int, nonfinite: str) -> tuple[
 def _(values: Tensor, quant_type: str, blocksize: int, nonfinite: str) -> tuple[Tensor, Tensor]:
     fmt = QuantFormat(quant_type, blocksize, double_quant=False)
     return host.quantize(values, fmt, nonfinite)
+
+
+@torch.library.custom_op(
+    "qkern::search_scales",
+    mutates_args=(),
+    schema="(Tensor values, str quant_type, int blocksize, Tensor? importance, str nonfinite)"
+    " -> Tensor",
+)
+def search_scales(
+    values: Tensor, quant_type: str, blocksize: int, importance: Tensor | None, nonfinite: str
+) -> Tensor:
+    """Scales (blocks,) of least squared error, of either sign, for 4-bit codes of ``values``.
+
+    ``importance``, (columns,) of the last dimension, weighs the squared errors.
+
+    Raises:
+        DTypeError: unless values are float32, float16 or bfloat16.
+        NonFiniteError: for NaN or infinity, unless ``nonfinite`` is ``"keep"``.
+    """
+    host.dtype_name(values.dtype)
+    if nonfinite == "error":
+        check_finite(values)
+    fmt = QuantFormat(quant_type, blocksize, double_quant=False)
+    return reference.search_scales(values, fmt, importance)
+
+
+@search_scales.register_fake
+def _(
+    values: Tensor, quant_type: str, blocksize: int, importance: Tensor | None, nonfinite: str
+) -> Tensor:
+    host.dtype_name(values.dtype)
+    fmt = QuantFormat(quant_type, blocksize, double_quant=False)
+    return values.new_empty(fmt.num_blocks(values.numel()), dtype=torch.float32)
+
+
+@search_scales.register_kernel("cpu")
+def _(
+    values: Tensor, quant_type: str, blocksize: int, importance: Tensor | None, nonfinite: str
+) -> Tensor:
+    fmt = QuantFormat(quant_type, blocksize, double_quant=False)
+    return host.search_scales(values, fmt, importance, nonfinite)
+
+
+@torch.library.custom_op(
+    "qkern::encode",
+    mutates_args=(),
+    schema="(Tensor values, Tensor scales, str quant_type, int blocksize) -> Tensor",
+)
+def encode(values: Tensor, scales: Tensor, quant_type: str, blocksize: int) -> Tensor:
+    """Flat packed 4-bit codes of ``values`` against fp32 scales (blocks,) of either sign."""
+    return reference.encode(values, scales, QuantFormat(quant_type, blocksize, double_quant=False))
+
+
+@encode.register_fake
+def _(values: Tensor, scales: Tensor, quant_type: str, blocksize: int) -> Tensor:
+    fmt = QuantFormat(quant_type, blocksize, double_quant=False)
+    return values.new_empty(fmt.packed_size(values.numel()), dtype=torch.uint8)
+
+
+@encode.register_kernel("cpu")
+def _(values: Tensor, scales: Tensor, quant_type: str, blocksize: int) -> Tensor:
+    return host.encode(values, scales, QuantFormat(quant_type, blocksize, double_quant=False))
 
 
 @torch.library.custom_op(
@@ -81,6 +146,62 @@ def _(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @quantize_absmax.register_kernel("cpu")
 def _(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return host.quantize_absmax(absmax)
+
+
+def to_parts(
+    values: Tensor, fmt: QuantFormat, method: str, importance: Tensor | None, nonfinite: str
+) -> tuple[reference.Parts, QuantFormat]:
+    """Quantize by a method: the parts, and the format, with fp32 scales if 8 bits are not safe.
+
+    Codes are chosen against the scales as they will be decoded.
+    """
+    kind = (fmt.quant_type, fmt.blocksize)
+    if method == "search":
+        scales = search_scales(values, *kind, _as_importance(importance, values), nonfinite)
+        stored, fmt = _store_scales(scales, fmt)
+        _, codes, nested_absmax, offset = stored
+        if nested_absmax is not None and offset is not None:
+            scales = reference.dequantize_absmax(codes, nested_absmax, offset)
+        return stored._replace(packed=encode(values, scales, *kind)), fmt
+    packed, absmax = quantize(values, *kind, nonfinite)
+    stored, fmt = _store_scales(absmax, fmt)
+    return stored._replace(packed=packed), fmt
+
+
+def _store_scales(scales: Tensor, fmt: QuantFormat) -> tuple[reference.Parts, QuantFormat]:
+    """Parts without their codes yet, scales in 8 bits if the format says so and it is safe."""
+    no_codes = scales.new_empty(0, dtype=torch.uint8)
+    if fmt.double_quant:
+        codes, nested_absmax, offset, safe = quantize_absmax(scales)
+        if not has_data(safe) or bool(safe):
+            return reference.Parts(no_codes, codes, nested_absmax, offset), fmt
+    return reference.Parts(no_codes, scales, None, None), fmt.replace(double_quant=False)
+
+
+def _as_importance(importance: Tensor | None, values: Tensor) -> Tensor | None:
+    columns = values.shape[-1] if values.dim() else 1
+    if importance is None:
+        return None
+    if importance.shape != (columns,):
+        msg = (
+            f"importance has shape {tuple(importance.shape)}, values of {tuple(values.shape)} "
+            f"need ({columns},)"
+        )
+        raise ShapeError(msg)
+    bad = ~(importance.isfinite() & (importance >= 0))
+    if has_data(importance) and bool(bad.any()):
+        column = int(bad.to(torch.uint8).argmax())
+        msg = (
+            f"the importance of column {column} is {float(importance[column])}: finite weights of "
+            "0 or more are needed"
+        )
+        raise FormatError(msg)
+    return importance.detach().to(values.device, torch.float32) if columns else None
+
+
+def has_data(tensor: Tensor) -> bool:
+    """Whether a tensor has values: not on meta, not one of ``FakeTensorMode``."""
+    return not (tensor.is_meta or is_fake(tensor))
 
 
 def check_finite(values: Tensor) -> None:

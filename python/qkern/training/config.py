@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from qkern.formats import QuantFormat
+from qkern.formats import QuantFormat, resolve_format
 from qkern.training.errors import SettingError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -36,9 +36,9 @@ class FinetuneConfig:
         lora_dropout: dropout on the adapter's input.
         use_rslora: scale by ``lora_alpha / sqrt(r)`` instead.
         target_modules: layers that get an adapter: "all-linear", or names.
-        quant_type: "nf4", "fp4" or "int8" for the frozen weights.
-        blocksize: values that share a scale.
-        double_quant: scales in 8 bits.
+        quant_type: "nf4", "fp4", "int8" or "int8_row" for the frozen weights.
+        blocksize: values that share a scale; unused by int8_row, where a row does.
+        double_quant: scales in 8 bits; unused by int8_row.
         dtype: dtype of the arithmetic; "auto" is bfloat16 where the machine has it, else float32.
         device: "cpu", "cuda", or "auto" for the GPU where there is one.
         gradient_checkpointing: trade a second forward pass for less memory.
@@ -101,7 +101,9 @@ class FinetuneConfig:
     @property
     def format(self) -> QuantFormat:
         """How the frozen weights are stored."""
-        return QuantFormat(self.quant_type, self.blocksize, self.double_quant)
+        return resolve_format(
+            self.quant_type, blocksize=self.blocksize, double_quant=self.double_quant
+        )
 
     @property
     def effective_batch(self) -> int:

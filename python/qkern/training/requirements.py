@@ -10,12 +10,13 @@ TRAINING = ("torch", "transformers", "accelerate", "datasets", "trl", "tqdm", "m
 GENERATION = ("torch", "transformers")
 
 
-def require(packages: tuple[str, ...], purpose: str) -> None:
+def require(packages: tuple[str, ...], purpose: str, *, extra: str = "train") -> None:
     """Checks that packages are installed, without importing them.
 
     Args:
         packages: import names.
         purpose: what they are needed for, as in "training needs ...".
+        extra: of qkern, that brings them.
 
     Raises:
         MissingDependencyError: one or more of them are not.
@@ -23,6 +24,7 @@ def require(packages: tuple[str, ...], purpose: str) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         msg = (
-            f'{purpose} needs {", ".join(missing)}, not installed here: pip install "qkern[train]"'
+            f"{purpose} needs {', '.join(missing)}, not installed here: "
+            f'pip install "qkern[{extra}]"'
         )
         raise MissingDependencyError(msg)

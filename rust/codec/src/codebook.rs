@@ -11,6 +11,7 @@ use crate::error::CodecError;
 /// A 16-entry code table with its decision bounds.
 #[derive(Clone, Debug)]
 pub struct Codebook {
+    sorted: [f32; 16],
     bounds: [f32; 15],
     order: [u8; 16],
     uniform: Option<UniformBins>,
@@ -26,11 +27,22 @@ impl Codebook {
         let mut order: [u8; 16] = core::array::from_fn(|i| i as u8);
         let value = |i: u8| table[usize::from(i)];
         order.sort_by(|&a, &b| value(a).partial_cmp(&value(b)).unwrap_or(Ordering::Equal));
-        let midpoint = |i: usize| (value(order[i]) + value(order[i + 1])) / 2.0;
+        let sorted = order.map(value);
+        let midpoint = |i: usize| (sorted[i] + sorted[i + 1]) / 2.0;
         let bounds: [f32; 15] = core::array::from_fn(|i| unclamped(midpoint(i)));
         let in_order = order.is_sorted();
         let uniform = if in_order { UniformBins::new(&bounds) } else { None };
-        Ok(Self { bounds, order, uniform })
+        Ok(Self { sorted, bounds, order, uniform })
+    }
+
+    /// The values in ascending order.
+    pub(crate) fn sorted(&self) -> &[f32; 16] {
+        &self.sorted
+    }
+
+    /// Whether the negative of every value is a value, so that the sign of a scale changes nothing.
+    pub(crate) fn is_symmetric(&self) -> bool {
+        self.sorted.iter().zip(self.sorted.iter().rev()).all(|(a, b)| *a == -*b)
     }
 
     /// The 15 midpoints of the sorted values, ascending, for scaled values that are not clamped

@@ -10,6 +10,8 @@ use crate::layout::{MAX_BLOCKSIZE, MIN_BLOCKSIZE};
 pub enum CodecError {
     /// The block size is not a power of two in the allowed range.
     Blocksize(usize),
+    /// Rows, or blocks of any length, must have values.
+    Row,
     /// A slice does not have the length that the values and the block size ask for.
     Length {
         /// Name of the slice.
@@ -35,6 +37,20 @@ pub enum CodecError {
         /// Place of the first value that is not finite or is smaller than the one before it.
         index: usize,
     },
+    /// The importance of a column is negative, NaN or infinite.
+    Importance {
+        /// The column.
+        index: usize,
+        /// Its importance.
+        value: f32,
+    },
+    /// The importance is not one weight for each column of the values.
+    Columns {
+        /// How many weights there are.
+        columns: usize,
+        /// How many values.
+        values: usize,
+    },
     /// NaN or infinity among the values to quantize; the outputs are unspecified.
     NonFinite {
         /// Place of the first such value.
@@ -42,6 +58,8 @@ pub enum CodecError {
         /// How many there are.
         count: usize,
     },
+    /// Whoever may interrupt the work did; the outputs are unspecified.
+    Interrupted,
     /// No SIMD body has this name.
     UnknownSimd {
         /// The name.
@@ -70,6 +88,7 @@ impl fmt::Display for CodecError {
                 "blocksize {found} is not supported: allowed are the powers of two from \
                  {MIN_BLOCKSIZE} to {MAX_BLOCKSIZE}"
             ),
+            Self::Row => write!(f, "a row of 0 values has no scale: pass a length of 1 or more"),
             Self::Length { what, found, expected, unit, count } => {
                 write!(f, "{what} has length {found}, but {count} {unit} need {expected}")
             }
@@ -82,11 +101,21 @@ impl fmt::Display for CodecError {
                 "the nested code table is wrong at index {index}: its 256 values must be finite and \
                  must ascend"
             ),
+            Self::Importance { index, value } => write!(
+                f,
+                "the importance of column {index} is {value}: finite weights of 0 or more are needed"
+            ),
+            Self::Columns { columns, values } => write!(
+                f,
+                "importance has {columns} weights, and {values} values are no rows of as many \
+                 columns: pass one weight for each in_feature"
+            ),
             Self::NonFinite { index, count } => write!(
                 f,
                 "NaN or infinity in {count} of the values to quantize, first at index {index}: \
                  repair them, or choose nonfinite=\"keep\" to confine the damage to their blocks"
             ),
+            Self::Interrupted => write!(f, "interrupted: the outputs are unspecified"),
             Self::UnknownSimd { name, origin, known } => {
                 write!(f, "{origin} names the SIMD body {name:?}, which does not exist: allowed are {known}")
             }

@@ -46,6 +46,8 @@ mod oracle;
 mod parallel;
 mod quantize;
 mod quantize_int8;
+mod quantize_int8_rows;
+mod search;
 mod simd;
 #[cfg(test)]
 mod testing;
@@ -61,7 +63,11 @@ pub use double_quant::{dequantize_absmax, quantize_absmax, NestedScales, NESTED_
 pub use error::CodecError;
 pub use features::cpu_features;
 pub use layout::{num_blocks, packed_len, MAX_BLOCKSIZE, MIN_BLOCKSIZE};
-pub use quantize::quantize_4bit;
+#[doc(hidden)]
+pub use parallel::{panic_in_a_job, THREAD_PREFIX};
+pub use quantize::{encode_4bit, quantize_4bit};
 pub use quantize_int8::quantize_int8;
+pub use quantize_int8_rows::quantize_int8_rows;
+pub use search::search_scales;
 pub use simd::{available, Bodies, Engine};
 pub use values::{NonFinite, Values, ValuesMut};

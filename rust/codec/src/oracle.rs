@@ -33,6 +33,28 @@ pub(crate) fn quantize_4bit(
     (codes.chunks(2).map(|pair| pair[0] << 4 | pair[1]).collect(), scales)
 }
 
+/// Packed codes against given scales.
+pub(crate) fn encode_4bit(
+    values: &[f32],
+    scales: &[f32],
+    table: &[f32; 16],
+    blocksize: usize,
+) -> Vec<u8> {
+    let mut codes = Vec::new();
+    for (block, &scale) in values.chunks(blocksize).zip(scales) {
+        let divisor = if scale.abs() < 1e-38 { 1e-38_f32.copysign(scale) } else { scale };
+        let ragged = block.len() < blocksize;
+        codes.extend(block.iter().map(|x| {
+            let scaled = if ragged { x / divisor } else { x * (1.0 / divisor) };
+            nearest(scaled.clamp(-1.0, 1.0), table)
+        }));
+    }
+    if codes.len() % 2 == 1 {
+        codes.push(nearest(0.0, table));
+    }
+    codes.chunks(2).map(|pair| pair[0] << 4 | pair[1]).collect()
+}
+
 /// The code of a scaled value.
 fn nearest(scaled: f32, table: &[f32; 16]) -> u8 {
     let mut sorted: Vec<(f32, u8)> = table.iter().copied().zip(0..).collect();
@@ -60,12 +82,25 @@ pub(crate) fn dequantize_4bit(
 
 /// Codes and scales.
 pub(crate) fn quantize_int8(values: &[f32], blocksize: usize) -> (Vec<i8>, Vec<f32>) {
+    quantize_int8_by(values, blocksize, |absmax| 127.0 / absmax)
+}
+
+/// Codes and scales, by bitsandbytes' factor.
+pub(crate) fn quantize_int8_rows(values: &[f32], row: usize) -> (Vec<i8>, Vec<f32>) {
+    quantize_int8_by(values, row, |absmax| 127.0 * (1.0 / absmax))
+}
+
+fn quantize_int8_by(
+    values: &[f32],
+    blocksize: usize,
+    factor: impl Fn(f32) -> f32,
+) -> (Vec<i8>, Vec<f32>) {
     let mut codes = Vec::new();
     let mut scales = Vec::new();
     for block in values.chunks(blocksize) {
         let absmax = absmax(block);
         scales.push(absmax);
-        let factor = if absmax < 1e-36 { 0.0 } else { 127.0 / absmax };
+        let factor = if absmax < 1e-36 { 0.0 } else { factor(absmax) };
         codes.extend(block.iter().map(|x| {
             let rounded = (x * factor).round_ties_even();
             if absmax.is_finite() {

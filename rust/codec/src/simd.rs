@@ -4,8 +4,9 @@ use std::sync::OnceLock;
 
 use crate::codebook::Codebook;
 use crate::error::CodecError;
+use crate::search::{self, Importance};
 use crate::values::{Values, ValuesMut};
-use crate::{dequantize, dequantize_int8, quantize, quantize_int8};
+use crate::{dequantize, dequantize_int8, quantize, quantize_int8, quantize_int8_rows};
 
 /// Names the body to use, for tests and bug reports.
 const VARIABLE: &str = "QKERN_SIMD";
@@ -13,24 +14,34 @@ const VARIABLE: &str = "QKERN_SIMD";
 /// Every name that a body has, on any machine, best first.
 const KNOWN: [&str; 3] = ["avx512", "avx2", "scalar"];
 
-/// The operations of one instruction set. All take whole blocks only.
+/// The operations of one instruction set. All take whole blocks only, `quantize_int8_row` one row
+/// of any length.
 #[derive(Debug)]
 pub struct Bodies {
     name: &'static str,
     pub(crate) quantize_4bit: QuantizeFn,
+    pub(crate) encode_4bit: EncodeFn,
+    pub(crate) search_scales: SearchFn,
     pub(crate) dequantize_4bit: DequantizeFn,
     pub(crate) quantize_int8: QuantizeInt8Fn,
     pub(crate) dequantize_int8: DequantizeInt8Fn,
+    pub(crate) quantize_int8_row: QuantizeInt8RowFn,
 }
 
 /// Values, codes, block size -> packed, absmax, and whether all values were finite.
 type QuantizeFn = fn(Values<'_>, &Codebook, usize, &mut [u8], &mut [f32]) -> bool;
+/// Values, codes, block size, scales -> packed.
+type EncodeFn = fn(Values<'_>, &Codebook, usize, &[f32], &mut [u8]);
+/// Values, codes, block size, importance -> scales, and whether all values were finite.
+type SearchFn = fn(Values<'_>, &Codebook, usize, Option<Importance<'_>>, &mut [f32]) -> bool;
 /// Packed, absmax, table, block size -> values.
 type DequantizeFn = fn(&[u8], &[f32], &[f32; 16], usize, ValuesMut<'_>);
 /// Values, block size -> codes, absmax, and whether all values were finite.
 type QuantizeInt8Fn = fn(Values<'_>, usize, &mut [i8], &mut [f32]) -> bool;
 /// Codes, absmax, block size -> values.
 type DequantizeInt8Fn = fn(&[i8], &[f32], usize, ValuesMut<'_>);
+/// Values of a row -> codes, and its absmax.
+type QuantizeInt8RowFn = fn(Values<'_>, &mut [i8]) -> f32;
 
 impl Bodies {
     /// `"scalar"`, `"avx2"` or `"avx512"`.
@@ -70,22 +81,30 @@ impl Bodies {
     }
 }
 
-/// Who does the work: a set of bodies and a number of threads.
+/// Who does the work: a set of bodies and a number of threads; and who may end it early.
 #[derive(Clone, Copy, Debug)]
 pub struct Engine {
     /// The instruction set.
     pub bodies: &'static Bodies,
     /// Threads to use, the calling one included; 0 for one per core.
     pub threads: usize,
+    /// Asked now and then on the calling thread during long work: true ends it with
+    /// [`CodecError::Interrupted`].
+    pub interrupted: fn() -> bool,
 }
 
 impl Engine {
+    /// These bodies on so many threads, never interrupted.
+    pub fn new(bodies: &'static Bodies, threads: usize) -> Self {
+        Self { bodies, threads, interrupted: || false }
+    }
+
     /// The best bodies (see [`Bodies::detect`]) on all cores.
     ///
     /// # Errors
     /// If `QKERN_SIMD` names bodies that do not exist or that this machine cannot run.
     pub fn detect() -> Result<Self, CodecError> {
-        Ok(Self { bodies: Bodies::detect()?, threads: 0 })
+        Ok(Self::new(Bodies::detect()?, 0))
     }
 }
 
@@ -104,9 +123,12 @@ fn native() -> impl Iterator<Item = &'static Bodies> {
 static SCALAR: Bodies = Bodies {
     name: "scalar",
     quantize_4bit: quantize::scalar::quantize,
+    encode_4bit: quantize::scalar::encode,
+    search_scales: search::scalar::search,
     dequantize_4bit: dequantize::scalar::dequantize,
     quantize_int8: quantize_int8::scalar::quantize,
     dequantize_int8: dequantize_int8::scalar::dequantize,
+    quantize_int8_row: quantize_int8_rows::scalar::quantize,
 };
 
 #[cfg(target_arch = "x86_64")]
@@ -115,7 +137,9 @@ use x86::available as native;
 #[cfg(target_arch = "x86_64")]
 #[allow(unsafe_code)]
 mod x86 {
-    use super::{dequantize, dequantize_int8, quantize, quantize_int8, Bodies};
+    use super::{
+        dequantize, dequantize_int8, quantize, quantize_int8, quantize_int8_rows, search, Bodies,
+    };
     use std::arch::is_x86_feature_detected as has;
 
     /// The only way to the tables below, which is what makes their calls sound.
@@ -135,11 +159,17 @@ mod x86 {
         // SAFETY: handed out by `available` only, where the features were found.
         quantize_4bit: |v, c, b, p, a| unsafe { quantize::avx512::quantize(v, c, b, p, a) },
         // SAFETY: as above.
+        encode_4bit: |v, c, b, s, p| unsafe { quantize::avx512::encode(v, c, b, s, p) },
+        // SAFETY: as above.
+        search_scales: |v, c, b, i, s| unsafe { search::avx512::search(v, c, b, i, s) },
+        // SAFETY: as above.
         dequantize_4bit: |p, a, t, b, v| unsafe { dequantize::avx512::dequantize(p, a, t, b, v) },
         // SAFETY: as above.
         quantize_int8: |v, b, q, a| unsafe { quantize_int8::avx512::quantize(v, b, q, a) },
         // SAFETY: as above.
         dequantize_int8: |q, a, b, v| unsafe { dequantize_int8::avx512::dequantize(q, a, b, v) },
+        // SAFETY: as above.
+        quantize_int8_row: |v, q| unsafe { quantize_int8_rows::avx512::quantize(v, q) },
     };
 
     static AVX2: Bodies = Bodies {
@@ -147,11 +177,17 @@ mod x86 {
         // SAFETY: handed out by `available` only, where the features were found.
         quantize_4bit: |v, c, b, p, a| unsafe { quantize::avx2::quantize(v, c, b, p, a) },
         // SAFETY: as above.
+        encode_4bit: |v, c, b, s, p| unsafe { quantize::avx2::encode(v, c, b, s, p) },
+        // SAFETY: as above.
+        search_scales: |v, c, b, i, s| unsafe { search::avx2::search(v, c, b, i, s) },
+        // SAFETY: as above.
         dequantize_4bit: |p, a, t, b, v| unsafe { dequantize::avx2::dequantize(p, a, t, b, v) },
         // SAFETY: as above.
         quantize_int8: |v, b, q, a| unsafe { quantize_int8::avx2::quantize(v, b, q, a) },
         // SAFETY: as above.
         dequantize_int8: |q, a, b, v| unsafe { dequantize_int8::avx2::dequantize(q, a, b, v) },
+        // SAFETY: as above.
+        quantize_int8_row: |v, q| unsafe { quantize_int8_rows::avx2::quantize(v, q) },
     };
 }
 

@@ -155,6 +155,15 @@ pub(crate) fn lengths(blocksize: usize) -> [usize; 12] {
     [0, 1, 2, b - 1, b, b + 1, 3 * b, 8 * b, 15 * b + 3, 16 * b, 17 * b, odd]
 }
 
+/// Lengths of rows: below a strip, around one, odd, several strips, more than a job.
+pub(crate) const ROWS: [usize; 14] =
+    [1, 2, 31, 32, 33, 63, 64, 65, 96, 127, 172, 1000, 4096, (1 << 16) + 33];
+
+/// A seed, a length of rows and a number of values.
+pub(crate) fn row_shapes() -> impl Strategy<Value = (u64, usize, usize)> {
+    (any::<u64>(), 1..400_usize, 0..3000_usize)
+}
+
 /// A seed, a block size and a length of up to 40 blocks, if they are small.
 pub(crate) fn shapes() -> impl Strategy<Value = (u64, usize, usize)> {
     (any::<u64>(), 0..BLOCKSIZES.len()).prop_flat_map(|(seed, i)| {

@@ -1,9 +1,13 @@
 //! Weights in one of the three dtypes that have a codec.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use crate::error::CodecError;
+use crate::parallel::{self, JOB};
+use crate::simd::Engine;
 
 /// What to do with NaN and infinity among the values to quantize.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -80,9 +84,22 @@ impl<'a> Values<'a> {
     }
 
     /// The error that names the values which are NaN or infinite.
-    pub(crate) fn nonfinite_error(self) -> CodecError {
-        let (index, count) = with_slice!(self, Values, v => find_nonfinite(v));
-        CodecError::NonFinite { index, count }
+    pub(crate) fn nonfinite_error(self, engine: Engine) -> CodecError {
+        let (first, total) = (AtomicUsize::new(self.len()), AtomicUsize::new(0));
+        let jobs = self.chunks(JOB).enumerate();
+        let run = parallel::for_each(self.len(), engine, jobs, |(job, values)| {
+            let (index, count) = with_slice!(values, Values, v => find_nonfinite(v));
+            if count > 0 {
+                first.fetch_min(job * JOB + index, Ordering::Relaxed);
+                total.fetch_add(count, Ordering::Relaxed);
+            }
+        });
+        match run {
+            Ok(()) => {
+                CodecError::NonFinite { index: first.into_inner(), count: total.into_inner() }
+            }
+            Err(interrupted) => interrupted,
+        }
     }
 }
 
@@ -144,21 +161,29 @@ pub(crate) fn plain_nan(scale: f32) -> f32 {
 pub(crate) trait Element: Copy {
     /// Zero.
     const ZERO: Self;
+    /// The largest finite value.
+    const MAX: f32;
     /// Whether the value is neither NaN nor infinite.
     fn is_finite(self) -> bool;
     /// Widens a slice, exactly.
     fn widen(from: &[Self], to: &mut [f32]);
+    /// The slice as floats, in `room` if they are not floats yet.
+    fn widened<'a>(from: &'a [Self], room: &'a mut [f32]) -> &'a [f32];
     /// Rounds a slice to nearest, ties to even.
     fn narrow(from: &[f32], to: &mut [Self]);
 }
 
 impl Element for f32 {
     const ZERO: Self = 0.0;
+    const MAX: f32 = f32::MAX;
     fn is_finite(self) -> bool {
         self.is_finite()
     }
     fn widen(from: &[Self], to: &mut [f32]) {
         to.copy_from_slice(from);
+    }
+    fn widened<'a>(from: &'a [Self], _: &'a mut [f32]) -> &'a [f32] {
+        from
     }
     fn narrow(from: &[f32], to: &mut [Self]) {
         to.copy_from_slice(from);
@@ -169,11 +194,17 @@ macro_rules! impl_element {
     ($type:ty) => {
         impl Element for $type {
             const ZERO: Self = <$type>::ZERO;
+            const MAX: f32 = <$type>::MAX.to_f32_const();
             fn is_finite(self) -> bool {
                 <$type>::is_finite(self)
             }
             fn widen(from: &[Self], to: &mut [f32]) {
                 from.convert_to_f32_slice(to);
+            }
+            fn widened<'a>(from: &'a [Self], room: &'a mut [f32]) -> &'a [f32] {
+                let room = &mut room[..from.len()];
+                Self::widen(from, room);
+                room
             }
             fn narrow(from: &[f32], to: &mut [Self]) {
                 to.convert_from_f32_slice(from);
@@ -206,7 +237,16 @@ mod tests {
 
     #[test]
     fn the_first_nonfinite_value_is_named_and_all_are_counted() {
+        let engine = Engine::new(crate::available()[0], 0);
         let v = [0.0, f32::NAN, 1.0, f32::NEG_INFINITY];
-        assert_eq!(Values::F32(&v).nonfinite_error(), CodecError::NonFinite { index: 1, count: 2 });
+        let error = Values::F32(&v).nonfinite_error(engine);
+        assert_eq!(error, CodecError::NonFinite { index: 1, count: 2 });
+
+        let mut v = vec![bf16::ONE; 40 * JOB + 3]; // jobs of several threads
+        for index in [5 * JOB + 7, 5 * JOB + 8, 17 * JOB, 40 * JOB + 2] {
+            v[index] = bf16::NAN;
+        }
+        let error = Values::Bf16(&v).nonfinite_error(engine);
+        assert_eq!(error, CodecError::NonFinite { index: 5 * JOB + 7, count: 4 });
     }
 }

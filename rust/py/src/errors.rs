@@ -22,7 +22,7 @@ pub(crate) fn format(py: Python<'_>, message: String) -> PyErr {
 /// The error of the codec; `NonFiniteError` carries `index` and `count` as attributes too.
 pub(crate) fn codec(py: Python<'_>, error: &CodecError) -> PyErr {
     let class = match error {
-        CodecError::Length { .. } => "ShapeError",
+        CodecError::Length { .. } | CodecError::Columns { .. } => "ShapeError",
         CodecError::NonFinite { .. } => "NonFiniteError",
         CodecError::UnknownSimd { .. } | CodecError::UnavailableSimd { .. } => "NativeError",
         _ => "FormatError",
@@ -35,6 +35,13 @@ pub(crate) fn codec(py: Python<'_>, error: &CodecError) -> PyErr {
         }
     }
     raised
+}
+
+/// A panic: `text` says what and where.
+pub(crate) fn panic(py: Python<'_>, text: &str) -> PyErr {
+    let advice = "this is a bug in qkern, please report it with this text; what the call wrote is \
+                  unspecified, other calls are not affected";
+    raise(py, "NativeError", format!("native code {text}: {advice}"))
 }
 
 fn raise(py: Python<'_>, class: &str, message: String) -> PyErr {

@@ -1,9 +1,10 @@
 //! The functions of `qkern._native`: arguments checked, GIL released, errors translated.
 
 use pyo3::prelude::*;
-use qkern_codec::{Bodies, Codebook, CodecError, Engine, NonFinite};
+use qkern_codec::{Bodies, Codebook, Engine, NonFinite};
 
 use crate::arrays::{check_apart, table, Input, InputValues, Output, OutputValues};
+use crate::detached::{detached, signal_raised};
 use crate::errors;
 
 /// Quantizes `values` to 4-bit codes; writes `packed` and `absmax`.
@@ -34,6 +35,64 @@ pub(crate) fn quantize_4bit(
     detached(py, || {
         qkern_codec::quantize_4bit(engine, values, &code, blocksize, nonfinite, packed, absmax)
     })
+}
+
+/// Finds scales of least squared error for 4-bit codes; writes `absmax`.
+#[pyfunction]
+#[pyo3(signature = (values, dtype, code, blocksize, absmax, *, importance=None, nonfinite="error", threads=0, simd=None))]
+#[allow(clippy::too_many_arguments)] // the signature that Python sees
+pub(crate) fn search_scales(
+    py: Python<'_>,
+    values: &Bound<'_, PyAny>,
+    dtype: &str,
+    code: &Bound<'_, PyAny>,
+    blocksize: usize,
+    absmax: &Bound<'_, PyAny>,
+    importance: Option<&Bound<'_, PyAny>>,
+    nonfinite: &str,
+    threads: usize,
+    simd: Option<&str>,
+) -> PyResult<()> {
+    let engine = engine(py, threads, simd)?;
+    let nonfinite = policy(py, nonfinite)?;
+    let code = Codebook::new(&table("code", code)?).map_err(|e| errors::codec(py, &e))?;
+    let values = InputValues::new(values, dtype)?;
+    let importance = importance.map(|w| Input::<f32>::new("importance", w)).transpose()?;
+    let mut absmax = Output::<f32>::new("absmax", absmax)?;
+    let inputs = [Some(values.memory()), importance.as_ref().map(Input::memory)];
+    check_apart(py, &[absmax.memory()], &inputs.into_iter().flatten().collect::<Vec<_>>())?;
+
+    let weights = importance.as_ref().map(Input::slice).transpose()?;
+    let (values, absmax) = (values.slice()?, absmax.slice()?);
+    detached(py, || {
+        qkern_codec::search_scales(engine, values, &code, blocksize, weights, nonfinite, absmax)
+    })
+}
+
+/// Codes `values` against the scales `absmax`, of any sign; writes `packed`.
+#[pyfunction]
+#[pyo3(signature = (values, dtype, code, blocksize, absmax, packed, *, threads=0, simd=None))]
+#[allow(clippy::too_many_arguments)] // the signature that Python sees
+pub(crate) fn encode_4bit(
+    py: Python<'_>,
+    values: &Bound<'_, PyAny>,
+    dtype: &str,
+    code: &Bound<'_, PyAny>,
+    blocksize: usize,
+    absmax: &Bound<'_, PyAny>,
+    packed: &Bound<'_, PyAny>,
+    threads: usize,
+    simd: Option<&str>,
+) -> PyResult<()> {
+    let engine = engine(py, threads, simd)?;
+    let code = Codebook::new(&table("code", code)?).map_err(|e| errors::codec(py, &e))?;
+    let values = InputValues::new(values, dtype)?;
+    let absmax = Input::<f32>::new("absmax", absmax)?;
+    let mut packed = Output::<u8>::new("packed", packed)?;
+    check_apart(py, &[packed.memory()], &[values.memory(), absmax.memory()])?;
+
+    let (values, absmax, packed) = (values.slice()?, absmax.slice()?, packed.slice()?);
+    detached(py, || qkern_codec::encode_4bit(engine, values, &code, blocksize, absmax, packed))
 }
 
 /// Writes the `values` of 4-bit codes.
@@ -90,7 +149,33 @@ pub(crate) fn quantize_int8(
     })
 }
 
-/// Writes the `values` of 8-bit integers.
+/// Quantizes rows of `row` values to 8-bit integers; writes `packed` and `absmax`.
+#[pyfunction]
+#[pyo3(signature = (values, dtype, row, packed, absmax, *, nonfinite="error", threads=0, simd=None))]
+#[allow(clippy::too_many_arguments)] // the signature that Python sees
+pub(crate) fn quantize_int8_rows(
+    py: Python<'_>,
+    values: &Bound<'_, PyAny>,
+    dtype: &str,
+    row: usize,
+    packed: &Bound<'_, PyAny>,
+    absmax: &Bound<'_, PyAny>,
+    nonfinite: &str,
+    threads: usize,
+    simd: Option<&str>,
+) -> PyResult<()> {
+    let engine = engine(py, threads, simd)?;
+    let nonfinite = policy(py, nonfinite)?;
+    let values = InputValues::new(values, dtype)?;
+    let mut packed = Output::<i8>::new("packed", packed)?;
+    let mut absmax = Output::<f32>::new("absmax", absmax)?;
+    check_apart(py, &[packed.memory(), absmax.memory()], &[values.memory()])?;
+
+    let (values, packed, absmax) = (values.slice()?, packed.slice()?, absmax.slice()?);
+    detached(py, || qkern_codec::quantize_int8_rows(engine, values, row, nonfinite, packed, absmax))
+}
+
+/// Writes the `values` of 8-bit integers, in blocks of any length.
 #[pyfunction]
 #[pyo3(signature = (packed, absmax, blocksize, values, dtype, *, threads=0, simd=None))]
 #[allow(clippy::too_many_arguments)] // the signature that Python sees
@@ -119,13 +204,16 @@ pub(crate) fn dequantize_int8(
 /// The offset is its bits: as a number of Python's it would pass through a conversion that flushes
 /// a subnormal one to zero where another library has asked for that.
 #[pyfunction]
+#[pyo3(signature = (absmax, nested_code, codes, nested_absmax, *, threads=0))]
 pub(crate) fn quantize_absmax(
     py: Python<'_>,
     absmax: &Bound<'_, PyAny>,
     nested_code: &Bound<'_, PyAny>,
     codes: &Bound<'_, PyAny>,
     nested_absmax: &Bound<'_, PyAny>,
+    threads: usize,
 ) -> PyResult<(u32, bool)> {
+    let engine = engine(py, threads, None)?;
     let absmax = Input::<f32>::new("absmax", absmax)?;
     let table = table("nested_code", nested_code)?;
     let mut codes = Output::<u8>::new("codes", codes)?;
@@ -133,12 +221,14 @@ pub(crate) fn quantize_absmax(
     check_apart(py, &[codes.memory(), nested.memory()], &[absmax.memory()])?;
 
     let (absmax, codes, nested) = (absmax.slice()?, codes.slice()?, nested.slice()?);
-    let scales = detached(py, || qkern_codec::quantize_absmax(absmax, &table, codes, nested))?;
+    let work = || qkern_codec::quantize_absmax(engine, absmax, &table, codes, nested);
+    let scales = detached(py, work)?;
     Ok((scales.offset.to_bits(), scales.safe))
 }
 
 /// Writes the scales, `absmax`, of 8-bit codes; `offset` as `quantize_absmax` returns it.
 #[pyfunction]
+#[pyo3(signature = (codes, nested_code, nested_absmax, offset, absmax, *, threads=0))]
 pub(crate) fn dequantize_absmax(
     py: Python<'_>,
     codes: &Bound<'_, PyAny>,
@@ -146,7 +236,9 @@ pub(crate) fn dequantize_absmax(
     nested_absmax: &Bound<'_, PyAny>,
     offset: u32,
     absmax: &Bound<'_, PyAny>,
+    threads: usize,
 ) -> PyResult<()> {
+    let engine = engine(py, threads, None)?;
     let codes = Input::<u8>::new("codes", codes)?;
     let table = table("nested_code", nested_code)?;
     let nested = Input::<f32>::new("nested_absmax", nested_absmax)?;
@@ -155,7 +247,15 @@ pub(crate) fn dequantize_absmax(
     let offset = f32::from_bits(offset);
 
     let (codes, nested, absmax) = (codes.slice()?, nested.slice()?, absmax.slice()?);
-    detached(py, || qkern_codec::dequantize_absmax(codes, &table, nested, offset, absmax))
+    detached(py, || qkern_codec::dequantize_absmax(engine, codes, &table, nested, offset, absmax))
+}
+
+/// Panics in native work, on a thread of its own unless `threads` is 1: for the tests.
+#[pyfunction]
+#[pyo3(signature = (message, *, threads=0))]
+pub(crate) fn _panic(py: Python<'_>, message: &str, threads: usize) -> PyResult<()> {
+    let engine = engine(py, threads, None)?;
+    detached(py, || qkern_codec::panic_in_a_job(engine, message))
 }
 
 /// Name of the SIMD body in use.
@@ -186,7 +286,7 @@ fn engine(py: Python<'_>, threads: usize, simd: Option<&str>) -> PyResult<Engine
         None => Bodies::detect(),
     };
     let bodies = bodies.map_err(|error| errors::codec(py, &error))?;
-    Ok(Engine { bodies, threads })
+    Ok(Engine { bodies, threads, interrupted: signal_raised })
 }
 
 fn policy(py: Python<'_>, nonfinite: &str) -> PyResult<NonFinite> {
@@ -198,12 +298,4 @@ fn policy(py: Python<'_>, nonfinite: &str) -> PyResult<NonFinite> {
             format!("nonfinite is {nonfinite:?}: allowed are \"error\" and \"keep\""),
         )),
     }
-}
-
-/// Runs `work` without the GIL.
-fn detached<T: Send>(
-    py: Python<'_>,
-    work: impl FnOnce() -> Result<T, CodecError> + Send,
-) -> PyResult<T> {
-    py.detach(work).map_err(|error| errors::codec(py, &error))
 }

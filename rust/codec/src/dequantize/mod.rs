@@ -24,7 +24,8 @@ use crate::values::{with_slice, ValuesMut};
 /// Scales may be negative, zero, infinite or NaN.
 ///
 /// # Errors
-/// [`CodecError::TableNotFinite`], [`CodecError::Blocksize`] and [`CodecError::Length`].
+/// [`CodecError::TableNotFinite`], [`CodecError::Blocksize`], [`CodecError::Length`] and
+/// [`CodecError::Interrupted`].
 pub fn dequantize_4bit(
     engine: Engine,
     packed: &[u8],
@@ -45,9 +46,9 @@ pub fn dequantize_4bit(
     let (absmax, tail_absmax) = absmax.split_at(whole / blocksize);
 
     let inputs = packed.chunks(JOB / 2).zip(absmax.chunks(JOB / blocksize));
-    parallel::for_each(whole, engine.threads, inputs.zip(blocks.chunks(JOB)), |((p, a), v)| {
+    parallel::for_each(whole, engine, inputs.zip(blocks.chunks(JOB)), |((p, a), v)| {
         (engine.bodies.dequantize_4bit)(p, a, table, blocksize, v);
-    });
+    })?;
     if let &[absmax] = tail_absmax {
         in_default_float_env(|| {
             with_slice!(tail, ValuesMut, v => {

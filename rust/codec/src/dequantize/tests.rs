@@ -22,7 +22,7 @@ fn check(seed: u64, scales: &[f32], table: &[f32; 16], blocksize: usize, len: us
         Weights::Bf16(exact.iter().map(|&x| oracle::to_bf16(x)).collect()),
     ];
     for &bodies in available() {
-        let engine = Engine { bodies, threads: 1 };
+        let engine = Engine::new(bodies, 1);
         for (mut found, expected) in Weights::room(len).into_iter().zip(&expected) {
             dequantize_4bit(engine, &packed, scales, table, blocksize, found.values_mut()).unwrap();
             let (found, expected) = (found.bits(), expected.bits());
@@ -93,7 +93,7 @@ fn bodies_agree_on_the_bits_of_nan() {
     let packed = Random(4).bytes(32);
     let absmax = [f32::from_bits(0xffbf_ffff), f32::from_bits(0x7f80_0001)];
     let run = |bodies, mut found: Weights| {
-        let engine = Engine { bodies, threads: 1 };
+        let engine = Engine::new(bodies, 1);
         dequantize_4bit(engine, &packed, &absmax, &NF4, 32, found.values_mut()).unwrap();
         match found {
             Weights::F32(v) => v.iter().map(|x| x.to_bits()).collect::<Vec<u32>>(),
@@ -117,7 +117,7 @@ fn any_number_of_threads() {
     for &bodies in available() {
         for room in Weights::room(len) {
             let run = |threads| {
-                let (mut found, engine) = (room.clone(), Engine { bodies, threads });
+                let (mut found, engine) = (room.clone(), Engine::new(bodies, threads));
                 dequantize_4bit(engine, &packed, &absmax, &fp4(), 64, found.values_mut()).unwrap();
                 found.bits()
             };

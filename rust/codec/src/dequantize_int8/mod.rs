@@ -11,18 +11,23 @@ mod tests;
 
 use crate::error::CodecError;
 use crate::float_env::in_default_float_env;
-use crate::layout::{check_blocksize, check_len, num_blocks};
+use crate::layout::{check_len, check_row, num_blocks};
 use crate::parallel::{self, JOB};
-use crate::simd::Engine;
+use crate::simd::{Bodies, Engine};
 use crate::values::{plain_nan, with_slice, ValuesMut};
 
 /// fp32(1 / 127), bitsandbytes' constant.
 const STEP: f32 = 7.874015718698502e-3;
 
+/// The SIMD bodies take blocks of a multiple of this many values.
+const STRIP: usize = 32;
+
 /// Writes the values of 8-bit `codes` with one scale a block in `absmax`.
 ///
+/// A block may have any length: a row of a matrix is one too.
+///
 /// # Errors
-/// [`CodecError::Blocksize`] and [`CodecError::Length`].
+/// [`CodecError::Row`], [`CodecError::Length`] and [`CodecError::Interrupted`].
 pub fn dequantize_int8(
     engine: Engine,
     codes: &[i8],
@@ -30,7 +35,7 @@ pub fn dequantize_int8(
     blocksize: usize,
     values: ValuesMut<'_>,
 ) -> Result<(), CodecError> {
-    check_blocksize(blocksize)?;
+    check_row(blocksize)?;
     let len = values.len();
     check_len("packed", codes.len(), len, (len, "values"))?;
     check_len("absmax", absmax.len(), num_blocks(len, blocksize), (len, "values"))?;
@@ -40,16 +45,43 @@ pub fn dequantize_int8(
     let (codes, tail_codes) = codes.split_at(whole);
     let (absmax, tail_absmax) = absmax.split_at(whole / blocksize);
 
-    let inputs = codes.chunks(JOB).zip(absmax.chunks(JOB / blocksize));
-    parallel::for_each(whole, engine.threads, inputs.zip(blocks.chunks(JOB)), |((q, a), v)| {
-        (engine.bodies.dequantize_int8)(q, a, blocksize, v);
-    });
+    let count = (JOB / blocksize).max(1);
+    let job = count * blocksize;
+    let inputs = codes.chunks(job).zip(absmax.chunks(count));
+    parallel::for_each(whole, engine, inputs.zip(blocks.chunks(job)), |((q, a), v)| {
+        if blocksize.is_multiple_of(STRIP) {
+            (engine.bodies.dequantize_int8)(q, a, blocksize, v);
+        } else {
+            dequantize_each(engine.bodies, q, a, blocksize, v);
+        }
+    })?;
     if let &[absmax] = tail_absmax {
         in_default_float_env(|| {
             with_slice!(tail, ValuesMut, v => scalar::dequantize_block(tail_codes, absmax, v));
         });
     }
     Ok(())
+}
+
+/// Writes the values of whole blocks of any length, one by one: whole strips by the body, the last
+/// few by the scalar code.
+fn dequantize_each(
+    bodies: &Bodies,
+    codes: &[i8],
+    absmax: &[f32],
+    blocksize: usize,
+    values: ValuesMut<'_>,
+) {
+    let whole = blocksize / STRIP * STRIP;
+    let inputs = codes.chunks_exact(blocksize).zip(absmax);
+    for (values, (codes, absmax)) in values.chunks(blocksize).zip(inputs) {
+        let (values, rest) = values.split_at(whole);
+        let (codes, rest_codes) = codes.split_at(whole);
+        if whole > 0 {
+            (bodies.dequantize_int8)(codes, std::slice::from_ref(absmax), whole, values);
+        }
+        with_slice!(rest, ValuesMut, v => scalar::dequantize_block(rest_codes, *absmax, v));
+    }
 }
 
 /// What the codes of a block are multiplied by.

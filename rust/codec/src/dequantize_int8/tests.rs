@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::oracle;
 use crate::simd::available;
-use crate::testing::{hard_values, lengths, shapes, Random, Weights, BLOCKSIZES};
+use crate::testing::{hard_values, lengths, row_shapes, shapes, Random, Weights, BLOCKSIZES, ROWS};
 
 fn codes(seed: u64, len: usize) -> Vec<i8> {
     Random(seed).bytes(len).into_iter().map(|byte| byte as i8).collect() // -128 too
@@ -19,7 +19,7 @@ fn check(codes: &[i8], scales: &[f32], blocksize: usize) {
         Weights::Bf16(exact.iter().map(|&x| oracle::to_bf16(x)).collect()),
     ];
     for &bodies in available() {
-        let engine = Engine { bodies, threads: 1 };
+        let engine = Engine::new(bodies, 1);
         for (mut found, expected) in Weights::room(codes.len()).into_iter().zip(&expected) {
             dequantize_int8(engine, codes, scales, blocksize, found.values_mut()).unwrap();
             let (found, expected) = (found.bits(), expected.bits());
@@ -35,6 +35,11 @@ proptest! {
     fn any_codes((seed, blocksize, len) in shapes()) {
         let scales = hard_values(seed, num_blocks(len, blocksize), 4);
         check(&codes(seed, len), &scales, blocksize);
+    }
+
+    #[test]
+    fn rows_of_any_length((seed, row, len) in row_shapes()) {
+        check(&codes(seed, len), &hard_values(seed, num_blocks(len, row), 4), row);
     }
 
     #[test]
@@ -54,11 +59,21 @@ fn every_block_size_and_length() {
 }
 
 #[test]
+fn rows_of_every_kind_of_length() {
+    for row in ROWS {
+        for len in [0, 1, row - 1, row, row + 1, 33 * row + row / 2] {
+            let scales = hard_values(len as u64, num_blocks(len, row), 4);
+            check(&codes(len as u64, len), &scales, row);
+        }
+    }
+}
+
+#[test]
 fn bodies_agree_on_the_bits_of_nan() {
     let codes = codes(4, 64);
     let absmax = [f32::from_bits(0xffbf_ffff), f32::from_bits(0x7f80_0001)];
     for &bodies in available() {
-        let (mut found, engine) = ([0.0_f32; 64], Engine { bodies, threads: 1 });
+        let (mut found, engine) = ([0.0_f32; 64], Engine::new(bodies, 1));
         dequantize_int8(engine, &codes, &absmax, 32, ValuesMut::F32(&mut found)).unwrap();
         assert_eq!(found.map(f32::to_bits)[0], 0xffff_0000, "{}", bodies.name());
         assert_eq!(found.map(f32::to_bits)[63], 0x7fc0_0000, "{}", bodies.name());
@@ -68,12 +83,13 @@ fn bodies_agree_on_the_bits_of_nan() {
 #[test]
 fn any_number_of_threads() {
     let len = 3 * (1 << 20) + 12_345;
-    let (codes, absmax) = (codes(1, len), hard_values(1, num_blocks(len, 64), 4));
-    for &bodies in available() {
-        for room in Weights::room(len) {
+    let codes = codes(1, len);
+    for (blocksize, room) in [64, 172, JOB + 33].into_iter().zip(Weights::room(len)) {
+        let absmax = hard_values(1, num_blocks(len, blocksize), 4);
+        for &bodies in available() {
             let run = |threads| {
-                let (mut found, engine) = (room.clone(), Engine { bodies, threads });
-                dequantize_int8(engine, &codes, &absmax, 64, found.values_mut()).unwrap();
+                let (mut found, engine) = (room.clone(), Engine::new(bodies, threads));
+                dequantize_int8(engine, &codes, &absmax, blocksize, found.values_mut()).unwrap();
                 found.bits()
             };
             let alone = run(1);
@@ -92,6 +108,7 @@ fn wrong_sizes_are_refused() {
         dequantize_int8(engine, &codes, &absmax, 64, ValuesMut::F32(&mut [0.0; 65]))
     };
     assert_eq!(run(65, 2), Ok(()));
+    assert_eq!(dequantize_int8(engine, &[], &[], 0, ValuesMut::F32(&mut [])), Err(CodecError::Row));
     assert!(matches!(run(64, 2), Err(CodecError::Length { what: "packed", .. })));
     assert!(matches!(run(65, 1), Err(CodecError::Length { what: "absmax", .. })));
 }

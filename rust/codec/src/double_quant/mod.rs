@@ -1,7 +1,8 @@
 //! Double quantization: scales in 8 bits, relative to their mean, in groups of 256.
 //!
 //! ```text
-//! offset     = mean of absmax, summed in f64 in a fixed order (per group, then over groups)
+//! offset     = mean of absmax, summed in f64 in a fixed order (per group, then over groups);
+//!              0 if one is negative: scales of both signs lie around it
 //! r          = absmax - offset
 //! nested     = max |r| of the group
 //! code       = place of the value nearest to r / nested; a tie goes to the lower value
@@ -12,13 +13,22 @@ mod search;
 #[cfg(test)]
 mod tests;
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use crate::error::CodecError;
 use crate::float_env::in_default_float_env;
 use crate::layout::check_len;
+use crate::parallel;
+use crate::simd::Engine;
 use search::Search;
 
 /// Scales that share a second-level scale.
 pub const NESTED_BLOCKSIZE: usize = 256;
+
+/// Scales in a job of coding, which takes some 32 times as long as to code as many values.
+const ENCODE_JOB: usize = parallel::JOB / 32;
+/// Scales in a job of reading or adding them; as all jobs, whole fours of groups.
+const DECODE_JOB: usize = parallel::JOB / 8;
 
 /// What [`quantize_absmax`] finds out beside codes and second-level scales.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -35,8 +45,9 @@ pub struct NestedScales {
 /// `table` holds 256 ascending values, `codes` one entry a scale, `nested` one a group.
 ///
 /// # Errors
-/// [`CodecError::Length`] and [`CodecError::TableNotAscending`].
+/// [`CodecError::Length`], [`CodecError::TableNotAscending`] and [`CodecError::Interrupted`].
 pub fn quantize_absmax(
+    engine: Engine,
     absmax: &[f32],
     table: &[f32; 256],
     codes: &mut [u8],
@@ -47,25 +58,33 @@ pub fn quantize_absmax(
     check_len("nested_absmax", nested.len(), len.div_ceil(NESTED_BLOCKSIZE), (len, "scales"))?;
     let search = prepare(table)?;
 
-    Ok(in_default_float_env(|| {
-        let offset = mean(absmax);
+    let offset = offset(engine, absmax)?;
+    let safe = AtomicBool::new(true);
+    let outputs =
+        codes.chunks_mut(ENCODE_JOB).zip(nested.chunks_mut(ENCODE_JOB / NESTED_BLOCKSIZE));
+    let jobs = absmax.chunks(ENCODE_JOB).zip(outputs);
+    parallel::for_each(work(len, ENCODE_JOB), engine, jobs, |(absmax, (codes, nested))| {
         let groups = absmax.chunks(NESTED_BLOCKSIZE);
         let outputs = codes.chunks_mut(NESTED_BLOCKSIZE).zip(nested);
-        let mut safe = true;
+        let mut survive = true;
         for (group, (codes, nested)) in groups.zip(outputs) {
-            let (scale, survive) = quantize_group(group, offset, table, &search, codes);
+            let (scale, survives) = quantize_group(group, offset, table, &search, codes);
             *nested = scale;
-            safe &= survive;
+            survive &= survives;
         }
-        NestedScales { offset, safe }
-    }))
+        if !survive {
+            safe.store(false, Ordering::Relaxed);
+        }
+    })?;
+    Ok(NestedScales { offset, safe: safe.into_inner() })
 }
 
 /// Writes the scales that [`quantize_absmax`] coded.
 ///
 /// # Errors
-/// [`CodecError::Length`].
+/// [`CodecError::Length`] and [`CodecError::Interrupted`].
 pub fn dequantize_absmax(
+    engine: Engine,
     codes: &[u8],
     table: &[f32; 256],
     nested: &[f32],
@@ -75,15 +94,21 @@ pub fn dequantize_absmax(
     let len = absmax.len();
     check_len("codes", codes.len(), len, (len, "scales"))?;
     check_len("nested_absmax", nested.len(), len.div_ceil(NESTED_BLOCKSIZE), (len, "scales"))?;
-    in_default_float_env(|| {
+    let inputs = codes.chunks(DECODE_JOB).zip(nested.chunks(DECODE_JOB / NESTED_BLOCKSIZE));
+    let jobs = absmax.chunks_mut(DECODE_JOB).zip(inputs);
+    parallel::for_each(work(len, DECODE_JOB), engine, jobs, |(absmax, (codes, nested))| {
         let groups = absmax.chunks_mut(NESTED_BLOCKSIZE).zip(codes.chunks(NESTED_BLOCKSIZE));
         for ((absmax, codes), &nested) in groups.zip(nested) {
             for (absmax, &code) in absmax.iter_mut().zip(codes) {
                 *absmax = decode(table, code, nested, offset);
             }
         }
-    });
-    Ok(())
+    })
+}
+
+/// The number of values that are as much work as `len` scales in jobs of `job`.
+fn work(len: usize, job: usize) -> usize {
+    len.saturating_mul(parallel::JOB / job)
 }
 
 /// Two roundings: Rust never fuses a product and a sum.
@@ -91,26 +116,49 @@ fn decode(table: &[f32; 256], code: u8, nested: f32, offset: f32) -> f32 {
     table[usize::from(code)] * nested + offset
 }
 
-fn mean(absmax: &[f32]) -> f32 {
+/// What is taken off the scales: small ones of both signs keep their precision if it is nothing.
+///
+/// The mean is the sum of each group, then of these: the same for any number of threads.
+fn offset(engine: Engine, absmax: &[f32]) -> Result<f32, CodecError> {
     if absmax.is_empty() {
-        return 0.0;
+        return Ok(0.0);
     }
+    let negative = AtomicBool::new(false);
+    let mut sums = vec![0.0_f64; absmax.len().div_ceil(NESTED_BLOCKSIZE)];
+    let jobs = absmax.chunks(DECODE_JOB).zip(sums.chunks_mut(DECODE_JOB / NESTED_BLOCKSIZE));
+    parallel::for_each(work(absmax.len(), DECODE_JOB), engine, jobs, |(absmax, sums)| {
+        group_sums(absmax, sums);
+        if absmax.iter().any(|&a| a < 0.0) {
+            negative.store(true, Ordering::Relaxed);
+        }
+    })?;
+    if negative.into_inner() {
+        return Ok(0.0);
+    }
+    Ok(in_default_float_env(|| {
+        let total = sums.into_iter().fold(0.0, |total, sum| total + sum);
+        (total / absmax.len() as f64) as f32
+    }))
+}
+
+/// Writes the sum of each group.
+fn group_sums(absmax: &[f32], sums: &mut [f64]) {
     // Four groups side by side: each sum is a chain of additions that must wait for each other.
-    let (fours, rest) = absmax.as_chunks::<{ 4 * NESTED_BLOCKSIZE }>();
-    let group_sum = |group: &[f32]| group.iter().fold(0.0, |sum, &a| sum + f64::from(a));
-    let mut total = 0.0;
-    for four in fours {
+    let fours = absmax.as_chunks::<{ 4 * NESTED_BLOCKSIZE }>().0;
+    let (sums_of_fours, rest_sums) = sums.split_at_mut(4 * fours.len());
+    for (four, sums) in fours.iter().zip(sums_of_fours.as_chunks_mut::<4>().0) {
         let groups = four.as_chunks::<NESTED_BLOCKSIZE>().0;
-        let mut sums = [0.0_f64; 4];
+        *sums = [0.0; 4];
         for i in 0..NESTED_BLOCKSIZE {
             for (sum, group) in sums.iter_mut().zip(groups) {
                 *sum += f64::from(group[i]);
             }
         }
-        total = sums.into_iter().fold(total, |total, sum| total + sum);
     }
-    total = rest.chunks(NESTED_BLOCKSIZE).map(group_sum).fold(total, |total, sum| total + sum);
-    (total / absmax.len() as f64) as f32
+    let rest = absmax[fours.len() * 4 * NESTED_BLOCKSIZE..].chunks(NESTED_BLOCKSIZE);
+    for (group, sum) in rest.zip(rest_sums) {
+        *sum = group.iter().fold(0.0, |sum, &a| sum + f64::from(a));
+    }
 }
 
 /// Writes the codes of a group of scales; returns their second-level scale, and whether they

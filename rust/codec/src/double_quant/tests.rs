@@ -3,7 +3,13 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::float_env::flushing_subnormals;
+use crate::simd::available;
 use crate::testing::{hard_values, Random};
+
+fn engine(threads: usize) -> Engine {
+    Engine::new(available()[0], threads)
+}
 
 /// The signed dynamic map: 127 negative values, 0, 127 positive ones and 1.
 fn dynamic_map() -> [f32; 256] {
@@ -29,22 +35,30 @@ fn nearest(value: f32, table: &[f32; 256]) -> u8 {
 fn encode(absmax: &[f32], table: &[f32; 256]) -> (Vec<u8>, Vec<f32>, NestedScales) {
     let mut codes = vec![0xab; absmax.len()];
     let mut nested = vec![-1.0; absmax.len().div_ceil(256)];
-    let scales = quantize_absmax(absmax, table, &mut codes, &mut nested).unwrap();
+    let scales = quantize_absmax(engine(1), absmax, table, &mut codes, &mut nested).unwrap();
     (codes, nested, scales)
 }
 
 fn decode_all(codes: &[u8], table: &[f32; 256], nested: &[f32], offset: f32) -> Vec<f32> {
     let mut absmax = vec![f32::NAN; codes.len()];
-    dequantize_absmax(codes, table, nested, offset, &mut absmax).unwrap();
+    dequantize_absmax(engine(1), codes, table, nested, offset, &mut absmax).unwrap();
     absmax
+}
+
+fn expected_offset(absmax: &[f32]) -> f32 {
+    let sums = absmax.chunks(256).map(|g| g.iter().fold(0.0, |s, &a| s + f64::from(a)));
+    let total: f64 = sums.fold(0.0, |s, g| s + g);
+    if absmax.is_empty() || absmax.iter().any(|&a| a < 0.0) {
+        0.0
+    } else {
+        (total / absmax.len() as f64) as f32
+    }
 }
 
 fn check(absmax: &[f32], table: &[f32; 256]) {
     let (codes, nested, scales) = encode(absmax, table);
 
-    let sums = absmax.chunks(256).map(|g| g.iter().fold(0.0, |s, &a| s + f64::from(a)));
-    let total: f64 = sums.fold(0.0, |s, g| s + g);
-    let mean = if absmax.is_empty() { 0.0 } else { (total / absmax.len() as f64) as f32 };
+    let mean = expected_offset(absmax);
     assert_eq!(scales.offset.to_bits(), mean.to_bits());
 
     let mut safe = true;
@@ -106,6 +120,40 @@ fn every_midpoint_and_its_neighbours() {
 }
 
 #[test]
+fn any_number_of_threads() {
+    let len = 3 * (1 << 20) + 12_345;
+    let mut random = Random(3);
+    let absmax: Vec<f32> = (0..len).map(|_| random.unit().abs()).collect();
+    let run = |threads| {
+        let (mut codes, mut nested) = (vec![0xab; len], vec![-1.0; len.div_ceil(256)]);
+        let (engine, table) = (engine(threads), dynamic_map());
+        let scales = quantize_absmax(engine, &absmax, &table, &mut codes, &mut nested).unwrap();
+        let mut back = vec![f32::NAN; len];
+        dequantize_absmax(engine, &codes, &table, &nested, scales.offset, &mut back).unwrap();
+        (codes, nested, scales, back)
+    };
+    let alone = run(1);
+    for threads in [0, 2, 7] {
+        assert!(run(threads) == alone, "{threads} threads");
+    }
+    assert_eq!(alone.2.offset.to_bits(), expected_offset(&absmax).to_bits());
+}
+
+#[test]
+fn the_float_environment_of_the_caller_does_not_matter() {
+    for scale in [1e-38, 1e-40] {
+        let mut random = Random(5);
+        let absmax: Vec<f32> = (0..1000).map(|_| random.unit().abs() * scale).collect();
+        let run = || {
+            let (codes, nested, scales) = encode(&absmax, &dynamic_map());
+            let back = decode_all(&codes, &dynamic_map(), &nested, scales.offset);
+            (codes, nested, scales, back)
+        };
+        assert!(run() == flushing_subnormals(run), "scales around {scale:e}");
+    }
+}
+
+#[test]
 fn equal_scales_survive_exactly() {
     for len in [1, 2, 255, 256, 257, 1000] {
         let (codes, nested, scales) = encode(&vec![0.03; len], &dynamic_map());
@@ -143,14 +191,17 @@ fn nonfinite_scales_are_not_safe() {
 #[test]
 fn wrong_sizes_and_tables_are_refused() {
     let table = dynamic_map();
-    let error = quantize_absmax(&[1.0; 300], &table, &mut [0; 300], &mut [0.0; 1]).unwrap_err();
+    let one = engine(1);
+    let error =
+        quantize_absmax(one, &[1.0; 300], &table, &mut [0; 300], &mut [0.0; 1]).unwrap_err();
     assert_eq!(error.to_string(), "nested_absmax has length 1, but 300 scales need 2");
-    let error = dequantize_absmax(&[0; 299], &table, &[0.0; 2], 0.0, &mut [0.0; 300]).unwrap_err();
+    let mut absmax = [0.0; 300];
+    let error = dequantize_absmax(one, &[0; 299], &table, &[0.0; 2], 0.0, &mut absmax).unwrap_err();
     assert_eq!(error.to_string(), "codes has length 299, but 300 scales need 300");
     for (index, value) in [(5, 2.0), (0, f32::NAN), (255, f32::INFINITY)] {
         let mut wrong = table;
         wrong[index] = value;
-        let error = quantize_absmax(&[], &wrong, &mut [], &mut []).unwrap_err();
+        let error = quantize_absmax(one, &[], &wrong, &mut [], &mut []).unwrap_err();
         let index = if index == 5 { 6 } else { index };
         assert_eq!(error, CodecError::TableNotAscending { index });
     }

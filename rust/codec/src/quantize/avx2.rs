@@ -17,7 +17,7 @@ use crate::codebook::Codebook;
 use crate::quantize::{scalar, SMALLEST};
 use crate::values::{Element, Values};
 use crate::x86::avx2::{
-    all_finite, bf16_lanes, f16_lanes, lanes, load, load_bf16, load_f16, load_f32,
+    all_finite, bf16_lanes, clamp_to_one, f16_lanes, lanes, load, load_bf16, load_f16, load_f32,
     magnitudes_16_bit, magnitudes_f32, max_of_each, store,
 };
 use crate::x86::{prefetch, Plain};
@@ -35,7 +35,15 @@ struct Task<'a, T> {
     values: &'a [T],
     blocksize: usize,
     packed: &'a mut [u8],
-    absmax: &'a mut [f32],
+    scales: Scales<'a>,
+}
+
+/// The scales of a call, one a block.
+enum Scales<'a> {
+    /// To be found and written: the absmax of each block.
+    Absmax(&'a mut [f32]),
+    /// To be coded against.
+    Given(&'a [f32]),
 }
 
 /// Quantizes whole blocks; tells whether all values were finite.
@@ -47,23 +55,47 @@ pub(crate) fn quantize(
     packed: &mut [u8],
     absmax: &mut [f32],
 ) -> bool {
+    dispatch(values, code, blocksize, packed, Scales::Absmax(absmax))
+}
+
+/// Codes whole blocks against the scales given.
+#[target_feature(enable = "avx2,f16c")]
+pub(crate) fn encode(
+    values: Values<'_>,
+    code: &Codebook,
+    blocksize: usize,
+    scales: &[f32],
+    packed: &mut [u8],
+) {
+    dispatch(values, code, blocksize, packed, Scales::Given(scales));
+}
+
+/// Picks the loads of a dtype.
+#[target_feature(enable = "avx2,f16c")]
+fn dispatch(
+    values: Values<'_>,
+    code: &Codebook,
+    blocksize: usize,
+    packed: &mut [u8],
+    scales: Scales<'_>,
+) -> bool {
     match values {
-        Values::F32(values) => blocks::<_, false>(
-            Task { values, blocksize, packed, absmax },
+        Values::F32(values) => search::<_, false>(
+            Task { values, blocksize, packed, scales },
             code,
             |block| magnitudes_f32(block),
             |bits| _mm256_castsi256_ps(bits),
             |strip| core::array::from_fn(|i| load_f32(&strip.as_chunks().0[i])),
         ),
-        Values::F16(values) => blocks::<_, false>(
-            Task { values, blocksize, packed, absmax },
+        Values::F16(values) => search::<_, false>(
+            Task { values, blocksize, packed, scales },
             code,
             |block| magnitudes_16_bit(block),
             |bits| f16_lanes(bits),
             |strip| core::array::from_fn(|i| load_f16(&strip.as_chunks().0[i])),
         ),
-        Values::Bf16(values) => blocks::<_, true>(
-            Task { values, blocksize, packed, absmax },
+        Values::Bf16(values) => search::<_, true>(
+            Task { values, blocksize, packed, scales },
             code,
             |block| magnitudes_16_bit(block),
             |bits| bf16_lanes(bits),
@@ -76,11 +108,29 @@ pub(crate) fn quantize(
     }
 }
 
+/// Values against scales of their own stay within 1 but for some ulps; against others they may not.
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+fn search<T: Element + Plain, const EVEN_ODD: bool>(
+    task: Task<'_, T>,
+    code: &Codebook,
+    magnitudes: impl Fn(&[T]) -> __m256i,
+    widen: impl Fn(__m256i) -> __m256,
+    load: impl Fn(&[T; STRIP]) -> [__m256; 8],
+) -> bool {
+    let tree = Tree::new(code.bounds());
+    if let Scales::Given(_) = task.scales {
+        let minus_index = |s| tree.minus_index(clamp_to_one(s));
+        return blocks::<_, EVEN_ODD>(task, code, magnitudes, widen, load, minus_index);
+    }
+    blocks::<_, EVEN_ODD>(task, code, magnitudes, widen, load, |s| tree.minus_index(s))
+}
+
 /// Quantizes groups of blocks.
 ///
 /// What depends on the dtype: `magnitudes` reduces a block to 8 lanes of magnitudes that compare as
 /// integers, `widen` makes them floats, `load` reads a strip, in order or (`EVEN_ODD`) each
-/// quarter as even and odd values.
+/// quarter as even and odd values. `minus_index` finds the indices, negated.
 #[inline]
 #[target_feature(enable = "avx2,f16c")]
 fn blocks<T: Element + Plain, const EVEN_ODD: bool>(
@@ -89,21 +139,22 @@ fn blocks<T: Element + Plain, const EVEN_ODD: bool>(
     magnitudes: impl Fn(&[T]) -> __m256i,
     widen: impl Fn(__m256i) -> __m256,
     load: impl Fn(&[T; STRIP]) -> [__m256; 8],
+    minus_index: impl Fn(__m256) -> __m256i,
 ) -> bool {
-    let Task { values, blocksize, packed, absmax } = task;
-    let (tree, order) = (Tree::new(code.bounds()), Order::new(code.order()));
+    let Task { values, blocksize, packed, mut scales } = task;
+    let order = Order::new(code.order());
     let halves_per_block = (blocksize / HALF).trailing_zeros();
     let mut finite = true;
-    let outputs = packed.chunks_mut(GROUP * blocksize / 2).zip(absmax.chunks_mut(GROUP));
-    for (values, (packed, absmax)) in values.chunks(GROUP * blocksize).zip(outputs) {
-        let mut maxima = [_mm256_setzero_si256(); GROUP];
-        for (maximum, block) in maxima.iter_mut().zip(values.chunks_exact(blocksize)) {
-            *maximum = magnitudes(block);
-        }
-        let largest = widen(max_of_each(&maxima));
-        absmax.copy_from_slice(&lanes(largest)[..absmax.len()]);
-        let divisor = _mm256_max_ps(largest, _mm256_set1_ps(SMALLEST));
-        let inverse = lanes(_mm256_div_ps(_mm256_set1_ps(1.0), divisor));
+    let groups = values.chunks(GROUP * blocksize).zip(packed.chunks_mut(GROUP * blocksize / 2));
+    for (group, (values, packed)) in groups.enumerate() {
+        let found = scales.of_group(group, || {
+            let mut maxima = [_mm256_setzero_si256(); GROUP];
+            for (maximum, block) in maxima.iter_mut().zip(values.chunks_exact(blocksize)) {
+                *maximum = magnitudes(block);
+            }
+            widen(max_of_each(&maxima))
+        });
+        let inverse = lanes(_mm256_div_ps(_mm256_set1_ps(1.0), at_least_smallest(found)));
 
         let (strips, rest) = values.as_chunks::<STRIP>();
         let (bytes, rest_bytes) = packed.as_chunks_mut::<HALF>();
@@ -115,19 +166,72 @@ fn blocks<T: Element + Plain, const EVEN_ODD: bool>(
             let factor = |half| _mm256_set1_ps(inverse[(half >> halves_per_block) % GROUP]);
             let factors = [factor(2 * i), factor(2 * i + 1)];
             let indices: [__m256i; 8] =
-                core::array::from_fn(|k| tree.minus_index(_mm256_mul_ps(x[k], factors[k / 4])));
+                core::array::from_fn(|k| minus_index(_mm256_mul_ps(x[k], factors[k / 4])));
             let packed = if EVEN_ODD { pack_pairs(indices) } else { pack_in_order(indices) };
             store(bytes, order.codes(packed));
         }
-        if let ([_, ..], [.., absmax]) = (rest, &mut *absmax) {
-            scalar::quantize_block(rest, code, rest_bytes, absmax); // an odd block of 32
+        if let [_, ..] = rest {
+            // an odd block of 32
+            let last = lanes(found)[values.len() / blocksize - 1];
+            scalar::encode_block(rest, code, last, rest_bytes);
         }
-        if !all_finite(largest) {
+        if !all_finite(found) {
             finite = false;
-            scalar::repair(values, code, blocksize, packed, absmax);
+            scales.repair(group, values, code, blocksize, packed);
         }
     }
     finite
+}
+
+impl Scales<'_> {
+    /// The scales of a group of blocks; those to be found are written, too.
+    #[inline]
+    #[target_feature(enable = "avx2,f16c")]
+    fn of_group(&mut self, group: usize, absmax: impl FnOnce() -> __m256) -> __m256 {
+        let mut found = [0.0; GROUP];
+        match self {
+            Self::Absmax(scales) => {
+                found = lanes(absmax());
+                let scales = scales[group * GROUP..].iter_mut();
+                scales.zip(found).for_each(|(scale, absmax)| *scale = absmax);
+            }
+            Self::Given(scales) => {
+                let scales = scales[group * GROUP..].iter();
+                found.iter_mut().zip(scales).for_each(|(found, scale)| *found = *scale);
+            }
+        }
+        load_f32(&found)
+    }
+
+    /// Puts the blocks of a group right whose scale is NaN or infinite.
+    #[cold]
+    fn repair<T: Element>(
+        &mut self,
+        group: usize,
+        values: &[T],
+        code: &Codebook,
+        blocksize: usize,
+        packed: &mut [u8],
+    ) {
+        let first = group * GROUP;
+        match self {
+            Self::Absmax(scales) => {
+                scalar::repair(values, code, blocksize, packed, &mut scales[first..]);
+            }
+            Self::Given(scales) => {
+                scalar::repair_codes(values, code, blocksize, &scales[first..], packed);
+            }
+        }
+    }
+}
+
+/// Scales of magnitude 1e-38 or more, with their signs.
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+fn at_least_smallest(scales: __m256) -> __m256 {
+    let sign = _mm256_set1_ps(-0.0);
+    let magnitude = _mm256_max_ps(_mm256_andnot_ps(sign, scales), _mm256_set1_ps(SMALLEST));
+    _mm256_or_ps(magnitude, _mm256_and_ps(sign, scales))
 }
 
 /// Index by a binary search over any 15 ascending bounds.

@@ -19,7 +19,7 @@ use crate::codebook::{Codebook, UniformBins};
 use crate::quantize::{scalar, SMALLEST};
 use crate::values::{Element, Values};
 use crate::x86::avx512::{
-    all_finite, bf16_lanes, f16_lanes, lanes, load, load_bf16, load_f16, load_f32,
+    all_finite, bf16_lanes, clamp_to_one, f16_lanes, lanes, load, load_bf16, load_f16, load_f32,
     magnitudes_16_bit, magnitudes_f32, max_of_each, store_half,
 };
 use crate::x86::{avx2, prefetch, Plain};
@@ -37,7 +37,15 @@ struct Task<'a, T> {
     values: &'a [T],
     blocksize: usize,
     packed: &'a mut [u8],
-    absmax: &'a mut [f32],
+    scales: Scales<'a>,
+}
+
+/// The scales of a call, one a block.
+enum Scales<'a> {
+    /// To be found and written: the absmax of each block.
+    Absmax(&'a mut [f32]),
+    /// To be coded against.
+    Given(&'a [f32]),
 }
 
 /// Quantizes whole blocks; tells whether all values were finite.
@@ -49,23 +57,47 @@ pub(crate) fn quantize(
     packed: &mut [u8],
     absmax: &mut [f32],
 ) -> bool {
+    dispatch(values, code, blocksize, packed, Scales::Absmax(absmax))
+}
+
+/// Codes whole blocks against the scales given.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi")]
+pub(crate) fn encode(
+    values: Values<'_>,
+    code: &Codebook,
+    blocksize: usize,
+    scales: &[f32],
+    packed: &mut [u8],
+) {
+    dispatch(values, code, blocksize, packed, Scales::Given(scales));
+}
+
+/// Picks the loads of a dtype.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi")]
+fn dispatch(
+    values: Values<'_>,
+    code: &Codebook,
+    blocksize: usize,
+    packed: &mut [u8],
+    scales: Scales<'_>,
+) -> bool {
     match values {
         Values::F32(values) => search::<_, false>(
-            Task { values, blocksize, packed, absmax },
+            Task { values, blocksize, packed, scales },
             code,
             |block| magnitudes_f32(block),
             |bits| _mm512_castsi512_ps(bits),
             |strip| core::array::from_fn(|i| load_f32(&strip.as_chunks().0[i])),
         ),
         Values::F16(values) => search::<_, false>(
-            Task { values, blocksize, packed, absmax },
+            Task { values, blocksize, packed, scales },
             code,
             |block| magnitudes_16_bit(block),
             |bits| f16_lanes(bits),
             |strip| core::array::from_fn(|i| load_f16(&strip.as_chunks().0[i])),
         ),
         Values::Bf16(values) => search::<_, true>(
-            Task { values, blocksize, packed, absmax },
+            Task { values, blocksize, packed, scales },
             code,
             |block| magnitudes_16_bit(block),
             |bits| bf16_lanes(bits),
@@ -93,11 +125,20 @@ fn search<T: Element + Plain, const EVEN_ODD: bool>(
     load: impl Fn(&[T; STRIP]) -> [__m512; 4],
 ) -> bool {
     let pack = Pack::<EVEN_ODD>::new(code);
+    let given = matches!(task.scales, Scales::Given(_));
     if let Some(bins) = code.uniform() {
         let bins = Bins::new(bins, Pack::<EVEN_ODD>::SHIFTS);
+        if given {
+            let index = |i, s| bins.index(i, clamp_to_one(s));
+            return blocks(task, code, &pack, magnitudes, widen, load, index);
+        }
         blocks(task, code, &pack, magnitudes, widen, load, |i, s| bins.index(i, s))
     } else {
         let tree = Tree::new(code.bounds(), Pack::<EVEN_ODD>::SHIFTS);
+        if given {
+            let index = |i, s| tree.index(i, clamp_to_one(s));
+            return blocks(task, code, &pack, magnitudes, widen, load, index);
+        }
         blocks(task, code, &pack, magnitudes, widen, load, |i, s| tree.index(i, s))
     }
 }
@@ -115,19 +156,19 @@ fn blocks<T: Element + Plain, const EVEN_ODD: bool>(
     load: impl Fn(&[T; STRIP]) -> [__m512; 4],
     index: impl Fn(usize, __m512) -> __m512i,
 ) -> bool {
-    let Task { values, blocksize, packed, absmax } = task;
+    let Task { values, blocksize, packed, mut scales } = task;
     let halves_per_block = (blocksize / HALF).trailing_zeros();
     let mut finite = true;
-    let outputs = packed.chunks_mut(GROUP * blocksize / 2).zip(absmax.chunks_mut(GROUP));
-    for (values, (packed, absmax)) in values.chunks(GROUP * blocksize).zip(outputs) {
-        let mut maxima = [_mm512_setzero_si512(); GROUP];
-        for (maximum, block) in maxima.iter_mut().zip(values.chunks_exact(blocksize)) {
-            *maximum = magnitudes(block);
-        }
-        let largest = widen(max_of_each(&maxima));
-        absmax.copy_from_slice(&lanes(largest)[..absmax.len()]);
-        let divisor = _mm512_max_ps(largest, _mm512_set1_ps(SMALLEST));
-        let inverse = lanes(_mm512_div_ps(_mm512_set1_ps(1.0), divisor));
+    let groups = values.chunks(GROUP * blocksize).zip(packed.chunks_mut(GROUP * blocksize / 2));
+    for (group, (values, packed)) in groups.enumerate() {
+        let found = scales.of_group(group, || {
+            let mut maxima = [_mm512_setzero_si512(); GROUP];
+            for (maximum, block) in maxima.iter_mut().zip(values.chunks_exact(blocksize)) {
+                *maximum = magnitudes(block);
+            }
+            widen(max_of_each(&maxima))
+        });
+        let inverse = lanes(_mm512_div_ps(_mm512_set1_ps(1.0), at_least_smallest(found)));
 
         let (strips, rest) = values.as_chunks::<STRIP>();
         let (bytes, rest_bytes) = packed.as_chunks_mut::<HALF>();
@@ -146,15 +187,68 @@ fn blocks<T: Element + Plain, const EVEN_ODD: bool>(
             ];
             store_half(bytes, pack.bytes(codes));
         }
-        if let ([_, ..], [.., absmax]) = (rest, &mut *absmax) {
-            scalar::quantize_block(rest, code, rest_bytes, absmax); // an odd block of 32
+        if let [_, ..] = rest {
+            // an odd block of 32
+            let last = lanes(found)[values.len() / blocksize - 1];
+            scalar::encode_block(rest, code, last, rest_bytes);
         }
-        if !all_finite(largest) {
+        if !all_finite(found) {
             finite = false;
-            scalar::repair(values, code, blocksize, packed, absmax);
+            scales.repair(group, values, code, blocksize, packed);
         }
     }
     finite
+}
+
+impl Scales<'_> {
+    /// The scales of a group of blocks; those to be found are written, too.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi")]
+    fn of_group(&mut self, group: usize, absmax: impl FnOnce() -> __m512) -> __m512 {
+        let mut found = [0.0; GROUP];
+        match self {
+            Self::Absmax(scales) => {
+                found = lanes(absmax());
+                let scales = scales[group * GROUP..].iter_mut();
+                scales.zip(found).for_each(|(scale, absmax)| *scale = absmax);
+            }
+            Self::Given(scales) => {
+                let scales = scales[group * GROUP..].iter();
+                found.iter_mut().zip(scales).for_each(|(found, scale)| *found = *scale);
+            }
+        }
+        load_f32(&found)
+    }
+
+    /// Puts the blocks of a group right whose scale is NaN or infinite.
+    #[cold]
+    fn repair<T: Element>(
+        &mut self,
+        group: usize,
+        values: &[T],
+        code: &Codebook,
+        blocksize: usize,
+        packed: &mut [u8],
+    ) {
+        let first = group * GROUP;
+        match self {
+            Self::Absmax(scales) => {
+                scalar::repair(values, code, blocksize, packed, &mut scales[first..]);
+            }
+            Self::Given(scales) => {
+                scalar::repair_codes(values, code, blocksize, &scales[first..], packed);
+            }
+        }
+    }
+}
+
+/// Scales of magnitude 1e-38 or more, with their signs.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi")]
+fn at_least_smallest(scales: __m512) -> __m512 {
+    let sign = _mm512_set1_ps(-0.0);
+    let magnitude = _mm512_max_ps(_mm512_andnot_ps(sign, scales), _mm512_set1_ps(SMALLEST));
+    _mm512_or_ps(magnitude, _mm512_and_ps(sign, scales))
 }
 
 /// Index by uniform binning.

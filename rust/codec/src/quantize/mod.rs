@@ -34,8 +34,9 @@ pub(crate) const SMALLEST: f32 = 1e-38;
 /// Quantizes `values` to 4-bit codes in `packed` and one scale a block in `absmax`.
 ///
 /// # Errors
-/// [`CodecError::Blocksize`], [`CodecError::Length`], and [`CodecError::NonFinite`] unless
-/// `nonfinite` is [`NonFinite::Keep`]; the outputs are then unspecified.
+/// [`CodecError::Blocksize`], [`CodecError::Length`], [`CodecError::Interrupted`], and
+/// [`CodecError::NonFinite`] unless `nonfinite` is [`NonFinite::Keep`]; the outputs are then
+/// unspecified.
 pub fn quantize_4bit(
     engine: Engine,
     values: Values<'_>,
@@ -57,11 +58,11 @@ pub fn quantize_4bit(
 
     let finite = AtomicBool::new(true);
     let outputs = packed.chunks_mut(JOB / 2).zip(absmax.chunks_mut(JOB / blocksize));
-    parallel::for_each(whole, engine.threads, blocks.chunks(JOB).zip(outputs), |(v, (p, a))| {
+    parallel::for_each(whole, engine, blocks.chunks(JOB).zip(outputs), |(v, (p, a))| {
         if !(engine.bodies.quantize_4bit)(v, code, blocksize, p, a) {
             finite.store(false, Ordering::Relaxed);
         }
-    });
+    })?;
     if let [absmax] = tail_absmax {
         in_default_float_env(|| {
             with_slice!(tail, Values, v => scalar::quantize_tail(v, code, tail_packed, absmax));
@@ -71,7 +72,44 @@ pub fn quantize_4bit(
         }
     }
     if nonfinite == NonFinite::Error && !finite.into_inner() {
-        return Err(values.nonfinite_error());
+        return Err(values.nonfinite_error(engine));
+    }
+    Ok(())
+}
+
+/// Codes `values` against `scales`, one a block, of any sign; writes `packed`.
+///
+/// The codes are those of [`quantize_4bit`] where a scale is the block's absmax. Where it is NaN or
+/// infinite the codes mean nothing, and so will the decoded block.
+///
+/// # Errors
+/// [`CodecError::Blocksize`], [`CodecError::Length`] and [`CodecError::Interrupted`].
+pub fn encode_4bit(
+    engine: Engine,
+    values: Values<'_>,
+    code: &Codebook,
+    blocksize: usize,
+    scales: &[f32],
+    packed: &mut [u8],
+) -> Result<(), CodecError> {
+    check_blocksize(blocksize)?;
+    let len = values.len();
+    check_len("packed", packed.len(), packed_len(len), (len, "values"))?;
+    check_len("absmax", scales.len(), num_blocks(len, blocksize), (len, "values"))?;
+
+    let whole = len / blocksize * blocksize;
+    let (blocks, tail) = values.split_at(whole);
+    let (packed, tail_packed) = packed.split_at_mut(whole / 2);
+    let (scales, tail_scale) = scales.split_at(whole / blocksize);
+
+    let jobs = scales.chunks(JOB / blocksize).zip(packed.chunks_mut(JOB / 2));
+    parallel::for_each(whole, engine, blocks.chunks(JOB).zip(jobs), |(v, (s, p))| {
+        (engine.bodies.encode_4bit)(v, code, blocksize, s, p);
+    })?;
+    if let [scale] = tail_scale {
+        in_default_float_env(|| {
+            with_slice!(tail, Values, v => scalar::encode_tail(v, code, *scale, tail_packed));
+        });
     }
     Ok(())
 }

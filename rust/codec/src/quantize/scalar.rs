@@ -24,7 +24,23 @@ pub(crate) fn quantize(
     })
 }
 
-/// Quantizes one whole block, the scaled values by a multiplication.
+/// Codes whole blocks against the scales given.
+pub(crate) fn encode(
+    values: Values<'_>,
+    code: &Codebook,
+    blocksize: usize,
+    scales: &[f32],
+    packed: &mut [u8],
+) {
+    with_slice!(values, Values, v => {
+        let blocks = v.chunks_exact(blocksize).zip(packed.chunks_exact_mut(blocksize / 2));
+        for ((block, packed), &scale) in blocks.zip(scales) {
+            encode_block(block, code, scale, packed);
+        }
+    });
+}
+
+/// Quantizes one whole block.
 pub(crate) fn quantize_block<T: Element>(
     block: &[T],
     code: &Codebook,
@@ -32,8 +48,24 @@ pub(crate) fn quantize_block<T: Element>(
     absmax: &mut f32,
 ) {
     *absmax = block_absmax(block);
-    let inverse = 1.0 / at_least_smallest(*absmax);
-    encode(block, code, packed, |x| x * inverse);
+    encode_block(block, code, *absmax, packed);
+}
+
+/// Codes one whole block against its scale, the scaled values by a multiplication.
+pub(crate) fn encode_block<T: Element>(
+    block: &[T],
+    code: &Codebook,
+    scale: f32,
+    packed: &mut [u8],
+) {
+    let inverse = 1.0 / at_least_smallest(scale);
+    pack_codes(block, code, packed, |x| (x * inverse).clamp(-1.0, 1.0));
+}
+
+/// Codes the ragged last block against its scale, the scaled values by a division.
+pub(crate) fn encode_tail<T: Element>(block: &[T], code: &Codebook, scale: f32, packed: &mut [u8]) {
+    let divisor = at_least_smallest(scale);
+    pack_codes(block, code, packed, |x| (x / divisor).clamp(-1.0, 1.0));
 }
 
 /// Quantizes the blocks that hold NaN or infinity again, by the rules for those.
@@ -53,7 +85,24 @@ pub(crate) fn repair<T: Element>(
     }
 }
 
-/// Quantizes the ragged last block, the scaled values by a division.
+/// Codes the blocks again whose scale is NaN or infinite, by the rules for those.
+#[cold]
+pub(crate) fn repair_codes<T: Element>(
+    values: &[T],
+    code: &Codebook,
+    blocksize: usize,
+    scales: &[f32],
+    packed: &mut [u8],
+) {
+    let blocks = values.chunks_exact(blocksize).zip(packed.chunks_exact_mut(blocksize / 2));
+    for ((block, packed), &scale) in blocks.zip(scales) {
+        if !scale.is_finite() {
+            encode_block(block, code, scale, packed);
+        }
+    }
+}
+
+/// Quantizes the ragged last block.
 pub(crate) fn quantize_tail<T: Element>(
     block: &[T],
     code: &Codebook,
@@ -61,7 +110,7 @@ pub(crate) fn quantize_tail<T: Element>(
     absmax: &mut f32,
 ) {
     *absmax = at_least_smallest(block_absmax(block));
-    encode(block, code, packed, |x| x / *absmax);
+    encode_tail(block, code, *absmax, packed);
 }
 
 /// The largest magnitude; NaN if there is one.
@@ -102,17 +151,22 @@ pub(crate) fn absmax_from_bits(bits: u32) -> f32 {
     }
 }
 
-/// `max(absmax, 1e-38)`, but NaN stays.
-fn at_least_smallest(absmax: f32) -> f32 {
-    if absmax < SMALLEST {
-        SMALLEST
+/// A scale of magnitude 1e-38 or more; its sign, and NaN, stay.
+pub(crate) fn at_least_smallest(scale: f32) -> f32 {
+    if scale.abs() < SMALLEST {
+        SMALLEST.copysign(scale)
     } else {
-        absmax
+        scale
     }
 }
 
 /// Codes and packs the scaled values of one block.
-fn encode<T: Element>(block: &[T], code: &Codebook, packed: &mut [u8], scale: impl Fn(f32) -> f32) {
+fn pack_codes<T: Element>(
+    block: &[T],
+    code: &Codebook,
+    packed: &mut [u8],
+    scale: impl Fn(f32) -> f32,
+) {
     for_each_strip(block, |i, strip| {
         let codes = indices(&strip.map(&scale), code.bounds())
             .map(|index| code.order()[usize::from(index % 16)]);

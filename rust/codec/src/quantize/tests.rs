@@ -35,7 +35,7 @@ fn check(values: &[f32], table: &[f32; 16], blocksize: usize) {
     for weights in Weights::all(values) {
         let expected = expected(&weights, table, blocksize);
         for &bodies in available() {
-            let engine = Engine { bodies, threads: 1 };
+            let engine = Engine::new(bodies, 1);
             let found = quantized(engine, &weights, table, blocksize, NonFinite::Error).unwrap();
             assert_eq!(found.1, expected.1, "{} absmax, blocksize {blocksize}", bodies.name());
             let wrong = found.0.iter().zip(&expected.0).position(|(f, e)| f != e);
@@ -98,7 +98,7 @@ fn bytes_of_bitsandbytes() {
     let weights = Weights::F32((0..71).map(small).collect());
     for (table, packed, absmax) in GOLDEN {
         for &bodies in available() {
-            let engine = Engine { bodies, threads: 1 };
+            let engine = Engine::new(bodies, 1);
             let found = quantized(engine, &weights, &table(), 32, NonFinite::Error).unwrap();
             assert_eq!(found.0, packed, "{}", bodies.name());
             assert_eq!(found.1, absmax, "{}", bodies.name());
@@ -112,7 +112,8 @@ fn any_number_of_threads() {
     for weights in Weights::all(&hard_values(7, len, 64)) {
         for &bodies in available() {
             let run = |threads| {
-                quantized(Engine { bodies, threads }, &weights, &NF4, 64, NonFinite::Error).unwrap()
+                quantized(Engine::new(bodies, threads), &weights, &NF4, 64, NonFinite::Error)
+                    .unwrap()
             };
             let alone = run(1);
             for threads in [0, 2, 7] {
@@ -148,7 +149,7 @@ fn nonfinite_values_are_counted_and_the_first_is_named() {
     (values[4990], values[777], values[778]) = (f32::INFINITY, f32::NAN, f32::NEG_INFINITY);
     for weights in Weights::all(&values) {
         for &bodies in available() {
-            let engine = Engine { bodies, threads: 1 };
+            let engine = Engine::new(bodies, 1);
             let error = quantized(engine, &weights, &NF4, 64, NonFinite::Error).unwrap_err();
             assert_eq!(error, CodecError::NonFinite { index: 777, count: 3 });
         }
@@ -171,7 +172,7 @@ fn kept_nonfinite_values_spoil_only_their_block() {
             for weights in Weights::all(&values) {
                 let expected = expected(&weights, &table, blocksize);
                 for &bodies in available() {
-                    let engine = Engine { bodies, threads: 1 };
+                    let engine = Engine::new(bodies, 1);
                     let found = quantized(engine, &weights, &table, blocksize, NonFinite::Keep);
                     assert!(found.unwrap() == expected, "{} by {blocksize}", bodies.name());
                 }
@@ -186,7 +187,7 @@ fn the_callers_float_environment_does_not_matter() {
     for weights in Weights::all(&values) {
         let expected = expected(&weights, &NF4, 64);
         for &bodies in available() {
-            let engine = Engine { bodies, threads: 1 };
+            let engine = Engine::new(bodies, 1);
             let found = crate::float_env::flushing_subnormals(|| {
                 quantized(engine, &weights, &NF4, 64, NonFinite::Error)
             });

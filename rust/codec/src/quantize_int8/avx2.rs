@@ -5,6 +5,8 @@
 
 use std::arch::x86_64::*;
 
+use half::{bf16, f16};
+
 use crate::quantize_int8::{scalar, SMALLEST};
 use crate::values::{Element, Values};
 use crate::x86::avx2::{
@@ -16,9 +18,9 @@ use crate::x86::{prefetch, Plain};
 /// Blocks whose scales are computed together.
 const GROUP: usize = 8;
 /// Values that are packed together: the smallest block.
-const STRIP: usize = 32;
+pub(crate) const STRIP: usize = 32;
 /// How far ahead values are fetched, in bytes: hardware prefetch stops at each page.
-const AHEAD: usize = 4096;
+pub(crate) const AHEAD: usize = 4096;
 
 /// The input and the outputs of one call.
 struct Task<'a, T> {
@@ -41,25 +43,21 @@ pub(crate) fn quantize(
             Task { values, blocksize, codes, absmax },
             |block| magnitudes_f32(block),
             |bits| _mm256_castsi256_ps(bits),
-            |strip| core::array::from_fn(|i| load_f32(&strip.as_chunks().0[i])),
+            |strip| strip_f32(strip),
             |codes| pack_in_order(codes),
         ),
         Values::F16(values) => blocks(
             Task { values, blocksize, codes, absmax },
             |block| magnitudes_16_bit(block),
             |bits| f16_lanes(bits),
-            |strip| core::array::from_fn(|i| load_f16(&strip.as_chunks().0[i])),
+            |strip| strip_f16(strip),
             |codes| pack_in_order(codes),
         ),
         Values::Bf16(values) => blocks(
             Task { values, blocksize, codes, absmax },
             |block| magnitudes_16_bit(block),
             |bits| bf16_lanes(bits),
-            |strip| {
-                let halves = strip.as_chunks::<16>().0;
-                let ([a, b], [c, d]) = (load_bf16(&halves[0]), load_bf16(&halves[1]));
-                [a, b, c, d]
-            },
+            |strip| strip_bf16(strip),
             |codes| pack_even_odd(codes),
         ),
     }
@@ -112,10 +110,33 @@ fn blocks<T: Element + Plain>(
     finite
 }
 
+/// Reads a strip as four vectors, in order.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(crate) fn strip_f32(strip: &[f32; STRIP]) -> [__m256; 4] {
+    core::array::from_fn(|i| load_f32(&strip.as_chunks().0[i]))
+}
+
+/// Reads a strip as four vectors, in order.
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+pub(crate) fn strip_f16(strip: &[f16; STRIP]) -> [__m256; 4] {
+    core::array::from_fn(|i| load_f16(&strip.as_chunks().0[i]))
+}
+
+/// Reads a strip as two pairs of vectors, of even and odd values.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(crate) fn strip_bf16(strip: &[bf16; STRIP]) -> [__m256; 4] {
+    let halves = strip.as_chunks::<16>().0;
+    let ([a, b], [c, d]) = (load_bf16(&halves[0]), load_bf16(&halves[1]));
+    [a, b, c, d]
+}
+
 /// Packs four vectors of codes, in order, to bytes.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn pack_in_order([a, b, c, d]: [__m256i; 4]) -> __m256i {
+pub(crate) fn pack_in_order([a, b, c, d]: [__m256i; 4]) -> __m256i {
     let bytes = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
     // Each 128-bit lane now holds its half of every vector, four bytes at a time.
     _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7))
@@ -124,7 +145,7 @@ fn pack_in_order([a, b, c, d]: [__m256i; 4]) -> __m256i {
 /// Packs two pairs of vectors of codes, of even and odd values, to bytes.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn pack_even_odd([a, b, c, d]: [__m256i; 4]) -> __m256i {
+pub(crate) fn pack_even_odd([a, b, c, d]: [__m256i; 4]) -> __m256i {
     let merge = |even, odd| _mm256_blend_epi16::<0xaa>(even, _mm256_slli_epi32::<16>(odd));
     let bytes = _mm256_packs_epi16(merge(a, b), merge(c, d));
     // Each 128-bit lane now holds its half of both vectors, eight bytes at a time.

@@ -5,6 +5,8 @@
 
 use std::arch::x86_64::*;
 
+use half::{bf16, f16};
+
 use crate::quantize_int8::{scalar, SMALLEST};
 use crate::values::{Element, Values};
 use crate::x86::avx512::{
@@ -16,10 +18,10 @@ use crate::x86::{prefetch, Plain};
 /// Blocks whose scales are computed together.
 const GROUP: usize = 16;
 /// Values that are packed together; the smallest block is half as long.
-const STRIP: usize = 64;
+pub(crate) const STRIP: usize = 64;
 const HALF: usize = STRIP / 2;
 /// How far ahead values are fetched, in bytes: hardware prefetch stops at each page.
-const AHEAD: usize = 8192;
+pub(crate) const AHEAD: usize = 8192;
 
 /// The input and the outputs of one call.
 struct Task<'a, T> {
@@ -42,25 +44,21 @@ pub(crate) fn quantize(
             Task { values, blocksize, codes, absmax },
             |block| magnitudes_f32(block),
             |bits| _mm512_castsi512_ps(bits),
-            |strip| core::array::from_fn(|i| load_f32(&strip.as_chunks().0[i])),
+            |strip| strip_f32(strip),
             |codes| pack_in_order(codes),
         ),
         Values::F16(values) => blocks(
             Task { values, blocksize, codes, absmax },
             |block| magnitudes_16_bit(block),
             |bits| f16_lanes(bits),
-            |strip| core::array::from_fn(|i| load_f16(&strip.as_chunks().0[i])),
+            |strip| strip_f16(strip),
             |codes| pack_in_order(codes),
         ),
         Values::Bf16(values) => blocks(
             Task { values, blocksize, codes, absmax },
             |block| magnitudes_16_bit(block),
             |bits| bf16_lanes(bits),
-            |strip| {
-                let halves = strip.as_chunks::<HALF>().0;
-                let ([a, b], [c, d]) = (load_bf16(&halves[0]), load_bf16(&halves[1]));
-                [a, b, c, d]
-            },
+            |strip| strip_bf16(strip),
             |codes| pack_even_odd(codes),
         ),
     }
@@ -121,10 +119,33 @@ fn blocks<T: Element + Plain>(
     finite
 }
 
+/// Reads a strip as four vectors, in order.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(crate) fn strip_f32(strip: &[f32; STRIP]) -> [__m512; 4] {
+    core::array::from_fn(|i| load_f32(&strip.as_chunks().0[i]))
+}
+
+/// Reads a strip as four vectors, in order.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(crate) fn strip_f16(strip: &[f16; STRIP]) -> [__m512; 4] {
+    core::array::from_fn(|i| load_f16(&strip.as_chunks().0[i]))
+}
+
+/// Reads a strip as two pairs of vectors, of even and odd values.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(crate) fn strip_bf16(strip: &[bf16; STRIP]) -> [__m512; 4] {
+    let halves = strip.as_chunks::<HALF>().0;
+    let ([a, b], [c, d]) = (load_bf16(&halves[0]), load_bf16(&halves[1]));
+    [a, b, c, d]
+}
+
 /// Packs four vectors of codes, in order, to bytes.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
-fn pack_in_order([a, b, c, d]: [__m512i; 4]) -> __m512i {
+pub(crate) fn pack_in_order([a, b, c, d]: [__m512i; 4]) -> __m512i {
     let bytes = _mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
     // Each 128-bit lane now holds its part of every vector, four bytes at a time.
     let order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
@@ -134,7 +155,7 @@ fn pack_in_order([a, b, c, d]: [__m512i; 4]) -> __m512i {
 /// Packs two pairs of vectors of codes, of even and odd values, to bytes.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
-fn pack_even_odd([a, b, c, d]: [__m512i; 4]) -> __m512i {
+pub(crate) fn pack_even_odd([a, b, c, d]: [__m512i; 4]) -> __m512i {
     let merge =
         |even, odd| _mm512_mask_blend_epi16(0xaaaa_aaaa, even, _mm512_slli_epi32::<16>(odd));
     let bytes = _mm512_packs_epi16(merge(a, b), merge(c, d));

@@ -33,8 +33,9 @@ pub(crate) const SMALLEST: f32 = 1e-36;
 /// With [`NonFinite::Keep`] a block that holds NaN or infinity gets that absmax and codes of 0.
 ///
 /// # Errors
-/// [`CodecError::Blocksize`], [`CodecError::Length`], and [`CodecError::NonFinite`] unless
-/// `nonfinite` is [`NonFinite::Keep`]; the outputs are then unspecified.
+/// [`CodecError::Blocksize`], [`CodecError::Length`], [`CodecError::Interrupted`], and
+/// [`CodecError::NonFinite`] unless `nonfinite` is [`NonFinite::Keep`]; the outputs are then
+/// unspecified.
 pub fn quantize_int8(
     engine: Engine,
     values: Values<'_>,
@@ -55,11 +56,11 @@ pub fn quantize_int8(
 
     let finite = AtomicBool::new(true);
     let outputs = codes.chunks_mut(JOB).zip(absmax.chunks_mut(JOB / blocksize));
-    parallel::for_each(whole, engine.threads, blocks.chunks(JOB).zip(outputs), |(v, (q, a))| {
+    parallel::for_each(whole, engine, blocks.chunks(JOB).zip(outputs), |(v, (q, a))| {
         if !(engine.bodies.quantize_int8)(v, blocksize, q, a) {
             finite.store(false, Ordering::Relaxed);
         }
-    });
+    })?;
     if let [absmax] = tail_absmax {
         in_default_float_env(|| {
             with_slice!(tail, Values, v => scalar::quantize_block(v, tail_codes, absmax));
@@ -69,7 +70,7 @@ pub fn quantize_int8(
         }
     }
     if nonfinite == NonFinite::Error && !finite.into_inner() {
-        return Err(values.nonfinite_error());
+        return Err(values.nonfinite_error(engine));
     }
     Ok(())
 }

@@ -49,9 +49,13 @@ pub(crate) fn quantize_block<T: Element>(block: &[T], codes: &mut [i8], absmax: 
         codes.fill(0);
         return;
     }
-    let factor = factor(*absmax);
+    encode(block, factor(*absmax), codes);
+}
+
+/// Codes finite values of any number.
+pub(crate) fn encode<T: Element>(values: &[T], factor: f32, codes: &mut [i8]) {
     let mut wide = [0.0_f32; STRIP];
-    for (strip, codes) in block.chunks(STRIP).zip(codes.chunks_mut(STRIP)) {
+    for (strip, codes) in values.chunks(STRIP).zip(codes.chunks_mut(STRIP)) {
         T::widen(strip, &mut wide[..strip.len()]);
         for (code, x) in codes.iter_mut().zip(&wide) {
             *code = (x * factor + MAGIC).to_bits() as i8;

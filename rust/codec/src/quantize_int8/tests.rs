@@ -32,7 +32,7 @@ fn check(values: &[f32], blocksize: usize) {
     for weights in Weights::all(values) {
         let expected = expected(&weights, blocksize);
         for &bodies in available() {
-            let engine = Engine { bodies, threads: 1 };
+            let engine = Engine::new(bodies, 1);
             let found = quantized(engine, &weights, blocksize, NonFinite::Error).unwrap();
             assert_eq!(found.1, expected.1, "{} absmax, blocksize {blocksize}", bodies.name());
             let wrong = found.0.iter().zip(&expected.0).position(|(f, e)| f != e);
@@ -90,7 +90,7 @@ fn any_number_of_threads() {
     for weights in Weights::all(&hard_values(7, len, 64)) {
         for &bodies in available() {
             let run = |threads| {
-                quantized(Engine { bodies, threads }, &weights, 64, NonFinite::Error).unwrap()
+                quantized(Engine::new(bodies, threads), &weights, 64, NonFinite::Error).unwrap()
             };
             let alone = run(1);
             for threads in [0, 2, 7] {
@@ -109,7 +109,7 @@ fn nonfinite_values_are_refused_or_spoil_only_their_block() {
         for weights in Weights::all(&values) {
             let expected = expected(&weights, blocksize);
             for &bodies in available() {
-                let engine = Engine { bodies, threads: 1 };
+                let engine = Engine::new(bodies, 1);
                 let error = quantized(engine, &weights, blocksize, NonFinite::Error).unwrap_err();
                 assert_eq!(error, CodecError::NonFinite { index: 777, count: 3 });
                 let kept = quantized(engine, &weights, blocksize, NonFinite::Keep).unwrap();

@@ -114,12 +114,22 @@ pub(crate) fn bf16_lanes(bits: __m256i) -> __m256 {
     _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits))
 }
 
-/// Whether all 8 magnitudes are below infinity.
+/// Whether none of 8 values is NaN or infinite.
 #[inline]
 #[target_feature(enable = "avx2")]
-pub(crate) fn all_finite(magnitudes: __m256) -> bool {
+pub(crate) fn all_finite(values: __m256) -> bool {
+    let magnitudes = _mm256_andnot_ps(_mm256_set1_ps(-0.0), values);
     let finite = _mm256_cmp_ps::<_CMP_LT_OQ>(magnitudes, _mm256_set1_ps(f32::INFINITY));
     _mm256_movemask_ps(finite) == 0xff
+}
+
+/// Values beyond 1 or -1 put there.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(crate) fn clamp_to_one(values: __m256) -> __m256 {
+    // Of a NaN the second operand is kept.
+    let below = _mm256_min_ps(_mm256_set1_ps(1.0), values);
+    _mm256_max_ps(_mm256_set1_ps(-1.0), below)
 }
 
 /// The lanes of a vector.

@@ -97,12 +97,20 @@ pub(crate) fn bf16_lanes(bits: __m512i) -> __m512 {
     _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
 }
 
-/// Whether all 16 magnitudes are below infinity.
+/// Whether none of 16 values is NaN or infinite.
 #[inline]
 #[target_feature(enable = "avx512f")]
-pub(crate) fn all_finite(magnitudes: __m512) -> bool {
+pub(crate) fn all_finite(values: __m512) -> bool {
     let infinity = _mm512_set1_ps(f32::INFINITY);
-    _mm512_cmp_ps_mask::<_CMP_LT_OQ>(magnitudes, infinity) == u16::MAX
+    _mm512_cmp_ps_mask::<_CMP_LT_OQ>(_mm512_abs_ps(values), infinity) == u16::MAX
+}
+
+/// Values beyond 1 or -1 put there.
+#[inline]
+#[target_feature(enable = "avx512f,avx512dq")]
+pub(crate) fn clamp_to_one(values: __m512) -> __m512 {
+    // The smaller magnitude, with the sign of the value.
+    _mm512_range_ps::<0b0010>(values, _mm512_set1_ps(1.0))
 }
 
 /// The lanes of a vector.

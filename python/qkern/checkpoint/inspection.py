@@ -1,0 +1,278 @@
+"""``inspect_checkpoint``: what quantization does, or did, to the tensors of a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from os import PathLike
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from qkern import codec, functional
+from qkern.checkpoint.inspection_report import Comparison, InspectionReport, TensorReport
+from qkern.checkpoint.measure import (
+    HISTOGRAM_BINS,
+    I64,
+    Values,
+    measure_error,
+    measure_scales,
+    measure_values,
+)
+from qkern.checkpoint.reader import CheckpointReader, StoredTensor
+from qkern.checkpoint.selection import RULE, select, vocab_size_of
+from qkern.errors import FormatError
+from qkern.files import read_json
+from qkern.formats import QuantFormat, resolve_format
+from qkern.ops import host
+from qkern.tensor import QuantizedTensor
+
+# Told after each tensor: its bytes in the file, and the bytes of all that are inspected.
+Progress = Callable[[int, int], None]
+
+
+def inspect_checkpoint(
+    path: str | PathLike[str],
+    quant_type: str | QuantFormat = "nf4",
+    *,
+    blocksize: int = 64,
+    double_quant: bool = True,
+    method: str = "absmax",
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
+    compare: str | PathLike[str] | None = None,
+    outlier_rms: float = 6.0,
+    worst_blocks: int = 5,
+    histogram: bool = False,
+    progress: Progress | None = None,
+) -> InspectionReport:
+    """Measure the tensors of a checkpoint; ``print(report)`` is a text, ``as_dict()`` for JSON.
+
+    A dense checkpoint: each weight that ``quantize_model`` would quantize (by names and shapes,
+    see ``selection.why_dense``) is quantized as asked, and its error is measured. A quantized one:
+    formats, scales and codes as the file holds them. With ``compare``: nothing is quantized, the
+    error is the distance to the tensor of the same name in the other checkpoint.
+
+    Errors are ``||w - w'|| / ||w||`` (Frobenius norms), with w the dense tensor or the other
+    checkpoint's, of fp32 values before any rounding to a compute dtype. One tensor is in memory at
+    a time, packed; its values are decoded in pieces.
+
+    Args:
+        path: a directory with safetensors files, or one such file.
+        quant_type: "nf4", "fp4", "int8", or a ``QuantFormat``; for dense checkpoints, like the
+            next five.
+        blocksize: values that share a scale.
+        double_quant: store the scales in 8 bits.
+        method: how codes are chosen, see ``qkern.quantize``.
+        include: names, ends of names or globs of tensors to quantize whatever their shape.
+        exclude: the same of tensors to leave dense.
+        compare: the reference, dense or quantized in any format.
+        outlier_rms: values beyond this many times their tensor's RMS count as outliers.
+        worst_blocks: blocks of largest error to name for each tensor.
+        histogram: also count the weights by ``x / RMS``, over all quantizable tensors.
+        progress: called after each tensor.
+
+    Raises:
+        FileNotFoundError: if there are no safetensors weights.
+        CorruptFileError: if a file is not readable, or contradicts itself.
+        FormatError: for an unknown setting, or a pattern that matches no tensor.
+    """
+    settings = _Settings(
+        resolve_format(quant_type, blocksize=blocksize, double_quant=double_quant),
+        method,
+        outlier_rms,
+        worst_blocks,
+    )
+    with CheckpointReader(path) as here:
+        reasons = _reasons(here, _patterns(include), _patterns(exclude))
+        counts = np.zeros(HISTOGRAM_BINS + 2, np.int64) if histogram else None
+        job = _Inspection(here, settings, reasons, counts, progress)
+        if compare is None:
+            rows, comparison = job.run(), None
+        else:
+            with CheckpointReader(compare) as there:
+                rows, comparison = job.run(there), _compare_names(here, there)
+        asked = None if here.is_quantized or compare is not None else settings.format
+        return InspectionReport(
+            path=here.path,
+            is_quantized=here.is_quantized,
+            format=asked,
+            method=None if asked is None else method,
+            rule=None if asked is None else RULE,
+            tensors=rows,
+            tied=tuple(here.tied.items()),
+            comparison=comparison,
+            outlier_rms=outlier_rms,
+            histogram=None if counts is None else tuple(counts.tolist()),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    format: QuantFormat
+    method: str
+    outlier_rms: float
+    worst_blocks: int
+
+    def __post_init__(self) -> None:
+        codec.check_choice("method", self.method, codec.METHODS)
+        if not self.outlier_rms > 0 or self.worst_blocks < 0:
+            msg = (
+                f"outlier_rms is {self.outlier_rms}, worst_blocks {self.worst_blocks}: "
+                "more than 0, and 0 or more are allowed"
+            )
+            raise FormatError(msg)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Inspection:
+    """One run over a checkpoint.
+
+    Args:
+        reader: the checkpoint.
+        settings: what to do with dense tensors.
+        reasons: why tensors are dense; empty for what is to be quantized.
+        histogram: counts to add to, None for none.
+        progress: told after each tensor.
+    """
+
+    reader: CheckpointReader
+    settings: _Settings
+    reasons: dict[str, str]
+    histogram: I64 | None
+    progress: Progress | None
+
+    def run(self, other: CheckpointReader | None = None) -> tuple[TensorReport, ...]:
+        total = sum(stored.nbytes for stored in self.reader.tensors.values())
+        rows = []
+        for stored in self.reader.tensors.values():
+            rows.append(self._compare(stored, other) if other else self._inspect(stored))
+            if self.progress is not None:
+                self.progress(stored.nbytes, total)
+        return tuple(rows)
+
+    def _inspect(self, stored: StoredTensor) -> TensorReport:
+        row, tensor = self._describe(stored)
+        if tensor is None or isinstance(tensor, QuantizedTensor) or row.reason:
+            return row
+        if row.values is not None and row.values.nonfinite:
+            reason = f"{row.values.nonfinite} NaN or infinite values: quantizing refuses them"
+            return dataclasses.replace(row, reason=reason)
+        fmt = self.settings.format
+        q = _quantize(tensor, fmt, self.settings.method)
+        error = measure_error(
+            Values(q), Values(tensor), blocksize=fmt.blocksize, worst=self.settings.worst_blocks
+        )
+        kept = q.format == fmt
+        return dataclasses.replace(
+            row,
+            format=q.format,
+            reason="" if kept else "fp32 scales: 8 bits cannot hold them",
+            nbytes=q.nbytes,
+            scales=measure_scales(q),
+            error=error,
+        )
+
+    def _compare(self, stored: StoredTensor, other: CheckpointReader) -> TensorReport:
+        row, tensor = self._describe(stored)
+        theirs = other.tensors.get(stored.name)
+        if tensor is None or theirs is None or theirs.shape != stored.shape:
+            return row
+        if not theirs.is_readable:
+            return row
+        fmt = stored.format or theirs.format or self.settings.format
+        error = measure_error(
+            Values(tensor),
+            Values(other.read(stored.name)),
+            blocksize=fmt.blocksize,
+            worst=self.settings.worst_blocks,
+        )
+        return dataclasses.replace(row, error=error)
+
+    def _describe(self, stored: StoredTensor) -> tuple[TensorReport, Any]:
+        """What does not depend on a reference, and the tensor if it can be read."""
+        tensor: Tensor | QuantizedTensor | None = None
+        values = scales = None
+        reason = self.reasons.get(stored.name, "")
+        if stored.is_readable:
+            tensor = self.reader.read(stored.name)
+            if tensor.is_floating_point():
+                counted = stored.format is not None or not reason
+                values = measure_values(
+                    Values(tensor),
+                    outlier_rms=self.settings.outlier_rms,
+                    histogram=self.histogram if counted else None,
+                )
+        if isinstance(tensor, QuantizedTensor):
+            scales = measure_scales(tensor)
+        row = TensorReport(
+            name=stored.name,
+            file=stored.file.name,
+            shape=stored.shape,
+            dtype=stored.dtype,
+            stored=stored.format,
+            format=stored.format,
+            reason=reason,
+            nbytes_stored=stored.nbytes,
+            nbytes=stored.nbytes,
+            values=values,
+            scales=scales,
+            error=None,
+        )
+        return row, tensor
+
+
+def _quantize(tensor: Tensor, fmt: QuantFormat, method: str) -> QuantizedTensor:
+    """By the codec itself: the first call of a torch operator imports for seconds."""
+    array = host.as_array(tensor).reshape(tensor.shape)
+    dtype = host.dtype_name(tensor.dtype)
+    return functional.from_array(codec.quantize(array, fmt, method=method, dtype=dtype))
+
+
+def _reasons(
+    reader: CheckpointReader, include: Sequence[str], exclude: Sequence[str]
+) -> dict[str, str]:
+    """Why tensors are, or would stay, dense, or have scales unlike the others'."""
+    dense = [tensor for tensor in reader.tensors.values() if tensor.format is None]
+    config = reader.path / "config.json"
+    vocab_size = vocab_size_of(read_json(config)) if config.is_file() else None
+    reasons = select(dense, include=include, exclude=exclude, vocab_size=vocab_size)
+    if not reader.is_quantized:
+        return reasons
+    formats = {tensor.name: tensor.format for tensor in reader.tensors.values() if tensor.format}
+    single = [name for name, fmt in formats.items() if not fmt.double_quant]
+    if len(single) < len(formats):
+        reasons |= dict.fromkeys(single, "fp32 scales, others have 8-bit ones")
+    unsaid = (name for name, reason in reasons.items() if not reason)
+    return reasons | dict.fromkeys(unsaid, "left dense in the file")
+
+
+def _compare_names(here: CheckpointReader, there: CheckpointReader) -> Comparison:
+    """What cannot be compared; a tied name is compared through its owner."""
+    ours, theirs = here.tensors, there.tensors
+    both = ours.keys() & theirs.keys()
+    unlike = [
+        (name, ours[name].shape, theirs[name].shape)
+        for name in ours
+        if name in both and ours[name].shape != theirs[name].shape
+    ]
+    return Comparison(
+        path=there.path,
+        only_here=tuple(name for name in ours if name not in theirs.keys() | there.tied),
+        only_there=tuple(name for name in theirs if name not in ours.keys() | here.tied),
+        shapes=tuple(unlike),
+        unread=tuple(
+            name
+            for name in ours
+            if name in both and not (ours[name].is_readable and theirs[name].is_readable)
+        ),
+        stored_there={
+            name: tensor.format.quant_type if tensor.format else tensor.dtype
+            for name, tensor in theirs.items()
+        },
+    )
+
+
+def _patterns(given: str | Sequence[str]) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)

@@ -1,0 +1,94 @@
+"""``inspect_checkpoint(compare=)``: two checkpoints side by side."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import block_errors, row, strict_json, write
+from torch import Tensor
+
+import qkern
+from qkern import flat_keys
+from qkern.checkpoint.inspection_report import InspectionReport
+
+
+def test_a_dtype_that_is_not_read_is_listed_and_not_compared(tmp_path: Path) -> None:
+    header = json.dumps({"x.weight": {"dtype": "U16", "shape": [2, 4], "data_offsets": [0, 16]}})
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(struct.pack("<Q", len(header)) + header.encode() + bytes(16))
+    report = qkern.inspect_checkpoint(file)
+    assert row(report, "x.weight").reason == "U16, not floating point"
+    assert row(report, "x.weight").nbytes == 16
+    compared = qkern.inspect_checkpoint(file, compare=file)
+    assert compared.findings() == [("x.weight", "dtype is not read: not compared")]
+    assert compared.exceeding(9.9) == ("x.weight",)
+    assert "no tensor has a counterpart" in str(compared)
+
+
+def test_checkpoints_are_compared_by_name(tmp_path: Path) -> None:
+    w = torch.randn(100, 700)
+    quantized = {n: flat_keys.flatten(qkern.quantize(w, n, blocksize=b), "w.weight")
+                 for n, b in (("nf4", 64), ("int8", 4096))}  # fmt: skip
+    here = write(tmp_path / "here", quantized["nf4"] | {"a": w, "b": w, "ids": torch.arange(4)})
+    there = write(
+        tmp_path / "there",
+        quantized["int8"] | {"a": w + 0.1, "b": w.T, "c": w, "ids": torch.tensor([0, 1, 2, 9])},
+    )
+    report = qkern.inspect_checkpoint(here, compare=there)
+    assert report.comparison is not None
+    assert report.comparison.only_here == ()
+    assert report.comparison.only_there == ("c",)
+    assert report.comparison.shapes == (("b", (100, 700), (700, 100)),)
+    assert report.comparison.stored_there["w.weight"] == "int8"
+    dense = [qkern.quantize(w, n, blocksize=b).dequantize().double()
+             for n, b in (("nf4", 64), ("int8", 4096))]  # fmt: skip
+    expected = (dense[0] - dense[1]).norm() / dense[1].norm()
+    error = row(report).error
+    assert error is not None
+    assert error.relative_rms == pytest.approx(float(expected), rel=1e-12)
+    assert error.max_abs == float((dense[0] - dense[1]).abs().max())
+    blocks = block_errors(dense[0], dense[1], 64)
+    assert error.worst_blocks[0].block == int(blocks.argmax())
+    a = row(report, "a").error
+    assert a is not None
+    assert a.relative_rms == pytest.approx(float(0.1 * 70_000**0.5 / (w + 0.1).norm()), rel=1e-5)
+    assert row(report, "ids").error.max_abs == 6  # type: ignore[union-attr]
+    assert row(report, "b").error is None
+    assert set(report.exceeding(0.15)) == {"ids", "b", "c"}
+    assert "only in" in str(report)
+    strict_json(report)
+
+
+def test_nan_in_one_of_two_is_a_difference_and_in_both_is_none(tmp_path: Path) -> None:
+    w = torch.randn(8, 8)
+    w[0, 0] = math.nan
+    w[0, 1] = math.inf
+    other = w.clone()
+    same, spoilt = {"w": w, "z": torch.zeros(3)}, {"w": other, "z": torch.ones(3)}
+    assert row(compare(tmp_path / "1", same, same), "w").error.relative_rms == 0  # type: ignore[union-attr]
+    other[0, 1] = 1.0
+    report = compare(tmp_path / "2", spoilt, same)
+    error = row(report, "w").error
+    assert error is not None
+    assert (error.unlike_nonfinite, error.relative_rms) == (1, math.inf)
+    assert ("w", "1 values are NaN or infinite in one of the two only") in report.findings()
+    assert row(report, "z").error.relative_rms == math.inf  # type: ignore[union-attr]
+    content = strict_json(report)
+    assert content["relative_rms"] is None
+    assert {t["error"]["relative_rms"] for t in content["tensors"]} == {None}
+
+
+def compare(path: Path, here: dict[str, Tensor], there: dict[str, Tensor]) -> InspectionReport:
+    return qkern.inspect_checkpoint(write(path / "a", here), compare=write(path / "b", there))
+
+
+def test_nothing_is_written_into_a_file_that_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path, {"w.weight": torch.randn(64, 64, dtype=torch.float64)})
+    before = (path / "model.safetensors").read_bytes()
+    qkern.inspect_checkpoint(path, compare=path)
+    assert (path / "model.safetensors").read_bytes() == before
