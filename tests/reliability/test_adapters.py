@@ -18,7 +18,14 @@ from qkern.fingerprint import base_fingerprint
 from qkern.layers import QuantizedLinear
 from qkern.model import adapted_layers
 
-FORMATS = [("nf4", True), ("nf4", False), ("fp4", True), ("int8", True), ("int8", False)]
+FORMATS = [
+    ("nf4", True),
+    ("nf4", False),
+    ("fp4", True),
+    ("int8", True),
+    ("int8", False),
+    ("int8_row", False),
+]
 
 
 class Block(nn.Module):

@@ -17,7 +17,14 @@ import qkern
 from qkern import functional
 from qkern.layers import QLoRALinear, QuantizedLinear
 
-FORMATS = [("nf4", True), ("nf4", False), ("fp4", True), ("int8", True), ("int8", False)]
+FORMATS = [
+    ("nf4", True),
+    ("nf4", False),
+    ("fp4", True),
+    ("int8", True),
+    ("int8", False),
+    ("int8_row", False),
+]
 
 
 def net() -> nn.Module:
@@ -83,6 +90,10 @@ def test_fake_tensors_pass_everywhere(quant_type: str, double_quant: bool) -> No
         q = qkern.quantize(values, **settings)
         assert all(p is None or isinstance(p, FakeTensor) for p in q.parts)
         assert isinstance(qkern.dequantize(q), FakeTensor)
+        if quant_type in ("nf4", "fp4"):
+            weights = torch.rand(128)
+            searched = qkern.quantize(values, **settings, method="search", importance=weights)
+            assert isinstance(searched.packed, FakeTensor)
         out = torch.empty(64, 128)
         assert qkern.dequantize(q, out=out) is out
         layer = QLoRALinear.from_linear(nn.Linear(128, 64), **settings)
@@ -92,7 +103,7 @@ def test_fake_tensors_pass_everywhere(quant_type: str, double_quant: bool) -> No
         report = qkern.quantize_model(model, **settings)
         qkern.add_lora(model)
         assert model(x).shape == (3, 8)
-        assert isinstance(model.state_dict()["0.weight.absmax"], FakeTensor)
+        assert isinstance(model.state_dict()["0.weight"], FakeTensor)
     assert qkern.quantize_model(net(), **settings).bytes_after == report.bytes_after
 
 

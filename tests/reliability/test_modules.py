@@ -24,7 +24,14 @@ import qkern
 from qkern.layers import QLoRALinear, QuantizedLinear
 from qkern.tensor import QuantizedTensor
 
-FORMATS = [("nf4", True), ("nf4", False), ("fp4", True), ("int8", True), ("int8", False)]
+FORMATS = [
+    ("nf4", True),
+    ("nf4", False),
+    ("fp4", True),
+    ("int8", True),
+    ("int8", False),
+    ("int8_row", False),
+]
 
 
 # -- copies ----------------------------------------------------------------------------------

@@ -14,7 +14,14 @@ from torch import Tensor
 
 import qkern
 
-FORMATS = [("nf4", True), ("nf4", False), ("fp4", True), ("int8", True), ("int8", False)]
+FORMATS = [
+    ("nf4", True),
+    ("nf4", False),
+    ("fp4", True),
+    ("int8", True),
+    ("int8", False),
+    ("int8_row", False),
+]
 
 
 @pytest.mark.case("D1", "D6")
