@@ -61,7 +61,7 @@ def with_torchao(w: Tensor) -> tuple[Tensor, Iterable[Tensor | None]]:
 
 
 def with_hqq(w: Tensor) -> tuple[Tensor, Iterable[Tensor | None]]:
-    """4 bits, groups of 64 along a row, an fp16 scale and an fp16 zero each."""
+    """4 bits, groups of 64 along a row, an fp32 scale and an fp32 zero each."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from hqq.core.quantize import Quantizer
@@ -101,14 +101,22 @@ def measure(engine: Engine, size: int) -> dict[str, float]:
 
 def run(sizes: Iterable[int]) -> list[dict[str, Any]]:
     """One row per size and engine; a package that is not installed is left out, and named."""
-    rows = []
-    for size in sizes:
-        for name, engine in ENGINES.items():
-            try:
-                rows.append({"engine": name, "size": size, **measure(engine, size)})
-            except ImportError as error:
-                print(f"{name} is left out: {error}")
-    return rows
+    engines = {name: engine for name, engine in ENGINES.items() if installed(name, engine)}
+    return [
+        {"engine": name, "size": size, **measure(engine, size)}
+        for size in sizes
+        for name, engine in engines.items()
+    ]
+
+
+def installed(name: str, engine: Engine) -> bool:
+    """Whether an engine's package is there; says so if it is not."""
+    try:
+        engine(torch.ones(256, 256))
+    except ImportError as error:
+        print(f"{name} is left out: {error}")
+        return False
+    return True
 
 
 def table(rows: list[dict[str, Any]]) -> str:
