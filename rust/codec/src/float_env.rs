@@ -50,7 +50,7 @@ impl Drop for Guard {
     }
 }
 
-/// The control register of SSE and AVX. Miri runs no inline assembly; its mode is always the default.
+/// The control register of SSE and AVX. Miri, which runs no inline assembly, has its default only.
 #[cfg(target_arch = "x86_64")]
 mod mxcsr {
     use std::arch::asm;
