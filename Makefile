@@ -25,7 +25,7 @@ export PYO3_PYTHON := $(abspath $(VENV_PYTHON))
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help install build sdist lint format test test-rust test-python test-large \
-	test-wheel demo bench-codec bench-methods clean missing
+	test-wheel demo bench-codec bench-methods bench-scales clean missing
 
 help: ## show this help
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' \
@@ -78,6 +78,9 @@ bench-codec: $(VENV)/.dev ## speed of host quantize and dequantize beside other 
 
 bench-methods: $(VENV)/.dev ## what the search for scales gains over absmax, and what it costs
 	$(VENV_PYTHON) benches/bench_methods.py $(BENCH_ARGS)
+
+bench-scales: $(VENV)/.dev ## what 8-bit scales do to small rows, beside other packages
+	$(VENV_PYTHON) benches/bench_double_quant.py $(BENCH_ARGS)
 
 clean: ## remove .venv and everything that was built
 	rm -rf $(VENV) target dist build python/qkern/_native*.so python/qkern/_native*.pyd

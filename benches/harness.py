@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "bitsandbytes", "numpy", "transformers")
+PACKAGES = ("torch", "bitsandbytes", "torchao", "hqq", "numpy", "transformers")
 
 
 def interleaved(

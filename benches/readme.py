@@ -33,7 +33,27 @@ def render() -> str:
         if row["engine"] == "bitsandbytes" or "scalar" in row["engine"]:
             continue
         lines.append(_line(row, theirs[row["case"], row["dtype"]]))
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_small_rows()])
+
+
+def _small_rows() -> list[str]:
+    """What each package leaves of small rows, for the largest weight that was measured."""
+    content = json.loads((RESULTS / "double_quant.json").read_text())
+    size = max(row["size"] for row in content["rows"])
+    packages = content["machine"]["packages"]
+    versions = ", ".join(f"{p} {packages[p]}" for p in ("bitsandbytes", "torchao", "hqq"))
+    lines = [
+        f"Every second row of a Gaussian {size}x{size} weight scaled by 1e-3 ({versions}):",
+        "",
+        "| | relative RMS error, small rows | other rows | bits per weight |",
+        "|---|---|---|---|",
+    ]
+    for row in content["rows"]:
+        if row["size"] == size:
+            errors = (row[f"relative RMS error, {rows} rows"] for rows in ("small", "other"))
+            cells = (row["engine"], *(f"{e:.3f}" for e in errors), f"{row['bits per weight']:.2f}")
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def _line(row: dict[str, Any], theirs: dict[str, Any]) -> str:

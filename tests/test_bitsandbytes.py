@@ -1,156 +1,195 @@
-"""Bytes equal to bitsandbytes' CPU back end, on every SIMD body; its files open here and there."""
+"""Bytes equal to bitsandbytes' CPU encoder on every SIMD body; its scales; its files, both ways."""
 
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
-from cases import LENGTHS, as_bits, value_patterns
+from cases import CODES, Case, as_tensor, from_bits, generated_cases, midpoints
 from torch import nn
 
 import qkern
-from qkern import _native, reference
-from qkern.codec import code_array
-from qkern.formats import BLOCKSIZES, DTYPES
+from qkern import _native, codec
+from qkern.formats import BLOCKSIZES, DTYPES, QuantFormat
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import bitsandbytes.functional as bnb
 
 BODIES = _native.available_simd()
+F32 = npt.NDArray[np.float32]
 
 
-def generated_cases() -> list[tuple[str, np.ndarray, str, str, int]]:
-    """(name, bits, dtype, quant_type, blocksize): 14 patterns x 10 lengths, settings rotated."""
-    rng = np.random.default_rng(0)
-    settings = itertools.cycle(itertools.product(DTYPES, ("nf4", "fp4"), BLOCKSIZES))
-    cases = []
-    for n in LENGTHS:
-        for name, values in value_patterns(n, rng):
-            for _ in range(5):
-                dtype, quant_type, blocksize = next(settings)
-                bits = as_bits(values, dtype)
-                cases.append((f"{name}[{n}]", bits, dtype, quant_type, blocksize))
-    return cases
-
-
-def as_tensor(bits: np.ndarray, dtype: str) -> torch.Tensor:
-    """The torch tensor with these bits."""
-    if dtype == "float32":
-        return torch.from_numpy(bits.copy())
-    return torch.from_numpy(bits.view(np.int16).copy()).view(getattr(torch, dtype))
-
-
-@pytest.mark.parametrize("body", BODIES)
-def test_packed_bytes_and_absmax_equal(body: str, capsys: pytest.CaptureFixture[str]) -> None:
-    cases = generated_cases()
-    for name, bits, dtype, quant_type, blocksize in cases:
-        packed = np.empty((bits.size + 1) // 2, np.uint8)
-        absmax = np.empty(-(-bits.size // blocksize), np.float32)
-        code = code_array(quant_type)
-        _native.quantize_4bit(bits, dtype, code, blocksize, packed, absmax, simd=body)
-        theirs, state = bnb.quantize_4bit(
-            as_tensor(bits, dtype), blocksize=blocksize, quant_type=quant_type
-        )
-        where = f"{name} {dtype} {quant_type} blocksize {blocksize}"
-        np.testing.assert_array_equal(packed, theirs.numpy().reshape(-1), err_msg=where)
-        np.testing.assert_array_equal(
-            absmax.view(np.uint32), state.absmax.numpy().view(np.uint32), err_msg=where
-        )
-    with capsys.disabled():
-        print(f"\n{len(cases)} cases byte-equal to bitsandbytes on {body}")
-
-
-def int8_ties(n: int) -> np.ndarray:
-    """Values halfway between two codes of a row whose largest is 2794 = 11 * 254.
-
-    fp32(127 / 2794) is an ulp above 127 * fp32(1 / 2794): the two send 56 of 127 ties apart.
-    """
-    return np.resize(np.append(2794, 11 * np.arange(1, 254, 2)), n).astype(np.float32)
-
-
-@pytest.mark.parametrize("body", BODIES)
-def test_int8_rows_equal(body: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """``int8_vectorwise_quant``: codes and absmax of rows of any length."""
-    rng, count = np.random.default_rng(0), 0
-    for row in (1, 2, 31, 64, 65, 100, 172, 1000, 4099):
-        for name, values in [*value_patterns(5 * row, rng), ("int8_ties", int8_ties(5 * row))]:
-            for dtype in DTYPES:
-                bits = as_bits(values, dtype)
-                packed, absmax = np.empty(bits.size, np.int8), np.empty(5, np.float32)
-                _native.quantize_int8_rows(bits, dtype, row, packed, absmax, simd=body)
-                codes, stats, _ = bnb.int8_vectorwise_quant(as_tensor(bits, dtype).reshape(5, row))
-                where = f"{name}[{row}] {dtype}"
-                np.testing.assert_array_equal(absmax, stats.numpy(), err_msg=where)
-                # Below 1e-36, where 127 / absmax leaves fp32, a row is zeros here; bitsandbytes
-                # casts infinity to int8, which C leaves undefined.
-                tiny = (absmax < 1e-36) & (absmax > 0)
-                packed = packed.reshape(5, row)
-                assert not packed[tiny].any()
-                np.testing.assert_array_equal(packed[~tiny], codes.numpy()[~tiny], err_msg=where)
-                count += 1
-    with capsys.disabled():
-        print(f"\n{count} cases of int8 rows byte-equal to bitsandbytes on {body}")
-
-
-def test_int8_rows_decode_within_two_ulps_of_bitsandbytes() -> None:
-    """``q * (absmax / 127)`` against ``(q * absmax) / 127``; 2 is the maximum over all mantissas.
-
-    Near the fp32 maximum bitsandbytes' order overflows, this one does not.
-    """
-    codes = torch.arange(-127, 128, dtype=torch.int8).repeat(512, 1)
-    scales = torch.cat([torch.rand(500) + 1, torch.rand(11) * 1e-30, torch.tensor([0.0])])
-    parts = reference.Parts(codes.reshape(-1), scales, None, None)
-    ours = qkern.QuantizedTensor.from_parts(
-        parts, qkern.QuantFormat("int8_row", 255), codes.shape, torch.float32
-    ).dequantize()
-    theirs = bnb.int8_vectorwise_dequant(codes, scales)
-    ulps = (ours.view(torch.int32).long() - theirs.view(torch.int32)).abs()
-    assert 0 < ulps.max() <= 2
-
-
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-def test_double_quantized_states_of_bitsandbytes_decode_to_its_values(quant_type: str) -> None:
-    w = torch.randn(256, 512) * torch.rand(256, 1)
-    packed, state = bnb.quantize_4bit(w, quant_type=quant_type, compress_statistics=True)
-    q = qkern.QuantizedTensor.from_parts(
-        reference.Parts(
-            packed.reshape(-1), state.absmax, state.state2.absmax, state.offset.reshape(1)
-        ),
-        qkern.QuantFormat(quant_type),
-        w.shape,
-        w.dtype,
+def bitsandbytes_bytes(case: Case) -> tuple[np.ndarray, F32]:
+    """Packed codes and scales that bitsandbytes writes."""
+    packed, state = bnb.quantize_4bit(
+        as_tensor(case.bits, case.dtype).reshape(case.shape),
+        blocksize=case.blocksize,
+        quant_type=case.quant_type,
     )
-    assert torch.equal(q.dequantize(), bnb.dequantize_4bit(packed, state))
+    return packed.numpy().reshape(-1), state.absmax.numpy()
 
 
-def test_double_quantized_codes_are_the_nearest() -> None:
-    """bitsandbytes searches a table of 65,536 bins: its code may be a neighbour, ours never."""
-    w = torch.randn(512, 1024) * (0.5 + torch.rand(512, 1))
-    _, state = bnb.quantize_4bit(w, quant_type="nf4", compress_statistics=True)
-    q = qkern.quantize(w)
-    assert q.format.double_quant
-    mine, theirs = q.absmax.reshape(-1).int(), state.absmax.int()
-    assert (mine != theirs).float().mean() < 0.01
-    assert (mine - theirs).abs().max() <= 1
-    error = [
-        (reference.dequantize_absmax(c, q.nested_absmax, q.offset) - absmax).abs()
-        for c, absmax in (
-            (codes, qkern.quantize(w, double_quant=False).absmax.reshape(-1))
-            for codes in (mine, theirs)
+def our_bytes(case: Case, body: str, nonfinite: str = "error") -> tuple[np.ndarray, F32]:
+    """Packed codes and scales that one SIMD body writes into poisoned memory."""
+    n = case.bits.size
+    packed = np.full(-(-n // 2), 0xAB, np.uint8)
+    absmax = np.full(-(-n // case.blocksize), -1, np.float32)
+    _native.quantize_4bit(
+        case.bits,
+        case.dtype,
+        codec.code_array(case.quant_type),
+        case.blocksize,
+        packed,
+        absmax,
+        nonfinite=nonfinite,
+        simd=body,
+    )
+    return packed, absmax
+
+
+# -- codes and scales ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def encoded() -> list[tuple[Case, np.ndarray, F32]]:
+    """The generated cases with bitsandbytes' packed codes and scales."""
+    return [(case, *bitsandbytes_bytes(case)) for case in generated_cases()]
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_packed_bytes_and_absmax_equal(
+    body: str,
+    encoded: list[tuple[Case, np.ndarray, F32]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for case, packed, absmax in encoded:
+        ours, our_absmax = our_bytes(case, body)
+        np.testing.assert_array_equal(ours, packed, err_msg=str(case))
+        np.testing.assert_array_equal(
+            our_absmax.view(np.uint32), absmax.view(np.uint32), err_msg=str(case)
         )
-    ]
-    assert bool((error[0] <= error[1] + 1e-7).all())
+    patterns, shapes = ({case[i] for case, *_ in encoded} for i in (0, 2))
+    with capsys.disabled():
+        print(
+            f"\n{len(encoded)} cases byte-equal to bitsandbytes on {body}: {len(patterns)} "
+            f"patterns of values, {len(shapes)} shapes"
+        )
 
 
-def test_dequantize_where_bitsandbytes_is_wrong() -> None:
-    """in_features of 96: bitsandbytes' AVX-512 dequantizer restarts its blocks at each row."""
-    w = torch.randn(64, 96) * torch.rand(64, 1)
-    q = qkern.quantize(w, double_quant=False)
-    assert (q.dequantize() - w).norm() / w.norm() < 0.11
+def test_generated_cases_hold_what_is_hard() -> None:
+    """All settings; values at every boundary, and one place of the dtype to both sides of it."""
+    cases = list(generated_cases())
+    assert len(cases) >= 2000
+    settings = {(case.dtype, case.quant_type, case.blocksize) for case in cases}
+    assert settings == set(itertools.product(DTYPES, CODES, BLOCKSIZES))
+    found = set()
+    for case in cases:
+        if case.pattern != "near_bounds" or case.bits.size < case.blocksize:
+            continue
+        whole = case.bits.size // case.blocksize * case.blocksize
+        blocks = from_bits(case.bits, case.dtype)[:whole].reshape(-1, case.blocksize)
+        scaled = blocks * (np.float32(1) / np.abs(blocks).max(axis=1, keepdims=True))
+        # one place, for a value that is less accurate by half a place than its absmax permits
+        epsilon = {"float32": 2.0**-22, "float16": 2.0**-9, "bfloat16": 2.0**-6}[case.dtype]
+        for i, bound in enumerate(midpoints(CODES[case.quant_type])):
+            distance = scaled.astype(np.float64) - bound
+            near = distance[np.abs(distance) <= max(abs(bound) * epsilon, 1e-4 * (bound == 0))]
+            found |= {(case.dtype, case.quant_type, i, side) for side in np.sign(near)}
+            found |= {(case.dtype, case.quant_type, i, 0) for _ in near[:1]}
+    assert len(found) == 3 * 2 * 15 * 3
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_kept_nan_and_infinity_give_the_same_bytes(body: str) -> None:
+    rng = np.random.default_rng(1)
+    for dtype, quant_type, n in itertools.product(DTYPES, CODES, (65, 333, 4096)):
+        values = rng.standard_normal(n).astype(np.float32)
+        for bad in (np.nan, np.inf, -np.inf):
+            values[rng.integers(n)] = bad
+        values[-1] = -np.inf  # the ragged block too
+        tensor = torch.from_numpy(values).to(getattr(torch, dtype))
+        raw = {"float32": torch.float32}.get(dtype, torch.int16)
+        bits = tensor.view(raw).numpy().view(np.float32 if dtype == "float32" else np.uint16)
+        case = Case("nonfinite", bits, (n,), dtype, quant_type, 64)
+        packed, absmax = our_bytes(case, body, nonfinite="keep")
+        theirs, their_absmax = bitsandbytes_bytes(case)
+        np.testing.assert_array_equal(packed, theirs, err_msg=str(case))
+        np.testing.assert_array_equal(absmax, their_absmax, err_msg=str(case))
+
+
+# -- double-quantized scales -----------------------------------------------------------------
+
+
+def weights_with_scales() -> Iterator[tuple[str, F32]]:
+    """Blocks of 32 whose maxima are spread in many ways: (name, (blocks, 32))."""
+    rng = np.random.default_rng(0)
+    for blocks, repeat in itertools.product((1, 2, 255, 256, 257, 600, 2000), range(6)):
+        scales = {f"lognormal {s}": np.exp(s * rng.standard_normal(blocks)) for s in (0, 0.3, 1, 3)}
+        scales["uniform"] = rng.uniform(0.5, 1.5, blocks)
+        scales["near 1"] = 1 + 1e-3 * rng.standard_normal(blocks)
+        scales["equal"] = np.full(blocks, 0.0371)
+        scales["few"] = rng.choice([0.5, 0.25, 0.125, 0.0], blocks)
+        for name, scale in scales.items():
+            values = rng.standard_normal((blocks, 32))
+            if name in ("equal", "few", "near 1"):
+                values /= np.abs(values).max(axis=1, keepdims=True)
+            yield f"{blocks} {name}, {repeat}", (values * scale[:, None]).astype(np.float32)
+
+
+def test_double_quantized_codes_are_the_nearest_and_neighbours_of_bitsandbytes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """bitsandbytes looks codes up in 65,536 bins and sums its mean in fp32; qkern does neither."""
+    table = codec.nested_code_array()
+    bounds = (table[:-1] + table[1:]) / np.float32(2)
+    cases = compared = different = same_offset = 0
+    for name, weights in weights_with_scales():
+        absmax = codec.encode(weights.reshape(-1), "float32", QuantFormat("nf4", 32, False)).absmax
+        codes, nested, offset, _ = codec.encode_absmax(absmax)
+        assert offset[0] == np.float32(math.fsum(absmax) / absmax.size), name
+
+        # Each code is the nearest one, a tie goes to the lower.
+        group = nested.repeat(256)[: absmax.size]
+        with np.errstate(invalid="ignore"):
+            scaled = np.where(group == 0, np.float32(0), (absmax - offset) / group)
+        np.testing.assert_array_equal(codes, np.searchsorted(bounds, scaled), err_msg=name)
+        distances = np.abs(table.astype(np.float64) - scaled.astype(np.float64)[:, None])
+        chosen = np.take_along_axis(distances, codes[:, None].astype(int), axis=1)[:, 0]
+        assert (chosen <= distances.min(axis=1) + np.spacing(np.abs(scaled)) / 2).all(), name
+
+        _, state = bnb.quantize_4bit(
+            torch.from_numpy(weights), blocksize=32, quant_type="nf4", compress_statistics=True
+        )
+        their_offset = np.float32(state.offset)
+        assert abs(their_offset - offset[0]) <= 1e-6 * offset[0], name
+        # In a group of equal scales only rounding is left to code.
+        live = group > offset[0] * 2.0**-12
+        mine, theirs = codes[live].astype(int), state.absmax.numpy()[live].astype(int)
+        # Its bins cannot tell the codes around 0 apart.
+        in_one_bin = np.abs(table[mine] - table[theirs]) <= 2 / 65535
+        assert ((np.abs(mine - theirs) <= 1) | in_one_bin).all(), name
+        cases += 1
+        same_offset += int(their_offset == offset[0])
+        compared += mine.size
+        different += int((mine != theirs).sum())
+    assert cases >= 300
+    assert different < 0.01 * compared
+    with capsys.disabled():
+        print(
+            f"\n{cases} tensors of double-quantized scales, each the nearest code: "
+            f"{100 * different / compared:.2f} % of {compared} differ from bitsandbytes' "
+            f"(neighbours); {same_offset} offsets equal, the others but for fp32 sums"
+        )
+
+
+# -- files -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
@@ -180,37 +219,3 @@ def test_state_dict_of_linear4bit_opens_here(double_quant: bool) -> None:
     ours.load_state_dict(theirs.state_dict(), strict=True)
     expected = bnb.dequantize_4bit(theirs.weight.data, theirs.weight.quant_state)
     assert torch.equal(ours.weight.dequantize(), expected)
-
-
-def linear8bit(**settings: object) -> nn.Module:
-    """A quantized ``Linear8bitLt``; bitsandbytes rounds to fp16 first."""
-    import bitsandbytes
-
-    torch.manual_seed(0)
-    layer = bitsandbytes.nn.Linear8bitLt(100, 64, has_fp16_weights=False, **settings)
-    return layer.to("cpu")
-
-
-def test_state_dict_of_linear8bitlt_opens_here() -> None:
-    theirs = linear8bit()
-    torch.manual_seed(0)
-    dense = nn.Linear(100, 64)
-    ours = qkern.QuantizedLinear.from_linear(nn.Linear(100, 64), quant_type="int8_row")
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    assert torch.equal(ours.weight.packed, theirs.weight.data)
-    assert torch.equal(ours.weight.absmax.reshape(-1), theirs.weight.SCB)
-    with torch.no_grad():
-        dense.weight.data = dense.weight.half()
-    same = qkern.QuantizedLinear.from_linear(dense, quant_type="int8_row").state_dict()
-    assert {k: (v.dtype, v.shape) for k, v in theirs.state_dict().items()} == {
-        k: (v.dtype, v.shape) for k, v in same.items()
-    }
-    assert all(torch.equal(v, same[k]) for k, v in theirs.state_dict().items())
-
-
-def test_our_state_dict_opens_in_linear8bitlt() -> None:
-    ours = qkern.QuantizedLinear.from_linear(nn.Linear(100, 64), quant_type="int8_row")
-    theirs = linear8bit()
-    theirs.load_state_dict(ours.state_dict(), strict=True)
-    dense = bnb.int8_vectorwise_dequant(theirs.weight.data, theirs.weight.SCB)
-    torch.testing.assert_close(dense, ours.weight.dequantize(), rtol=3e-7, atol=0)

@@ -77,7 +77,6 @@ def test_a9_more_than_2_31_values_are_quantized_right_to_both_ends(tmp_path: Pat
         np.testing.assert_array_equal(back.view(np.int16), values.view(torch.int16).numpy())
 
 
-@pytest.mark.case("A9")
 @linux
 @pytest.mark.skipif(
     not os.environ.get("QKERN_TEST_LARGE"), reason="takes 8 GiB of memory: make test-large"
