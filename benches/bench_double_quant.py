@@ -30,9 +30,11 @@ SMALL = 1e-3
 Engine = Callable[[Tensor], tuple[Tensor, Iterable[Tensor | None]]]
 
 
-def with_qkern(w: Tensor, *, double_quant: bool) -> tuple[Tensor, Iterable[Tensor | None]]:
+def with_qkern(
+    w: Tensor, *, double_quant: bool, method: str = "absmax"
+) -> tuple[Tensor, Iterable[Tensor | None]]:
     """NF4, blocks of 64; double quantization as far as it is safe."""
-    q = qkern.quantize(w, "nf4", blocksize=64, double_quant=double_quant)
+    q = qkern.quantize(w, "nf4", blocksize=64, double_quant=double_quant, method=method)
     return q.dequantize(), q.parts
 
 
@@ -72,6 +74,7 @@ def with_hqq(w: Tensor) -> tuple[Tensor, Iterable[Tensor | None]]:
 ENGINES: dict[str, Engine] = {
     "qkern": lambda w: with_qkern(w, double_quant=True),
     "qkern, fp32 scales": lambda w: with_qkern(w, double_quant=False),
+    "qkern, search": lambda w: with_qkern(w, double_quant=True, method="search"),
     "bitsandbytes, nested": lambda w: with_bitsandbytes(w, nested=True),
     "bitsandbytes, fp32 scales": lambda w: with_bitsandbytes(w, nested=False),
     "torchao NF4Tensor": with_torchao,

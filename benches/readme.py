@@ -33,7 +33,7 @@ def render() -> str:
         if row["engine"] == "bitsandbytes" or "scalar" in row["engine"]:
             continue
         lines.append(_line(row, theirs[row["case"], row["dtype"]]))
-    return "\n".join([*lines, "", *_small_rows()])
+    return "\n".join([*lines, "", *_small_rows(), "", *_methods()])
 
 
 def _small_rows() -> list[str]:
@@ -53,6 +53,30 @@ def _small_rows() -> list[str]:
             errors = (row[f"relative RMS error, {rows} rows"] for rows in ("small", "other"))
             cells = (row["engine"], *(f"{e:.3f}" for e in errors), f"{row['bits per weight']:.2f}")
             lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _methods() -> list[str]:
+    """What the search gains over absmax, and what it costs."""
+    content = json.loads((RESULTS / "methods.json").read_text())
+    rows = content["rows"]
+    lines = [
+        'NF4 in blocks of 64 with 8-bit scales, by `method="absmax"` and, in the same bytes, '
+        '`method="search"`; the language model is a Llama of 260,000 parameters, '
+        f"{next(row['tokens'] for row in rows if 'tokens' in row)} tokens of held-out stories:",
+        "",
+        "| | dense | absmax | search | search, importance |",
+        "|---|---|---|---|---|",
+    ]
+    kept = [row for row in rows if row.get("double_quant", True)]
+    cases: dict[str, dict[str, float]] = {}
+    for row in kept:
+        case = row["case"] if "tokens" in row else f"{row['case']}, {row['weights']}"
+        cases.setdefault(case, {})[row["method"]] = row["value"]
+    for case, values in cases.items():
+        found = [values.get(m) for m in ("dense", "absmax", "search", "search, importance")]
+        cells = ["" if value is None else f"{value:.4g}" for value in found]
+        lines.append(f"| {case} | {' | '.join(cells)} |")
     return lines
 
 
