@@ -222,9 +222,10 @@ def test_scales_that_8_bits_cannot_hold_are_told(tmp_path: Path) -> None:
     assert report.findings() == [("a.weight", "fp32 scales, others have 8-bit ones")]
 
 
-def test_shards_and_single_files_give_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("quant_type", ["nf4", "int8_row"])
+def test_shards_and_single_files_give_the_same(quant_type: str, tmp_path: Path) -> None:
     tensors = {f"l.{i}.weight": torch.randn(8, 64) for i in (0, 2, 10)}
-    q = flat_keys.flatten(qkern.quantize(torch.randn(8, 64)), "l.1.weight")
+    q = flat_keys.flatten(qkern.quantize(torch.randn(8, 64), quant_type), "l.1.weight")
     apart = {"l.1.weight": q.pop("l.1.weight")}  # codes in one shard, scales in the other
     shards = write_shards(tmp_path / "shards", tensors | apart, q)
     single = write(tmp_path / "single.safetensors", tensors | apart | q)

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 _FINDINGS_SHOWN: Final = 20
 
 _NOTE_TRIAL: Final = """\
-rel rms is ||w - w'|| / ||w||; bits include the scales. Of the weights before: kurtosis is 3 if they
-are normal, crest the largest / rms, the last column how many are beyond."""
+rel rms is ||w - w'|| / ||w||; bits include the scales. Of the weights before: kurtosis (a normal
+distribution has 3), crest (largest / rms), how many are beyond {outlier_rms:g} times their rms."""
 _NOTE_COMPARISON: Final = """\
 rel rms is ||w - w'|| / ||w||, with w from there and w' from here; max abs the largest |w - w'|."""
 _NOTE_STORED: Final = """\
@@ -73,7 +73,7 @@ def _head(report: InspectionReport) -> str:
 
 def _worst_tensors(report: InspectionReport, top: int) -> str:
     rows, total = report.worst[:top], len(report.worst)
-    order, note = "rel rms", _NOTE_TRIAL
+    order, note = "rel rms", _NOTE_TRIAL.format(outlier_rms=report.outlier_rms)
     if report.comparison is not None:
         there, note = report.comparison.stored_there, _NOTE_COMPARISON
         headers: tuple[str, ...] = ("tensor", "shape", "here", "there", "rel rms", "max abs")
