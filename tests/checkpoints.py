@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qkern.checkpoint.inspection_report import InspectionReport, TensorReport
+from qkern.checkpoint.inspection_report import InspectionReport
+from qkern.checkpoint.tensor_report import TensorReport
 
 
 def write(path: Path, tensors: dict[str, Tensor]) -> Path:

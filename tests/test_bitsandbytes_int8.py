@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
+import checkpoints
 import numpy as np
 import pytest
 import torch
@@ -101,3 +103,33 @@ def test_our_state_dict_opens_in_linear8bitlt() -> None:
     theirs.load_state_dict(ours.state_dict(), strict=True)
     dense = bnb.int8_vectorwise_dequant(theirs.weight.data, theirs.weight.SCB)
     torch.testing.assert_close(dense, ours.weight.dequantize(), rtol=3e-7, atol=0)
+
+
+def test_an_inspection_reads_the_file_of_a_linear8bitlt(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    w = nn.Linear(100, 64).weight.detach()  # that of linear8bit
+    state = linear8bit().state_dict()
+    stored = checkpoints.write(
+        tmp_path / "stored", {f"l.{key}": tensor for key, tensor in state.items()}
+    )
+    alone = qkern.inspect_checkpoint(stored)
+    assert alone.is_quantized
+    assert [r.name for r in alone.tensors] == ["l.bias", "l.weight"]
+    got = checkpoints.row(alone, "l.weight")
+    assert (got.shape, got.format) == ((64, 100), qkern.QuantFormat("int8_row", 100))
+    assert (got.dtype, got.bits_per_weight) == ("float16", 8 + 32 / 100)
+    assert got.scales is not None
+    assert (got.scales.blocks, got.scales.max_abs) == (64, float(state["SCB"].max()))
+    assert (got.scales.group_ratio, got.scales.turned) == (None, 0)
+    codes = state["weight"].long().reshape(-1)
+    assert got.scales.code_counts == tuple(torch.bincount(codes + 128, minlength=256).tolist())
+    compared = qkern.inspect_checkpoint(
+        stored,
+        compare=checkpoints.write(tmp_path / "dense", {"l.weight": w, "l.bias": state["bias"]}),
+    )
+    error = checkpoints.row(compared, "l.weight").error
+    assert error is not None
+    theirs = state["weight"].double() * state["SCB"].double()[:, None] / 127
+    rows = (theirs - w).norm(dim=1) / w.double().norm(dim=1)
+    assert (error.per_row, error.worst_blocks[0].block) == (True, int(rows.argmax()))
+    assert error.worst_blocks[0].relative_rms == pytest.approx(float(rows.max()), rel=1e-5)

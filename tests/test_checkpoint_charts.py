@@ -67,8 +67,11 @@ def test_the_histogram_has_axes_and_codes(tmp_path: Path) -> None:
     found = texts(write_histogram(report, tmp_path / "h.svg"))
     assert {"weight / RMS of its tensor", "share of the weights (%)", "-0.696"} <= set(found)
     assert any(text.startswith("768 weights, ") for text in found)
-    eight = inspect(tmp_path, layers(3), quant_type="int8")
-    assert "share of the weights (%)" not in texts(write_histogram(eight, tmp_path / "h.svg"))
+    title = f"Weights of {tmp_path.name}, codes as nf4 in blocks of 64 with 8-bit scales, method"
+    assert f"{title} absmax" in found
+    rows = inspect(tmp_path, layers(3), quant_type="int8_row")
+    found = texts(write_histogram(rows, tmp_path / "h.svg"))
+    assert {"share of the weights (%)", "code, in units of its row's scale / 127"} <= set(found)
 
 
 @pytest.mark.parametrize(
@@ -113,6 +116,8 @@ def test_what_cannot_be_drawn_is_told(tmp_path: Path) -> None:
     with pytest.raises(qkern.FormatError, match="no tensor has an error"):
         write_error_chart(report, tmp_path / "a.png")
     plain = qkern.inspect_checkpoint(tmp_path)
+    with pytest.raises(qkern.FormatError, match="no tensor counts as a linear layer's weight"):
+        write_histogram(report, tmp_path / "a.png")
     with pytest.raises(qkern.FormatError, match="histogram=True"):
         write_histogram(plain, tmp_path / "a.png")
     with pytest.raises(qkern.FormatError, match=r"\.png or \.svg"):

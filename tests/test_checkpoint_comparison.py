@@ -83,6 +83,29 @@ def test_nan_in_one_of_two_is_a_difference_and_in_both_is_none(tmp_path: Path) -
     assert {t["error"]["relative_rms"] for t in content["tensors"]} == {None}
 
 
+def test_blocks_of_two_formats_need_not_meet(tmp_path: Path) -> None:
+    w = torch.randn(900, 173)  # odd rows: neither pieces nor 4-bit bytes end with them
+    formats = ("int8_row", "nf4", "int8")
+    dense = {name: qkern.quantize(w, name).dequantize() for name in formats}
+    paths = {
+        name: write(tmp_path / name, flat_keys.flatten(qkern.quantize(w, name), "w.weight"))
+        for name in formats
+    } | {"dense": write(tmp_path / "dense", {"w.weight": w})}
+    for here, there, blocksize in (
+        ("int8_row", "nf4", 173), ("nf4", "int8_row", 64), ("int8", "int8_row", 64),
+        ("dense", "int8_row", 173),
+    ):  # fmt: skip
+        report = qkern.inspect_checkpoint(paths[here], compare=paths[there])
+        error = row(report).error
+        assert error is not None
+        assert (error.blocksize, error.per_row) == (blocksize, blocksize == 173)
+        expected = block_errors(dense.get(here, w), dense[there], blocksize)
+        assert error.worst_blocks[0].block == int(expected.argmax())
+        assert error.worst_blocks[0].relative_rms == pytest.approx(float(expected.max()), rel=1e-9)
+        assert report.quantized_relative_rms == report.relative_rms
+        assert "over the 1 quantized tensors" in str(report)
+
+
 def compare(path: Path, here: dict[str, Tensor], there: dict[str, Tensor]) -> InspectionReport:
     return qkern.inspect_checkpoint(write(path / "a", here), compare=write(path / "b", there))
 

@@ -13,12 +13,19 @@ from torch import Tensor
 
 import qkern
 from qkern import flat_keys
-from qkern.checkpoint.measure import HISTOGRAM_BINS, HISTOGRAM_LIMIT, PIECE, Values
+from qkern.checkpoint.measure import (
+    HISTOGRAM_BINS,
+    HISTOGRAM_LIMIT,
+    PIECE,
+    Values,
+    measure_error,
+)
 from qkern.formats import NF4
 
 # More than one piece, and a ragged last block; less than a block; rows that share blocks.
 SHAPES = [(300, 257), (3, 5), (9, 96)]
 FORMATS = [("nf4", 64, True), ("nf4", 4096, False), ("fp4", 32, True), ("int8", 128, False)]
+FORMATS += [("int8_row", 64, False)]
 
 
 @pytest.mark.parametrize(("quant_type", "blocksize", "double_quant"), FORMATS)
@@ -39,6 +46,8 @@ def test_errors_are_those_of_plain_torch(
     assert got.error.max_abs == float((dense - w.double()).abs().max())
     assert got.format == q.format
     assert got.bits_per_weight == 8 * q.nbytes / w.numel()
+    blocksize = shape[1] if quant_type == "int8_row" else blocksize
+    assert got.error.blocksize == blocksize
     errors = block_errors(dense, w, blocksize)
     worst = errors.argsort(descending=True)[:5].tolist()
     assert [block.block for block in got.error.worst_blocks] == worst
@@ -82,6 +91,20 @@ def test_values_are_read_in_pieces() -> None:
         assert torch.equal(torch.cat([piece for _, piece in pieces]), dense.double())
 
 
+@pytest.mark.parametrize("shape", [(7, 33), (2, PIECE + 1001)])
+@pytest.mark.parametrize("quant_type", ["nf4", "int8", "int8_row"])
+def test_values_are_read_from_anywhere(quant_type: str, shape: tuple[int, int]) -> None:
+    w = torch.randn(shape)
+    q = qkern.quantize(w, quant_type, blocksize=32, double_quant=False)
+    values, dense, n = Values(q), q.dequantize().double().reshape(-1), w.numel()
+    for first, last in ((0, n), (1, n), (31, 33), (33, 66), (40, 40), (n - 35, n - 1), (67, 101)):
+        assert torch.equal(values.read(first, last), dense[first:last])
+    error = measure_error(values, Values(w), blocks_of=q.format)
+    expected = block_errors(q.dequantize(), w, q.format.blocksize)
+    assert error.worst_blocks[0].block == int(expected.argmax())
+    assert error.worst_blocks[0].relative_rms == pytest.approx(float(expected.max()), rel=1e-12)
+
+
 def test_scales_and_codes_are_counted(tmp_path: Path) -> None:
     w = torch.randn(9, 105)  # odd: the last low nibble is padding
     w.view(-1)[64:128] = 0
@@ -106,7 +129,7 @@ def test_scales_and_codes_are_counted(tmp_path: Path) -> None:
     assert scales is not None
     assert (scales.zero, scales.negative, scales.nonfinite) == (0, 1, 2)
     texts = [text for _, text in report.findings()]
-    assert any("2 scales are NaN or infinite" in text for text in texts)
+    assert any("2 of 15 scales are NaN or infinite" in text for text in texts)
     strict_json(report)
 
 
@@ -122,12 +145,13 @@ def test_the_ratio_of_scales_is_taken_within_groups_of_256(tmp_path: Path) -> No
     assert scales.group_ratio == 4.0
 
 
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int8", "int8_row"])
 def test_a_stored_tensor_has_the_error_of_the_trial(quant_type: str, tmp_path: Path) -> None:
     w = torch.randn(40, 64).bfloat16()
     dense = write(tmp_path / "dense", {"w.weight": w})
     q = qkern.quantize(w, quant_type)
     stored = write(tmp_path / "stored", flat_keys.flatten(q, "w.weight"))
+    (stored / "config.json").write_text('{"dtype": "bfloat16"}')
     trial = row(qkern.inspect_checkpoint(dense, quant_type))
     alone = qkern.inspect_checkpoint(stored)
     assert alone.is_quantized
@@ -172,12 +196,15 @@ def test_scales_that_double_quantization_has_spoilt_are_found(tmp_path: Path) ->
     assert [name for name, found in report.findings() if found.startswith(text)] == ["w.weight"]
     ours = flat_keys.flatten(qkern.quantize(w), "w.weight")
     assert qkern.inspect_checkpoint(write(tmp_path, ours)).findings() == []
-    # Signs that an encoder has chosen are no damage.
-    chosen = flat_keys.flatten(qkern.quantize(torch.randn(64, 64)), "w.weight")
-    chosen["w.weight.nested_absmax"] = -3 * chosen["w.weight.nested_absmax"]
-    report = qkern.inspect_checkpoint(write(tmp_path, chosen))
-    assert row(report).scales.negative > 0  # type: ignore[union-attr]
-    assert report.findings() == []
+
+
+def test_a_negative_scale_of_int8_is_told(tmp_path: Path) -> None:
+    entries = flat_keys.flatten(qkern.quantize(torch.randn(4, 64), "int8_row"), "w.weight")
+    entries["w.SCB"] = entries["w.SCB"] * torch.tensor([1.0, -1.0, 1.0, 1.0])
+    entries |= flat_keys.flatten(qkern.quantize(torch.randn(4, 64)), "v.weight")
+    report = qkern.inspect_checkpoint(write(tmp_path, entries))
+    text = "1 of 4 scales are negative, which no maximum is"
+    assert report.findings() == [("w.weight", text)]
 
 
 def test_scales_that_8_bits_cannot_hold_are_told(tmp_path: Path) -> None:
@@ -195,9 +222,10 @@ def test_scales_that_8_bits_cannot_hold_are_told(tmp_path: Path) -> None:
     assert report.findings() == [("a.weight", "fp32 scales, others have 8-bit ones")]
 
 
-def test_shards_and_single_files_give_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("quant_type", ["nf4", "int8_row"])
+def test_shards_and_single_files_give_the_same(quant_type: str, tmp_path: Path) -> None:
     tensors = {f"l.{i}.weight": torch.randn(8, 64) for i in (0, 2, 10)}
-    q = flat_keys.flatten(qkern.quantize(torch.randn(8, 64)), "l.1.weight")
+    q = flat_keys.flatten(qkern.quantize(torch.randn(8, 64), quant_type), "l.1.weight")
     apart = {"l.1.weight": q.pop("l.1.weight")}  # codes in one shard, scales in the other
     shards = write_shards(tmp_path / "shards", tensors | apart, q)
     single = write(tmp_path / "single.safetensors", tensors | apart | q)
@@ -274,6 +302,8 @@ def test_progress_is_told_in_bytes(tmp_path: Path) -> None:
     ("settings", "text"),
     [
         ({"method": "guess"}, "unknown method 'guess'"),
+        ({"method": "search", "quant_type": "int8"}, 'method "search" is for 4-bit formats: int8'),
+        ({"method": "search", "quant_type": "int8_row"}, "4-bit formats: int8_row is"),
         ({"quant_type": "zz9"}, "unknown quant_type"),
         ({"blocksize": 0}, "blocksize 0"),
         ({"outlier_rms": 0.0}, "outlier_rms is 0.0"),
@@ -287,6 +317,5 @@ def test_unknown_settings_are_refused(settings: dict[str, Any], text: str, tmp_p
 def test_the_codes_of_a_constant_are_those_of_the_table(tmp_path: Path) -> None:
     got = row(qkern.inspect_checkpoint(write(tmp_path, {"w.weight": torch.ones(8, 64)})))
     assert got.scales is not None
-    assert got.scales.code_counts is not None
     assert got.scales.code_counts[NF4.index(1.0)] == 512
     assert (got.scales.code_entropy, got.scales.group_ratio) == (0.0, 1.0)

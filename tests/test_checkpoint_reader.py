@@ -24,7 +24,7 @@ INDEX = "model.safetensors.index.json"
 def stored(tmp_path: Path) -> Path:
     """A directory with one tensor of each kind."""
     tensors = {"norm.weight": torch.randn(8)}
-    for quant_type, double_quant in (("nf4", True), ("int8", False)):
+    for quant_type, double_quant in (("nf4", True), ("int8", False), ("int8_row", False)):
         q = qkern.quantize(torch.randn(9, 13), quant_type, double_quant=double_quant)
         tensors |= flat_keys.flatten(q, f"{quant_type}.weight")
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / "a")
@@ -40,10 +40,13 @@ def raw(path: Path, header: dict[str, Any], data: bytes) -> Path:
 def test_headers_say_what_is_there(stored: Path) -> None:
     with CheckpointReader(stored) as reader:
         assert reader.is_quantized
-        assert list(reader.tensors) == ["int8.weight", "nf4.weight", "norm.weight"]
+        kinds = ["int8.weight", "int8_row.weight", "nf4.weight"]
+        assert list(reader.tensors) == [*kinds, "norm.weight"]
         nf4 = reader.tensors["nf4.weight"]
         assert (nf4.shape, nf4.dtype, nf4.numel) == ((9, 13), "float32", 117)
         assert nf4.format == qkern.QuantFormat("nf4")
+        rows = reader.tensors["int8_row.weight"]
+        assert (rows.shape, rows.format) == ((9, 13), qkern.QuantFormat("int8_row", 13))
         for name, tensor in reader.tensors.items():
             read = reader.read(name)
             assert read.shape == tensor.shape
@@ -55,6 +58,18 @@ def test_a_stray_companion_is_a_tensor_of_its_own(stored: Path) -> None:
     save_file(tensors | {"norm.weight.absmax": torch.ones(3)}, stored / "model.safetensors")
     with CheckpointReader(stored) as reader:
         assert reader.tensors["norm.weight.absmax"].shape == (3,)
+
+
+def test_int8_rows_have_the_dtype_of_the_configuration(stored: Path) -> None:
+    def dtypes(path: Path) -> set[str]:
+        with CheckpointReader(path) as reader:
+            stated = str(reader.read("int8_row.weight").dtype).removeprefix("torch.")
+            return {stated, reader.tensors["int8_row.weight"].dtype}
+
+    assert dtypes(stored) == {"float16"}
+    (stored / "config.json").write_text('{"torch_dtype": "bfloat16"}')
+    assert dtypes(stored) == {"bfloat16"}
+    assert dtypes(stored / "model.safetensors") == {"bfloat16"}
 
 
 def test_values_may_start_at_any_byte(tmp_path: Path) -> None:
@@ -135,6 +150,7 @@ def test_shards_that_differ_from_their_index(
 
 
 WEIGHT = "nf4.weight"
+ROWS = "int8_row"
 
 
 @pytest.mark.parametrize(
@@ -149,13 +165,18 @@ WEIGHT = "nf4.weight"
             lambda t: t.update({f"{WEIGHT}.quant_state.bitsandbytes__nf4": torch.zeros(2)}),
             "not a readable quantization state",
         ),
+        (lambda t: t.pop(f"{ROWS}.SCB"), r"missing int8_row\.SCB"),
+        (lambda t: t.pop(f"{ROWS}.weight"), r"missing int8_row\.weight"),
+        (lambda t: t.update({f"{ROWS}.SCB": torch.ones(8)}), r"got .*\[8\], float32 \(9,\)"),
+        (lambda t: t.update({f"{ROWS}.weight": torch.ones(9, 13)}), "got torch.float32"),
+        (lambda t: t[f"{ROWS}.weight_format"].fill_(2), "weight_format: got 2, only 0"),
     ],
 )
 def test_a_quantized_tensor_that_contradicts_itself(change: Any, text: str, stored: Path) -> None:
     tensors = load_file(stored / "model.safetensors")
     change(tensors)
     save_file({k: v.clone() for k, v in tensors.items()}, stored / "model.safetensors")
-    with pytest.raises(qkern.CorruptFileError, match=rf"model\.safetensors: nf4.*{text}"):
+    with pytest.raises(qkern.CorruptFileError, match=rf"model\.safetensors: (nf4|int8).*{text}"):
         qkern.inspect_checkpoint(stored)
 
 

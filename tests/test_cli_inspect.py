@@ -64,13 +64,14 @@ def test_the_text_shows_the_worst_first(dense: Path, capsys: Any) -> None:
     lines = out.splitlines()
     assert lines[0] == f"{dense}: 7 tensors, 24,584 values, 96.0 KiB"
     assert lines[1] == "as nf4 in blocks of 64 with 8-bit scales, method absmax"
-    assert lines[3] == "tensors (2 worst of 6)"
+    assert lines[3] == "tensors (2 worst of 6, by rel rms)"
     assert lines[6].startswith(LAYERS[4])
-    assert lines[8:10] == ["", "worst blocks"]
-    assert lines[12].startswith(LAYERS[4])
+    assert lines[8].startswith("rel rms is ||w - w'|| / ||w||")
+    assert lines[10:12] == ["", "worst blocks"]
+    assert lines[14].startswith(LAYERS[4])
     assert "1-D, a linear layer's weight is 2-D" in out
     assert "6 of 7 weights quantized" in out
-    assert lines[-1].startswith("relative rms error 0.")
+    assert re.match(r"relative rms error 0\.\d+ over the 6 quantized tensors; ", lines[-1])
     assert "4.141 bits per quantized weight" in lines[-1]
 
 
@@ -88,6 +89,24 @@ def test_settings_reach_the_codec(dense: Path, capsys: Any) -> None:
     assert len(report["worst"]) == 1
 
 
+def test_int8_rows_are_shown_by_rows(dense: Path, capsys: Any) -> None:
+    assert call(dense, "--format", "int8_row", "--top", "1") == exit_codes.DONE
+    out = capsys.readouterr().out
+    assert "as int8_row with an fp32 scale a row, method absmax\n" in out
+    assert "\nworst rows\n" in out
+    assert re.search(r"q_proj.weight +\d+ +64 +\[\d+, 0\] +0\.0", out)
+    assert "8.500 bits per quantized weight" in out
+    tensors = load_file(dense / "model.safetensors")
+    for name in LAYERS:
+        tensors |= flat_keys.flatten(qkern.quantize(tensors[name], "int8_row"), name)
+    save_file({key: tensor.clone() for key, tensor in tensors.items()}, dense / "model.safetensors")
+    assert call(dense) == exit_codes.DONE
+    out = capsys.readouterr().out
+    assert "tensors (all 6, worst first, by code bits)" in out
+    assert "6 of 7 weights quantized" in out
+    assert "ratio in 256" not in out
+
+
 def test_json_is_all_that_is_on_stdout_and_strict(dense: Path, capsys: Any) -> None:
     tensors = {"a.weight": torch.tensor([[float("nan"), 1.0]]), "b": torch.tensor(float("inf"))}
     save_file(tensors, dense / "model.safetensors")
@@ -96,6 +115,28 @@ def test_json_is_all_that_is_on_stdout_and_strict(dense: Path, capsys: Any) -> N
     assert [finding["tensor"] for finding in report["findings"]] == ["a.weight", "b"]
     assert report["relative_rms"] is None
     assert len(report["histogram"]["counts"]) + 1 == len(report["histogram"]["edges"])
+
+
+def test_search_is_tried_with_less_error(dense: Path, capsys: Any) -> None:
+    assert "absmax, or search" in " ".join(help_text(capsys).split())
+    errors = []
+    for method in ("absmax", "search"):
+        assert call(dense, "--method", method, "--json") == exit_codes.DONE
+        report = strict(capsys.readouterr().out)
+        assert report["method"] == method
+        errors.append(report["quantized_relative_rms"])
+    assert errors[1] < 0.97 * errors[0]  # outliers leave less to gain
+    w = load_file(dense / "model.safetensors")[LAYERS[0]]
+    q = qkern.quantize(w, method="search")
+    expected = (q.dequantize().double() - w.double()).norm() / w.double().norm()
+    error = next(t["error"] for t in report["tensors"] if t["name"] == LAYERS[0])
+    assert error["relative_rms"] == pytest.approx(float(expected), rel=1e-12)
+
+
+def help_text(capsys: Any) -> str:
+    assert call("--help") == exit_codes.DONE
+    text: str = capsys.readouterr().out
+    return text
 
 
 def test_a_quantized_checkpoint_shows_its_scales(stored: Path, capsys: Any) -> None:
@@ -145,6 +186,12 @@ def test_charts_are_written_where_asked(dense: Path, suffix: str, capsys: Any) -
         (["--chart", "a.pdf"], exit_codes.USAGE, "a.pdf: a chart is written as .png or .svg"),
         (["--chart", "x.png", "--histogram", "./x.png"], exit_codes.USAGE, "a file of its own"),
         (["--method", "guess"], exit_codes.USAGE, "unknown method 'guess': allowed are 'absmax'"),
+        (
+            ["--method", "search", "--format", "int8"],
+            exit_codes.USAGE,
+            "is for 4-bit formats: int8",
+        ),
+        (["--method", "search", "--format", "int8_row"], exit_codes.USAGE, "4-bit formats: int8_r"),
         (["--format", "zz9"], exit_codes.USAGE, "invalid choice: 'zz9'"),
         (["--top", "-1"], exit_codes.USAGE, "-1 is not 0 or more"),
         (["--max-error", "nan"], exit_codes.USAGE, "nan is not 0 or more"),

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import bitsandbytes.functional as bnb
 import numpy as np
 import pytest
 import torch
 from cases import value_patterns
+from checkpoints import row, write
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from toys import tiny_llama
 
 import qkern
 from qkern import _native, codec, reference
@@ -199,3 +204,47 @@ def test_importance_of_an_unknown_module_is_refused() -> None:
     model = nn.Sequential(nn.Linear(64, 64))
     with pytest.raises(qkern.FormatError, match="'1'"):
         qkern.quantize_model(model, method="search", importance={"1": torch.ones(64)})
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_signs_that_search_has_chosen_are_no_damage(double_quant: bool, tmp_path: Path) -> None:
+    model = tiny_llama()
+    mlp = model.model.layers[0].mlp
+    with torch.no_grad():  # small scales of both signs: as 8 bits can just hold them, and cannot
+        mlp.gate_proj.weight[::2] /= 45
+        mlp.up_proj.weight *= torch.rand(192, 1) ** 4
+    model.save_pretrained(tmp_path / "dense")
+    qkern.quantize_model(model, method="search", double_quant=double_quant)
+    qkern.save(model, tmp_path / "stored")
+    report = qkern.inspect_checkpoint(tmp_path / "stored")
+    found = [r for r in report.tensors if r.format is not None and r.scales is not None]
+    assert all(r.scales.negative > 0 == r.scales.turned for r in found if r.scales)
+    kept = ("model.layers.0.mlp.up_proj.weight", "fp32 scales, others have 8-bit ones")
+    assert report.findings() == ([kept] if double_quant else [])
+    assert {r.format.double_quant for r in found if r.format} == {double_quant, False}
+    settings: dict[str, Any] = {"double_quant": double_quant, "method": "search"}
+    trial = qkern.inspect_checkpoint(tmp_path / "dense", **settings)
+    compared = qkern.inspect_checkpoint(tmp_path / "stored", compare=tmp_path / "dense")
+    assert compared.quantized_relative_rms == trial.relative_rms
+    assert trial.relative_rms == trial.quantized_relative_rms
+    assert compared.relative_rms < trial.relative_rms  # type: ignore[operator]
+    for r in found:
+        assert r.scales == row(trial, r.name).scales
+        assert row(compared, r.name).error == row(trial, r.name).error
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_a_trial_of_search_has_its_error(
+    quant_type: str, double_quant: bool, tmp_path: Path
+) -> None:
+    w = torch.randn(33, 172).bfloat16()
+    settings: dict[str, Any] = {"double_quant": double_quant, "method": "search"}
+    dense = qkern.quantize(w, quant_type, **settings).dequantize(torch.float32)
+    path = write(tmp_path, {"w.weight": w})
+    searched = qkern.inspect_checkpoint(path, quant_type, **settings)
+    expected = (dense.double() - w.double()).norm() / w.double().norm()
+    assert searched.relative_rms == pytest.approx(float(expected), rel=1e-12)
+    plain = qkern.inspect_checkpoint(path, quant_type, double_quant=double_quant)
+    assert searched.relative_rms < 0.95 * plain.relative_rms  # type: ignore[operator]
+    assert searched.bits_per_weight == plain.bits_per_weight

@@ -270,7 +270,7 @@ def decode_range(
     Args:
         parts: of the whole value, with fp32 scales (see ``decode_absmax``).
         fmt: how the bytes are read.
-        first: where a block starts; even.
+        first: where a block starts, or inside of the block of ``last``; even if codes have 4 bits.
         last: where to stop, anywhere.
         out: (last - first,) float32, or uint16 bits of ``dtype``.
         dtype: "float32", "float16" or "bfloat16".

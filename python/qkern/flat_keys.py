@@ -36,6 +36,7 @@ from qkern.tensor import QuantizedTensor
 _STATE = "quant_state."
 _ROWS = QuantFormat("int8_row", 0)
 _WEIGHT, _SCALES, _LAYOUT = "weight", "SCB", "weight_format"
+_COMPANIONS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
 
 def flatten(q: QuantizedTensor, prefix: str) -> dict[str, Tensor]:
@@ -91,18 +92,35 @@ def scales_key(prefix: str, fmt: QuantFormat) -> str:
 
 
 def prefixes(keys: Iterable[str]) -> list[str]:
-    """The prefixes of the quantized tensors that ``keys`` speak of, each once.
-
-    A module may be called ``quant_state`` itself.
-    """
+    """The prefixes of the quantized tensors that ``keys`` speak of, each once."""
     found: dict[str, None] = {}
     for key in keys:
-        prefix, _, last = key.rpartition(f".{_STATE}")
-        if prefix and last.startswith(("bitsandbytes__", "qkern__")):
+        prefix = _state_prefix(key)
+        if prefix:
             found[prefix] = None
         elif key.rpartition(".")[2] in (_SCALES, _LAYOUT):
             found[_sibling(key, _WEIGHT)] = None
     return list(found)
+
+
+def owner(key: str) -> str:
+    """The prefix of the tensor that ``key`` would belong to if that one is quantized."""
+    prefix = _state_prefix(key)
+    if prefix:
+        return prefix
+    parent, _, last = key.rpartition(".")
+    if last in (_SCALES, _LAYOUT):
+        return _sibling(key, _WEIGHT)
+    return parent if last in _COMPANIONS else key
+
+
+def _state_prefix(key: str) -> str:
+    """The prefix of the JSON entry ``key``; empty for other keys.
+
+    A module may be called ``quant_state`` itself.
+    """
+    prefix, _, last = key.rpartition(f".{_STATE}")
+    return prefix if last.startswith(("bitsandbytes__", "qkern__")) else ""
 
 
 def owned_keys(entries: Mapping[str, Any], prefix: str) -> list[str]:
@@ -168,7 +186,7 @@ def _read_rows(entries: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
     """The same of bitsandbytes' int8 entries."""
     missing = missing_keys(entries, prefix, _ROWS)
     if missing:
-        msg = f"{prefix}: missing {', '.join(missing)}: int8 rows need their scales"
+        msg = f"{prefix}: missing {', '.join(missing)}: int8 rows are codes and scales"
         raise CorruptFileError(msg)
     layout_key = _sibling(prefix, _LAYOUT)
     layout = entries.get(layout_key)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from qkern.checkpoint.inspection_report import InspectionReport, TensorReport
+from qkern.checkpoint.chart_labels import kind_of, label_of, layer_number, short_names
+from qkern.checkpoint.inspection_report import InspectionReport
+from qkern.checkpoint.inspection_text import format_text
+from qkern.checkpoint.tensor_report import TensorReport
 from qkern.errors import FormatError, MissingDependencyError
 from qkern.files import replacing
 from qkern.formats import KINDS
@@ -29,7 +31,6 @@ SUFFIXES: Final = (".png", ".svg")
 # Up to here every tensor has a bar with its name; more of them are points over the layer's number.
 _MOST_BARS: Final = 30
 _LABELLED: Final = 6  # worst points that are named
-_LONGEST: Final = 60  # characters of a label
 _AXIS: Final = "relative RMS error, ||w - w'|| / ||w||"
 _NO_NUMBER: Final = "no layer number"
 _COLOURS: Final = (
@@ -91,10 +92,10 @@ def write_error_chart(report: InspectionReport, path: str | Path) -> Path:
     if report.comparison is not None:
         title = f"{_title(report.path)} against {_title(report.comparison.path)}"
     else:
-        title = f"{_title(report.path)} as {_format_text(report)}"
+        title = f"{_title(report.path)}{_trial(report)}"
     differing = [row for row in rows if _error_of(row) > 0]
     if differing and len(differing) < len(rows):
-        title += f" ({len(rows) - len(differing)} tensors without error not shown)"
+        title += f" ({len(rows) - len(differing)} equal tensors not shown)"
         rows = differing
     if len(rows) <= _MOST_BARS:
         figure, axes = _figure(8.0, 1.6 + 0.26 * len(rows))
@@ -114,19 +115,23 @@ def write_histogram(report: InspectionReport, path: str | Path) -> Path:
         path: .png or .svg; replaced if it is there.
 
     Raises:
-        FormatError: if the report has no histogram, or for another suffix.
+        FormatError: if the report has no histogram or an empty one, or for another suffix.
         MissingDependencyError: if matplotlib is not installed.
     """
     path = check_chart_path(path)
     if report.histogram is None:
         msg = "the report has no histogram: inspect with histogram=True"
         raise FormatError(msg)
+    if not any(report.histogram):
+        msg = f"{report.path}: nothing to draw, no tensor counts as a linear layer's weight"
+        raise FormatError(msg)
     usage = _code_usage(report)
     figure, axes = _figure(10.0 if usage else 6.4, 4.2, columns=2 if usage else 1)
     _draw_weights(axes if usage is None else axes[0], report)
     if usage is not None:
         _draw_codes(axes[1], *usage)
-    figure.suptitle(f"Weights of {_title(report.path)}", fontsize=11)
+    codes = f", codes{_trial(report)}" if usage and report.format else ""
+    figure.suptitle(f"Weights of {_title(report.path)}{codes}", fontsize=11)
     return _save(figure, path)
 
 
@@ -142,7 +147,7 @@ def _draw_bars(axes: Axes, rows: Sequence[TensorReport]) -> None:
     for i, error in enumerate(errors):
         text = f" {error:.4g}" if math.isfinite(error) else " not finite"
         axes.text(shown[i], i, text, va="center", fontsize=8)
-    axes.set_yticks(places, [_label(row.name) for row in rows], fontsize=8)
+    axes.set_yticks(places, [label_of(row.name) for row in rows], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.15 * longest)
     axes.set_xlabel(_AXIS)
@@ -157,8 +162,8 @@ def _draw_layers(axes: Axes, rows: Sequence[TensorReport]) -> None:
         error = _error_of(row)
         if math.isfinite(error):
             kinds.setdefault(kind, []).append((x, error))
-            points.append((error, x, _label(row.name)))
-    names = _short_names([kind for kind in kinds if kind != _NO_NUMBER])
+            points.append((error, x, label_of(row.name)))
+    names = short_names([kind for kind in kinds if kind != _NO_NUMBER])
     styles = [(marker, colour) for marker in _MARKERS for colour in _COLOURS]
     for i, (kind, found) in enumerate(kinds.items()):
         marker, colour = styles[i % len(styles)]
@@ -170,7 +175,7 @@ def _draw_layers(axes: Axes, rows: Sequence[TensorReport]) -> None:
             "alpha": 0.85,
             "linestyle": line,
         }
-        label = _label(names.get(kind, kind)) if i < len(styles) else "_"
+        label = label_of(names.get(kind, kind)) if i < len(styles) else "_"
         axes.plot(xs, ys, marker=marker, color=colour, label=label, **style)
     heights = sorted(error for error, _, _ in points)
     if heights and heights[0] > 0 and heights[-1] > 20 * heights[len(heights) // 2]:
@@ -184,13 +189,13 @@ def _draw_layers(axes: Axes, rows: Sequence[TensorReport]) -> None:
 
 def _places(names: Sequence[str]) -> list[tuple[str, float]]:
     """Kind and horizontal place of each name: its layer's number, or right of the last layer."""
-    numbers = [_layer_number(name) for name in names]
+    numbers = [layer_number(name) for name in names]
     known = [number for number in numbers if number is not None]
     if len(set(known)) < 2:  # no layers to speak of: in the order of their names
         return [(_NO_NUMBER, float(i)) for i in range(len(names))]
     beyond = max(known) + max(1.0, round(max(known) / 20))
     return [
-        (_NO_NUMBER, beyond) if number is None else (_kind(name), float(number))
+        (_NO_NUMBER, beyond) if number is None else (kind_of(name), float(number))
         for name, number in zip(names, numbers, strict=True)
     ]
 
@@ -244,72 +249,44 @@ def _draw_weights(axes: Axes, report: InspectionReport) -> None:
 
 
 def _draw_codes(axes: Axes, quant_type: str, counts: Sequence[int]) -> None:
-    share = np.array(counts) / max(sum(counts), 1)
-    code = KINDS[quant_type].code or ()  # charts are drawn for formats that have a table
-    order = np.argsort(np.array(code), kind="stable")
-    axes.bar(range(16), 100 * share[order], color="#9db4d0", width=0.8)
-    labels = [f"{code[i]:.3f}" for i in order]
-    axes.set_xticks(range(16), labels, rotation=90, fontsize=7)
-    axes.set(xlabel="code, in units of its block's scale", ylabel="share of the weights (%)")
+    share, kind = 100 * np.array(counts) / max(sum(counts), 1), KINDS[quant_type]
+    unit = "row's" if kind.per_row else "block's"
+    axes.set(ylabel="share of the weights (%)")
+    if kind.code is None:
+        axes.stairs(share, np.arange(-128.5, 128), fill=True, color="#9db4d0")
+        axes.set(xlabel=f"code, in units of its {unit} scale / 127")
+        axes.set_title(f"use of the {quant_type} codes, -127 to 127", fontsize=9)
+        return
+    order = np.argsort(np.array(kind.code), kind="stable")
+    axes.bar(range(16), share[order], color="#9db4d0", width=0.8)
+    axes.set_xticks(range(16), [f"{kind.code[i]:.3f}" for i in order], rotation=90, fontsize=7)
+    axes.set(xlabel=f"code, in units of its {unit} scale")
     axes.set_title(f"use of the 16 {quant_type} codes (even would be 6.25 %)", fontsize=9)
     axes.axhline(6.25, color="#1f4e8c", linewidth=0.8, linestyle=":")
 
 
 def _code_usage(report: InspectionReport) -> tuple[str, list[int]] | None:
-    """The 4-bit format that holds the most weights, and how often it uses each code."""
+    """The format that holds the most weights, and how often it uses each code."""
     totals: dict[str, list[int]] = {}
     for row in report.tensors:
-        if row.format is not None and row.scales is not None and row.scales.code_counts:
-            total = totals.setdefault(row.format.quant_type, [0] * 16)
-            for i, count in enumerate(row.scales.code_counts):
+        if row.format is not None and row.scales is not None:
+            counts = row.scales.code_counts
+            total = totals.setdefault(row.format.quant_type, [0] * len(counts))
+            for i, count in enumerate(counts):
                 total[i] += count
     return max(totals.items(), key=lambda item: sum(item[1]), default=None)
 
 
-def _format_text(report: InspectionReport) -> str:
-    fmt = report.format
-    if fmt is None:
-        return "stored"
-    scales = "8-bit" if fmt.double_quant else "fp32"
-    return f"{fmt.quant_type}, blocks of {fmt.blocksize}, {scales} scales, {report.method}"
+def _trial(report: InspectionReport) -> str:
+    return f" as {format_text(report.format)}, method {report.method}" if report.format else ""
 
 
 def _error_of(row: TensorReport) -> float:
     return math.inf if row.error is None else row.error.relative_rms
 
 
-def _layer_number(name: str) -> int | None:
-    found = re.search(r"(?:^|\.)(\d+)(?=\.|$)", name)
-    return int(found[1]) if found else None
-
-
-def _kind(name: str) -> str:
-    """The name without its numbers: the same for every layer."""
-    return re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name.removesuffix(".weight"))
-
-
-def _short_names(kinds: Sequence[str]) -> dict[str, str]:
-    """Without the beginning that all of them share, in whole parts of the path."""
-    split = [kind.split(".") for kind in kinds]
-    shared = 0
-    while split and all(
-        len(parts) > shared + 1 and parts[shared] == split[0][shared] for parts in split
-    ):
-        shared += 1
-    return {kind: ".".join(parts[shared:]) for kind, parts in zip(kinds, split, strict=True)}
-
-
-def _label(name: str) -> str:
-    """A name as matplotlib shows it as it is: no mathematics, not hidden, not too long."""
-    name = name.removesuffix(".weight")
-    if len(name) > _LONGEST:
-        name = f"{name[: _LONGEST // 2]}...{name[-_LONGEST // 2 :]}"
-    name = name.replace("$", r"\$")
-    return f" {name}" if name.startswith("_") else name
-
-
 def _title(path: Path) -> str:
-    return _label(path.resolve().name)
+    return label_of(path.resolve().name)
 
 
 def _figure(width: float, height: float, *, columns: int = 1) -> tuple[Figure, Any]:

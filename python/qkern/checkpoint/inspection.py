@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from qkern import codec, functional
-from qkern.checkpoint.inspection_report import Comparison, InspectionReport, TensorReport
+from qkern.checkpoint.inspection_report import Comparison, InspectionReport
 from qkern.checkpoint.measure import (
     HISTOGRAM_BINS,
     I64,
@@ -22,6 +22,7 @@ from qkern.checkpoint.measure import (
 )
 from qkern.checkpoint.reader import CheckpointReader, StoredTensor
 from qkern.checkpoint.selection import RULE, select, vocab_size_of
+from qkern.checkpoint.tensor_report import TensorReport
 from qkern.errors import FormatError
 from qkern.files import read_json
 from qkern.formats import QuantFormat, resolve_format
@@ -60,23 +61,25 @@ def inspect_checkpoint(
 
     Args:
         path: a directory with safetensors files, or one such file.
-        quant_type: "nf4", "fp4", "int8", or a ``QuantFormat``; for dense checkpoints, like the
-            next five.
-        blocksize: values that share a scale.
-        double_quant: store the scales in 8 bits.
-        method: how codes are chosen, see ``qkern.quantize``.
+        quant_type: "nf4", "fp4", "int8", "int8_row", or a ``QuantFormat``; for dense checkpoints,
+            like the next five.
+        blocksize: values that share a scale; unused by int8_row, where a row does.
+        double_quant: store the scales in 8 bits; unused by int8_row.
+        method: how codes are chosen, "absmax" or "search", see ``qkern.quantize``.
         include: names, ends of names or globs of tensors to quantize whatever their shape.
         exclude: the same of tensors to leave dense.
-        compare: the reference, dense or quantized in any format.
+        compare: the reference, dense or quantized in any format. Blocks are those of the tensor
+            at ``path`` if it is quantized, else those of the reference, else of ``quant_type``.
         outlier_rms: values beyond this many times their tensor's RMS count as outliers.
-        worst_blocks: blocks of largest error to name for each tensor.
+        worst_blocks: blocks (rows of int8_row) of largest error to name for each tensor.
         histogram: also count the weights by ``x / RMS``, over all quantizable tensors.
         progress: called after each tensor.
 
     Raises:
         FileNotFoundError: if there are no safetensors weights.
         CorruptFileError: if a file is not readable, or contradicts itself.
-        FormatError: for an unknown setting, or a pattern that matches no tensor.
+        FormatError: for an unknown setting, a method that the format has not, or a pattern that
+            matches no tensor.
     """
     settings = _Settings(
         resolve_format(quant_type, blocksize=blocksize, double_quant=double_quant),
@@ -116,7 +119,7 @@ class _Settings:
     worst_blocks: int
 
     def __post_init__(self) -> None:
-        codec.check_choice("method", self.method, codec.METHODS)
+        codec.check_method(self.method, self.format, has_importance=False)
         if not self.outlier_rms > 0 or self.worst_blocks < 0:
             msg = (
                 f"outlier_rms is {self.outlier_rms}, worst_blocks {self.worst_blocks}: "
@@ -159,10 +162,10 @@ class _Inspection:
         if row.values is not None and row.values.nonfinite:
             reason = f"{row.values.nonfinite} NaN or infinite values: quantizing refuses them"
             return dataclasses.replace(row, reason=reason)
-        fmt = self.settings.format
+        fmt = self.settings.format.for_shape(stored.shape)
         q = _quantize(tensor, fmt, self.settings.method)
         error = measure_error(
-            Values(q), Values(tensor), blocksize=fmt.blocksize, worst=self.settings.worst_blocks
+            Values(q), Values(tensor), blocks_of=fmt, worst=self.settings.worst_blocks
         )
         kept = q.format == fmt
         return dataclasses.replace(
@@ -185,7 +188,7 @@ class _Inspection:
         error = measure_error(
             Values(tensor),
             Values(other.read(stored.name)),
-            blocksize=fmt.blocksize,
+            blocks_of=fmt.for_shape(stored.shape),
             worst=self.settings.worst_blocks,
         )
         return dataclasses.replace(row, error=error)
@@ -241,8 +244,12 @@ def _reasons(
     if not reader.is_quantized:
         return reasons
     formats = {tensor.name: tensor.format for tensor in reader.tensors.values() if tensor.format}
-    single = [name for name, fmt in formats.items() if not fmt.double_quant]
-    if len(single) < len(formats):
+    single = [
+        name
+        for name, fmt in formats.items()
+        if "nested" in fmt.kind.scales and not fmt.double_quant
+    ]
+    if any(fmt.double_quant for fmt in formats.values()):
         reasons |= dict.fromkeys(single, "fp32 scales, others have 8-bit ones")
     unsaid = (name for name, reason in reasons.items() if not reason)
     return reasons | dict.fromkeys(unsaid, "left dense in the file")

@@ -10,91 +10,10 @@ from typing import Any
 import numpy as np
 
 from qkern.checkpoint.measure import HISTOGRAM_LIMIT
-from qkern.checkpoint.weight_statistics import (
-    BlockError,
-    ErrorStatistics,
-    ScaleStatistics,
-    ValueStatistics,
-    relative,
-)
+from qkern.checkpoint.tensor_report import TensorReport
+from qkern.checkpoint.weight_statistics import BlockError, total_error
 from qkern.coverage import CoverageReport, CoverageRow
-from qkern.formats import QuantFormat
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorReport:
-    """One tensor.
-
-    Args:
-        name: its key.
-        file: name of the file that holds it.
-        shape: of the dense tensor.
-        dtype: of the dense tensor.
-        stored: its format in the file; None if it is dense there.
-        format: that of the file, or what it would be quantized to; None if it stays dense.
-        reason: why it is dense, or what differs from what was asked; empty otherwise.
-        nbytes_stored: in the file.
-        nbytes: in ``format``.
-        values: None for what is not floating point, or not readable.
-        scales: None if it stays dense.
-        error: against the dense tensor, or against the other checkpoint; None if there is no such.
-    """
-
-    name: str
-    file: str
-    shape: tuple[int, ...]
-    dtype: str
-    stored: QuantFormat | None
-    format: QuantFormat | None
-    reason: str
-    nbytes_stored: int
-    nbytes: int
-    values: ValueStatistics | None
-    scales: ScaleStatistics | None
-    error: ErrorStatistics | None
-
-    @property
-    def numel(self) -> int:
-        """Values of the dense tensor."""
-        return math.prod(self.shape)
-
-    @property
-    def bits_per_weight(self) -> float | None:
-        """Bits of codes and scales, or of the dense values, per value; None without values."""
-        return 8 * self.nbytes / self.numel if self.numel else None
-
-    @property
-    def nbytes_dense(self) -> int:
-        """Bytes of the dense tensor."""
-        if self.stored is None:
-            return self.nbytes_stored
-        return self.numel * (4 if self.dtype == "float32" else 2)
-
-    @property
-    def stored_as(self) -> str:
-        """The format's name in the file, or the dtype of a dense tensor."""
-        return self.stored.quant_type if self.stored else self.dtype
-
-    def as_dict(self) -> dict[str, Any]:
-        """All fields as JSON values."""
-        error = None
-        if self.error is not None:
-            error = {"relative_rms": self.error.relative_rms} | dataclasses.asdict(self.error)
-        return {
-            "name": self.name,
-            "file": self.file,
-            "shape": list(self.shape),
-            "dtype": self.dtype,
-            "stored_as": self.stored_as,
-            "format": None if self.format is None else dataclasses.asdict(self.format),
-            "reason": self.reason,
-            "bits_per_weight": self.bits_per_weight,
-            "nbytes_stored": self.nbytes_stored,
-            "nbytes": self.nbytes,
-            "values": None if self.values is None else dataclasses.asdict(self.values),
-            "scales": None if self.scales is None else dataclasses.asdict(self.scales),
-            "error": error,
-        }
+from qkern.formats import QUANT_TYPES, QuantFormat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +35,11 @@ class Comparison:
     shapes: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
     unread: tuple[str, ...]
     stored_there: dict[str, str]
+
+    @property
+    def quantized_there(self) -> frozenset[str]:
+        """Names of what is quantized in the other one."""
+        return frozenset(name for name, form in self.stored_there.items() if form in QUANT_TYPES)
 
     @property
     def unpaired(self) -> tuple[str, ...]:
@@ -178,13 +102,22 @@ class InspectionReport:
     @property
     def relative_rms(self) -> float | None:
         """The error of all measured tensors as if they were one; None if there is none."""
-        errors = [row.error for row in self.tensors if row.error is not None]
-        if not errors:
-            return None
-        if any(error.unlike_nonfinite for error in errors):
-            return math.inf
-        squared_error = math.fsum(error.squared_error for error in errors)
-        return relative(squared_error, math.fsum(error.squared_reference for error in errors))
+        return total_error(row.error for row in self.tensors)
+
+    @property
+    def quantized_relative_rms(self) -> float | None:
+        """The same of the tensors that are, or would be, quantized, here or in the other one."""
+        return total_error(row.error for row in self.measured_quantized)
+
+    @property
+    def measured_quantized(self) -> tuple[TensorReport, ...]:
+        """Tensors with an error that are, or would be, quantized, here or in the other one."""
+        there = () if self.comparison is None else self.comparison.quantized_there
+        return tuple(
+            row
+            for row in self.tensors
+            if row.error is not None and (row.format is not None or row.name in there)
+        )
 
     @property
     def bits_per_weight(self) -> float | None:
@@ -203,8 +136,8 @@ class InspectionReport:
     def worst(self) -> tuple[TensorReport, ...]:
         """Tensors that are quantized or have an error, worst first.
 
-        By relative RMS error; without errors, by scales that are not finite and then by the
-        largest ratio of scales in a group.
+        By relative RMS error; without errors, by scales that are spoilt, then by the largest ratio
+        of scales in a group, then (formats without such) by how little the codes are used.
         """
         rows = [row for row in self.tensors if row.error is not None or row.scales is not None]
 
@@ -213,7 +146,8 @@ class InspectionReport:
                 return (_nan_last(row.error.relative_rms), row.error.max_abs)
             if row.scales is None:
                 return (0.0, 0.0)
-            return (float(row.scales.nonfinite), row.scales.group_ratio or 0.0)
+            spoilt = float(row.scales.nonfinite + row.scales.turned)
+            return (spoilt, row.scales.group_ratio or 0.0, -row.scales.code_entropy)
 
         return tuple(sorted(rows, key=badness, reverse=True))
 
@@ -249,7 +183,7 @@ class InspectionReport:
 
     def findings(self) -> list[tuple[str, str]]:
         """(tensor, what a person should know of it)."""
-        found = [(row.name, text) for row in self.tensors for text in _findings(row)]
+        found = [(row.name, text) for row in self.tensors for text in row.findings()]
         if self.comparison is not None:
             other = self.comparison.path
             found += [(name, f"not in {other}") for name in self.comparison.only_here]
@@ -270,6 +204,7 @@ class InspectionReport:
             "format": None if self.format is None else dataclasses.asdict(self.format),
             "method": self.method,
             "relative_rms": self.relative_rms,
+            "quantized_relative_rms": self.quantized_relative_rms,
             "bits_per_weight": self.bits_per_weight,
             "quantized_bits_per_weight": self.quantized_bits_per_weight,
             "coverage": {
@@ -307,27 +242,6 @@ class InspectionReport:
         from qkern.checkpoint.inspection_text import render
 
         return render(self)
-
-
-def _findings(row: TensorReport) -> list[str]:
-    found = []
-    if row.values is not None and row.values.nonfinite:
-        place = row.values.first_nonfinite or 0
-        index = [int(i) for i in np.unravel_index(place, row.shape)]
-        found.append(f"{row.values.nonfinite} values are NaN or infinite, the first at {index}")
-    if row.error is not None and row.error.unlike_nonfinite:
-        count = row.error.unlike_nonfinite
-        found.append(f"{count} values are NaN or infinite in one of the two only")
-    if row.format is not None and row.reason:
-        found.append(row.reason)
-    if row.scales is not None and row.scales.nonfinite:
-        found.append(f"{row.scales.nonfinite} scales are NaN or infinite")
-    if row.stored is not None and row.stored.double_quant and row.scales and row.scales.turned:
-        found.append(
-            f"{row.scales.turned} of {row.scales.blocks} scales have another sign than before "
-            "double quantization"
-        )
-    return found
 
 
 def _nan_last(error: float) -> float:

@@ -44,7 +44,7 @@ def load_into(model: nn.Module, path: str | PathLike[str]) -> None:
     paths = {name: names for _, names in module_paths(model) for name in names}
     prefixes = flat_keys.prefixes(tensors)
     _check_scales(model, tensors, prefixes)
-    dtype = _dtype_of_config(directory)
+    dtype = dtype_of_config(directory)
     for prefix in prefixes:
         _place(model, tensors, prefix, dtype, paths)
     assign = any(parameter.is_meta for parameter in model.parameters())
@@ -147,7 +147,7 @@ def _check_scales(model: nn.Module, tensors: dict[str, Tensor], prefixes: list[s
             raise CorruptFileError(msg)
 
 
-def _dtype_of_config(directory: Path) -> torch.dtype | None:
+def dtype_of_config(directory: Path) -> torch.dtype | None:
     """The dtype that a directory's ``config.json`` names, None if it does not."""
     file = directory / "config.json"
     config = read_json(file) if file.exists() else {}

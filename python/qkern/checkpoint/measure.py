@@ -22,11 +22,11 @@ from qkern.checkpoint.weight_statistics import (
     ScaleStatistics,
     ValueStatistics,
 )
-from qkern.formats import NESTED_BLOCKSIZE
+from qkern.formats import NESTED_BLOCKSIZE, QuantFormat
 from qkern.ops import host
 from qkern.tensor import QuantizedTensor
 
-# Values of a piece: a multiple of every blocksize; its fp64 temporaries stay in the outer cache.
+# Values of a piece (a row, if blocks are longer rows): fp64 temporaries stay in the outer cache.
 PIECE: Final = 1 << 16
 # The histogram, in units of a tensor's RMS: an odd number of bins, so that 0 is inside of one.
 HISTOGRAM_LIMIT: Final = 10.05
@@ -49,24 +49,30 @@ class Values:
         self._format = tensor.format if isinstance(tensor, QuantizedTensor) else None
         if isinstance(tensor, QuantizedTensor):
             parts = host.as_parts(tensor.parts)
-            self.absmax = codec.decode_absmax(parts)
-            self._parts = codec.Parts(parts.packed, self.absmax, None, None)
+            self._parts = codec.Parts(parts.packed, codec.decode_absmax(parts), None, None)
         else:
             self._flat = tensor.reshape(-1)
 
-    def read(self, first: int) -> Tensor:
-        """fp64 values from flat index ``first``, a multiple of ``PIECE``, to the next one."""
-        last = min(first + PIECE, self.numel)
-        if self._format is None:
+    def read(self, first: int, last: int) -> Tensor:
+        """fp64 values of the flat indices from ``first`` to ``last`` (exclusive), wherever."""
+        fmt = self._format
+        if fmt is None:
             return self._flat[first:last].double()
-        out = torch.empty(last - first, dtype=torch.float32)
-        codec.decode_range(self._parts, self._format, first, last, host.as_buffer(out), "float32")
-        return out.double()
+        start = first - first % 2 if fmt.bits == 4 else first  # two values in a byte
+        # To the end of the block that first is in, and on from there.
+        middle = min(-(-first // fmt.blocksize) * fmt.blocksize, last)
+        out = torch.empty(last - start, dtype=torch.float32)
+        for begin, end in ((start, middle), (middle, last)):
+            if begin < end:
+                part = host.as_buffer(out[begin - start : end - start])
+                codec.decode_range(self._parts, fmt, begin, end, part, "float32")
+        return out[first - start :].double()
 
-    def pieces(self) -> Iterator[tuple[int, Tensor]]:
-        """First index and values of every piece."""
-        for first in range(0, self.numel, PIECE):
-            yield first, self.read(first)
+    def pieces(self, blocksize: int = 1) -> Iterator[tuple[int, Tensor]]:
+        """First index and values of every piece, each of whole blocks but for the last."""
+        step = max(PIECE // blocksize, 1) * blocksize
+        for first in range(0, self.numel, step):
+            yield first, self.read(first, min(first + step, self.numel))
 
 
 def measure_values(
@@ -106,11 +112,11 @@ def measure_values(
 
 def measure_scales(q: QuantizedTensor) -> ScaleStatistics:
     """The scales and codes of a quantized tensor on the CPU."""
-    absmax = Values(q).absmax.astype(np.float64)
+    parts = host.as_parts(q.parts)
+    absmax = codec.decode_absmax(parts).astype(np.float64)
     finite = np.isfinite(absmax)
     size = np.where(finite, np.abs(absmax), 0)
     some = size[size > 0]
-    largest, ratio = _group_sizes(size)
     counts = _count_codes(q)
     share = counts[counts > 0] / max(q.numel(), 1)
     return ScaleStatistics(
@@ -119,29 +125,30 @@ def measure_scales(q: QuantizedTensor) -> ScaleStatistics:
         max_abs=float(some.max()) if some.size else None,
         zero=int((absmax == 0).sum()),
         negative=int((absmax < 0).sum()),
-        turned=int(((absmax < 0) & (size < largest / 64)).sum()),
+        turned=_count_turned(absmax, parts),
         nonfinite=int((~finite).sum()),
-        group_ratio=ratio,
-        code_counts=tuple(counts.tolist()) if q.format.bits == 4 else None,
+        group_ratio=_group_ratio(size) if "nested" in q.format.kind.scales else None,
+        code_counts=tuple(counts.tolist()),
         code_entropy=abs(float(-(share * np.log2(share)).sum())),
     )
 
 
 def measure_error(
-    values: Values, reference: Values, *, blocksize: int, worst: int = 5
+    values: Values, reference: Values, *, blocks_of: QuantFormat, worst: int = 5
 ) -> ErrorStatistics:
     """The difference of two tensors of one shape.
 
     Args:
         values: the tensor.
         reference: what it stands for.
-        blocksize: of the blocks over the flat tensor.
+        blocks_of: the format whose blocks are looked at, after ``for_shape``.
         worst: how many blocks to name.
     """
+    blocksize = blocks_of.blocksize
     squared_error = squared_reference = max_abs = 0.0
     unlike, found = 0, _WorstBlocks(worst, blocksize, reference.shape)
-    for first, piece in reference.pieces():
-        got, expected = values.read(first), piece
+    for first, piece in reference.pieces(blocksize):
+        got, expected = values.read(first, first + len(piece)), piece
         if not (_is_finite(got) and _is_finite(expected)):
             bad = ~(got.isfinite() & expected.isfinite())
             alike = (got == expected) | (got.isnan() & expected.isnan())
@@ -153,7 +160,15 @@ def measure_error(
         squared_reference += float(references.dot(references))
         max_abs = max(max_abs, *(abs(float(end)) for end in error.aminmax()))
         found.add(first // blocksize, torch.where(errors == 0, 0.0, errors / references), blocks)
-    return ErrorStatistics(squared_error, squared_reference, max_abs, unlike, found.sorted())
+    return ErrorStatistics(
+        squared_error=squared_error,
+        squared_reference=squared_reference,
+        max_abs=max_abs,
+        unlike_nonfinite=unlike,
+        blocksize=blocksize,
+        per_row=blocks_of.kind.per_row,
+        worst_blocks=found.sorted(),
+    )
 
 
 class _WorstBlocks:
@@ -259,24 +274,32 @@ def _bin(scaled: Tensor) -> I64:
 
 
 def _count_codes(q: QuantizedTensor) -> I64:
-    """How often each code occurs: (16,), or (256,) for int8."""
+    """How often each code occurs: (16,), or (256,) from -128 for int8."""
     packed = host.as_array(q.packed).view(np.uint8)
     counts = np.zeros(256, np.int64)
     for first in range(0, packed.size, PIECE):  # bincount makes int64 of its input
         counts += np.bincount(packed[first : first + PIECE], minlength=256)
     if q.format.bits == 8:
-        return counts
+        return np.roll(counts, 128)  # bytes of negative codes are the upper half
     nibbles: I64 = counts.reshape(16, 16).sum(1) + counts.reshape(16, 16).sum(0)
     if q.numel() % 2:  # the low half of the last byte is padding
         nibbles[int(packed[-1]) & 15] -= 1
     return nibbles
 
 
-def _group_sizes(size: F64) -> tuple[F64, float | None]:
-    """For each scale the largest in its group of 256; the largest ratio of two, not 0, in one."""
+def _count_turned(absmax: F64, parts: codec.Parts) -> int:
+    """Negative scales, decoded from ``parts``, that may have been positive."""
+    if parts.nested_absmax is None or parts.offset is None or parts.offset[0] == 0:
+        return 0
+    nested = np.abs(parts.nested_absmax.astype(np.float64))
+    reach = np.repeat(nested, NESTED_BLOCKSIZE)[: absmax.size] / 128
+    return int(((absmax < 0) & (absmax >= -reach)).sum())
+
+
+def _group_ratio(size: F64) -> float | None:
+    """The largest ratio of two magnitudes, not 0, in a group of 256."""
     padded = np.pad(size, (0, -size.size % NESTED_BLOCKSIZE)).reshape(-1, NESTED_BLOCKSIZE)
     largest = padded.max(axis=1)
     smallest = np.where(padded == 0, np.inf, padded).min(axis=1)
     some = largest > 0
-    ratio = float((largest[some] / smallest[some]).max()) if some.any() else None
-    return np.repeat(largest, NESTED_BLOCKSIZE)[: size.size], ratio
+    return float((largest[some] / smallest[some]).max()) if some.any() else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -13,11 +14,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qkern import flat_keys
-from qkern.checkpoint.load import weight_files
+from qkern.checkpoint.load import dtype_of_config, weight_files
 from qkern.checkpoint.save import INDEX_NAME, TIED_KEY, WEIGHTS_NAME
 from qkern.errors import CorruptFileError
 from qkern.files import read_json
@@ -39,7 +41,6 @@ READABLE: Final = {
     "U8": "uint8",
     "BOOL": "bool",
 }
-_COMPANIONS: Final = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 # What other programs' weights are called, which hold code or another layout.
 _FOREIGN: Final = (".bin", ".ckpt", ".gguf", ".h5", ".npz", ".pkl", ".pt", ".pth")
 
@@ -52,7 +53,8 @@ class StoredTensor:
         name: key of the tensor; of its codes if it is quantized.
         file: that holds it.
         shape: of the dense tensor.
-        dtype: torch's name, of the dense tensor; safetensors' own name for what is not read.
+        dtype: torch's name, of the dense tensor; safetensors' own name for what is not read. Files
+            of int8 rows do not say it: that of ``config.json``, else float16.
         format: how it is quantized; None for a dense tensor.
         nbytes: as stored: codes and scales of a quantized tensor, tables not counted.
     """
@@ -132,7 +134,7 @@ class CheckpointReader:
             return self._entry(name)
         entries = {key: self._entry(key) for key in self._keys[name]}
         with _naming(stored.file):
-            return flat_keys.unflatten(entries, name)
+            return flat_keys.unflatten(entries, name, getattr(torch, stored.dtype))
 
     def _open(self, file: Path, stack: contextlib.ExitStack) -> None:
         hint = f"; {file.suffix} files are not read" if file.suffix in _FOREIGN else ""
@@ -170,14 +172,15 @@ class CheckpointReader:
             raise CorruptFileError(msg)
 
     def _describe(self) -> None:
-        quantized = {_owner(key) for key in self._places if ".quant_state." in key}
+        quantized = set(flat_keys.prefixes(self._places))
         for key in self._places:
-            if _owner(key) in quantized:
-                self._keys.setdefault(_owner(key), []).append(key)
+            owner = flat_keys.owner(key)
+            if owner in quantized:
+                self._keys.setdefault(owner, []).append(key)
         for key in sorted({*self._places, *quantized}, key=_natural):
             if key in quantized:
                 self.tensors[key] = self._describe_quantized(key)
-            elif _owner(key) not in quantized:
+            elif flat_keys.owner(key) not in quantized:
                 self.tensors[key] = self._describe_dense(key)
         self.tied = {
             name: owner
@@ -198,12 +201,17 @@ class CheckpointReader:
         keys = self._keys[prefix]
         file = self._places.get(prefix, self._places[keys[0]])
         with _naming(file):
-            states = {key: self._entry(key) for key in keys if ".quant_state." in key}
-            state = flat_keys.read_state(states, prefix)
+            state = flat_keys.read_state({key: self._entry(key) for key in keys}, prefix)
         fmt: QuantFormat = state["format"]
         shape = tuple(state["shape"])
-        dtype = str(state["dtype"]).removeprefix("torch.")
+        dtype = str(state["dtype"] or self._dtype_of_rows).removeprefix("torch.")
         return StoredTensor(prefix, file, shape, dtype, fmt, fmt.nbytes(math.prod(shape)))
+
+    @functools.cached_property
+    def _dtype_of_rows(self) -> torch.dtype:
+        directory = self.path if self.path.is_dir() else self.path.parent
+        # bitsandbytes rounds a weight to float16 before it quantizes rows.
+        return dtype_of_config(directory) or torch.float16
 
     def _entry(self, key: str) -> Tensor:
         file = self._places[key]
@@ -240,15 +248,6 @@ def _files(path: Path) -> list[Path]:
         msg = f"{path} holds neither {WEIGHTS_NAME} nor {INDEX_NAME}: {found}"
         raise FileNotFoundError(msg)
     return weight_files(path)
-
-
-def _owner(key: str) -> str:
-    """The tensor that a key would belong to if that one is quantized (see ``flat_keys``)."""
-    prefix, mark, _ = key.partition(".quant_state.")
-    if mark:
-        return prefix
-    prefix, _, last = key.rpartition(".")
-    return prefix if last in _COMPANIONS else key
 
 
 def _natural(name: str) -> list[int | str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,14 +40,16 @@ class ScaleStatistics:
         min_abs: smallest magnitude that is not 0; None if there is none, as for the next two.
         max_abs: largest finite magnitude.
         zero: scales that are 0.
-        negative: scales below 0, which a block maximum is not.
-        turned: negative ones below 1/64 of their group's largest magnitude. Double quantization is
-            off by up to 1/128 of that: it makes such values of small positive scales.
+        negative: scales below 0: chosen so by the method "search", never a block's maximum.
+        turned: negative ones that double quantization may have made of positive ones: it is off by
+            up to 1/128 of a group's ``nested_absmax``. Without an offset it keeps all signs, and
+            takes none where signs were chosen.
         nonfinite: scales that are NaN or infinite.
         group_ratio: largest ratio of two magnitudes, not 0, within a group of 256: double
-            quantization spends its 8 bits on the largest of a group.
-        code_counts: how often each of the 16 codes occurs, in the order of the format's table;
-            None for int8.
+            quantization spends its 8 bits on the largest of a group. None too for a format that
+            never has it.
+        code_counts: how often each of the 16 codes occurs, in the order of the format's table; of
+            int8 each of the 256 from -128.
         code_entropy: Shannon entropy of the codes in bits, of at most 4 or 8.
     """
 
@@ -58,7 +61,7 @@ class ScaleStatistics:
     turned: int
     nonfinite: int
     group_ratio: float | None
-    code_counts: tuple[int, ...] | None
+    code_counts: tuple[int, ...]
     code_entropy: float
 
 
@@ -69,7 +72,7 @@ class BlockError:
     Args:
         relative_rms: ``||error|| / ||reference||`` over the block; infinite where the reference
             is all zeros and the error is not.
-        block: index over the flat row-major tensor.
+        block: index over the flat row-major tensor; the row where blocks are rows.
         start: index of its first value.
         absmax: largest magnitude of the reference in it.
     """
@@ -90,6 +93,8 @@ class ErrorStatistics:
         max_abs: largest difference.
         unlike_nonfinite: places where one is NaN or infinite and the other differs; places that
             are not finite are in none of the sums.
+        blocksize: values of a block; the length of a row where blocks are rows.
+        per_row: whether blocks are rows.
         worst_blocks: blocks of largest relative RMS error, worst first.
     """
 
@@ -97,6 +102,8 @@ class ErrorStatistics:
     squared_reference: float
     max_abs: float
     unlike_nonfinite: int
+    blocksize: int
+    per_row: bool
     worst_blocks: tuple[BlockError, ...]
 
     @property
@@ -105,6 +112,17 @@ class ErrorStatistics:
         if self.unlike_nonfinite:
             return math.inf
         return relative(self.squared_error, self.squared_reference)
+
+
+def total_error(errors: Iterable[ErrorStatistics | None]) -> float | None:
+    """The relative RMS error of several tensors as if they were one; None if none has one."""
+    some = [error for error in errors if error is not None]
+    if not some:
+        return None
+    if any(error.unlike_nonfinite for error in some):
+        return math.inf
+    squared_error = math.fsum(error.squared_error for error in some)
+    return relative(squared_error, math.fsum(error.squared_reference for error in some))
 
 
 def relative(squared_error: float, squared_reference: float) -> float:

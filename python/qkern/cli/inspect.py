@@ -45,22 +45,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     shown.add_argument("--chart", metavar="FILE", help="error of each layer, as .png or .svg")
     shown.add_argument("--histogram", metavar="FILE", help="weights and codes, as .png or .svg")
-    trial = parser.add_argument_group("dense checkpoints", "what to try on them")
+    trial = parser.add_argument_group(
+        "dense checkpoints", "what to try on them; not used with --compare"
+    )
     trial.add_argument(
         "--format",
         "--quant-type",
         dest="quant_type",
         choices=QUANT_TYPES,
         default="nf4",
-        help="(default nf4)",
+        metavar="TYPE",
+        help=f"{', '.join(QUANT_TYPES)} (default nf4)",
     )
-    trial.add_argument("--blocksize", type=int, choices=BLOCKSIZES, default=64, help="(default 64)")
+    trial.add_argument(
+        "--blocksize",
+        type=int,
+        choices=BLOCKSIZES,
+        default=64,
+        metavar="N",
+        help=f"values that share a scale: {', '.join(map(str, BLOCKSIZES))} (default 64); "
+        "of int8_row a row does",
+    )
     trial.add_argument("--no-double-quant", action="store_true", help="scales in fp32, not 8 bits")
     trial.add_argument(
-        "--method", default="absmax", metavar="NAME", help="how codes are chosen (default absmax)"
+        "--method",
+        default="absmax",
+        metavar="NAME",
+        help="how codes are chosen: absmax, or search for less error (4-bit types only) "
+        "(default absmax)",
     )
     names: dict[str, Any] = {"action": "append", "default": [], "metavar": "NAME"}
-    trial.add_argument("--include", **names, help="name, end or glob of tensors to quantize too")
+    trial.add_argument(
+        "--include", **names, help="name, end or glob of tensors to quantize too; repeatable"
+    )
     trial.add_argument("--exclude", **names, help="the same of tensors to leave dense")
 
 
@@ -104,8 +121,8 @@ def run(args: argparse.Namespace) -> int:
     sys.stdout.write(text + "\n")
     if above:
         say(
-            f"qkern inspect: {len(above)} tensors are above --max-error {args.max_error:g} or "
-            f"cannot be measured, the first is {above[0]}"
+            f"qkern inspect: above --max-error {args.max_error:g} or not to be measured: "
+            f"{len(above)}, the first is {above[0]}"
         )
     return exit_codes.NO if above else exit_codes.DONE
 
