@@ -9,6 +9,7 @@ MATURIN ?= maturin>=1.9,<2# what `make build` installs to build with
 MATURIN_ARGS ?=# more arguments for `maturin build`
 DEMO_ARGS ?=# arguments of the demo
 BENCH_ARGS ?=# arguments of the bench
+NIGHTLY ?= nightly# toolchain of `make sanitize`, with its components miri and rust-src
 
 VENV := .venv
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
@@ -25,7 +26,7 @@ export PYO3_PYTHON := $(abspath $(VENV_PYTHON))
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help install build sdist lint format test test-rust test-python test-large \
-	test-wheel demo bench-codec bench-methods bench-scales clean missing
+	test-wheel demo bench-codec bench-methods bench-scales sanitize clean missing
 
 help: ## show this help
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' \
@@ -81,6 +82,18 @@ bench-methods: $(VENV)/.dev ## what the search for scales gains over absmax, and
 
 bench-scales: $(VENV)/.dev ## what 8-bit scales do to small rows, beside other packages
 	$(VENV_PYTHON) benches/bench_double_quant.py $(BENCH_ARGS)
+
+# Each has its own flags for all crates, so each has its own folder. Miri knows no AVX-512.
+sanitize: HOST = $(shell rustc +$(NIGHTLY) -vV | sed -n 's/^host: //p')
+sanitize: SUITE = -p qkern-codec --lib --tests --target $(HOST)
+sanitize: MIRI = PROPTEST_CASES=1 MIRIFLAGS=-Zmiri-disable-isolation cargo +$(NIGHTLY) miri test
+sanitize: ## the Rust code under Miri and sanitizers, on Linux on x86-64 with a nightly Rust
+	$(MIRI) -p qkern-codec --test bodies --target-dir target/miri
+	RUSTFLAGS=-Ctarget-feature=+avx2,+f16c \
+		$(MIRI) -p qkern-codec --test bodies --target-dir target/miri-avx2
+	RUSTFLAGS=-Zsanitizer=address cargo +$(NIGHTLY) test $(SUITE) --target-dir target/asan
+	RUSTFLAGS=-Zsanitizer=thread \
+		cargo +$(NIGHTLY) test -Zbuild-std $(SUITE) --target-dir target/tsan
 
 clean: ## remove .venv and everything that was built
 	rm -rf $(VENV) target dist build python/qkern/_native*.so python/qkern/_native*.pyd

@@ -4,6 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::codebook::tests::{fp4, NF4};
+use crate::float_env::flushing_subnormals;
 use crate::oracle;
 use crate::simd::available;
 use crate::testing::{hard_values, lengths, shapes, tables, Random, Weights, BLOCKSIZES};
@@ -105,6 +106,23 @@ fn bodies_agree_on_the_bits_of_nan() {
         let scalar = run(available()[available().len() - 1], room.clone());
         for &bodies in available() {
             assert_eq!(run(bodies, room.clone()), scalar, "{}", bodies.name());
+        }
+    }
+}
+
+#[test]
+fn the_callers_float_environment_does_not_matter() {
+    let packed = Random(2).bytes(packed_len(250));
+    let absmax = [1e-38, -1e-39, 5e-41, 1e-45, -1e-6, 3e-8, f32::MIN_POSITIVE, 1.0];
+    for &bodies in available() {
+        let engine = Engine { bodies, ..Engine::detect().unwrap() };
+        for room in Weights::room(250) {
+            let run = || {
+                let mut found = room.clone();
+                dequantize_4bit(engine, &packed, &absmax, &NF4, 32, found.values_mut()).unwrap();
+                found.bits()
+            };
+            assert!(run() == flushing_subnormals(run), "{}", bodies.name());
         }
     }
 }

@@ -3,6 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::float_env::flushing_subnormals;
 use crate::oracle;
 use crate::simd::available;
 use crate::testing::{hard_values, lengths, row_shapes, shapes, Random, Weights, BLOCKSIZES, ROWS};
@@ -77,6 +78,23 @@ fn bodies_agree_on_the_bits_of_nan() {
         dequantize_int8(engine, &codes, &absmax, 32, ValuesMut::F32(&mut found)).unwrap();
         assert_eq!(found.map(f32::to_bits)[0], 0xffff_0000, "{}", bodies.name());
         assert_eq!(found.map(f32::to_bits)[63], 0x7fc0_0000, "{}", bodies.name());
+    }
+}
+
+#[test]
+fn the_callers_float_environment_does_not_matter() {
+    let codes = codes(2, 250);
+    let absmax = [1e-38, -1e-39, 5e-41, 1e-45, -1e-6, 3e-8, f32::MIN_POSITIVE, 1.0];
+    for &bodies in available() {
+        let engine = Engine { bodies, ..Engine::detect().unwrap() };
+        for room in Weights::room(250) {
+            let run = || {
+                let mut found = room.clone();
+                dequantize_int8(engine, &codes, &absmax, 32, found.values_mut()).unwrap();
+                found.bits()
+            };
+            assert!(run() == flushing_subnormals(run), "{}", bodies.name());
+        }
     }
 }
 

@@ -4,6 +4,7 @@ use half::f16;
 use proptest::prelude::*;
 
 use super::*;
+use crate::float_env::flushing_subnormals;
 use crate::oracle;
 use crate::simd::available;
 use crate::testing::{hard_values, lengths, shapes, Weights, BLOCKSIZES};
@@ -81,6 +82,19 @@ fn tiny_blocks_become_zeros_but_keep_their_scale() {
         let mut values = vec![absmax * 0.5; 16 * 64 + 5];
         values.iter_mut().step_by(3).for_each(|x| *x = -absmax);
         check(&values, 64);
+    }
+}
+
+#[test]
+fn the_callers_float_environment_does_not_matter() {
+    for weights in Weights::all(&hard_values(9, 10_000, 64)) {
+        let expected = expected(&weights, 64);
+        for &bodies in available() {
+            let engine = Engine { bodies, ..Engine::detect().unwrap() };
+            let found =
+                flushing_subnormals(|| quantized(engine, &weights, 64, NonFinite::Error).unwrap());
+            assert!(found == expected, "{}", bodies.name());
+        }
     }
 }
 
