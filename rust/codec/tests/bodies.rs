@@ -81,13 +81,15 @@ impl<T: Copy + Debug + PartialEq> Guarded<T> {
     }
 }
 
-/// Everything that one call each of the four operations writes.
+/// Everything that one call each of the operations writes, but for searched scales, which may differ.
 #[derive(PartialEq)]
 struct Written<T> {
     bytes: [Vec<u8>; 2],
     codes: Vec<i8>,
     absmax: [Vec<f32>; 3],
     values: [Vec<T>; 3],
+    encoded: Vec<u8>,
+    rows: (Vec<i8>, Vec<f32>, Vec<T>),
 }
 
 /// Runs all operations with slices in such a place of their memory.
@@ -106,6 +108,8 @@ fn run<T: Dtype>(
         codes: vec![],
         absmax: [vec![], vec![], vec![]],
         values: [vec![], vec![], vec![]],
+        encoded: encode(engine, &input, blocksize, place),
+        rows: rows(engine, &input, place),
     };
     for (i, table) in [NF4, permuted()].iter().enumerate() {
         let code = Codebook::new(table).unwrap();
@@ -138,6 +142,51 @@ fn run<T: Dtype>(
     dequantize_int8(engine, codes.get(), absmax.get(), blocksize, to).unwrap();
     written.values[2] = out.written().to_vec();
     written
+}
+
+/// Searches scales with and without importance; returns the codes against other ones.
+fn encode<T: Dtype>(
+    engine: Engine,
+    input: &Guarded<T>,
+    blocksize: usize,
+    (before, behind): (usize, usize),
+) -> Vec<u8> {
+    let (values, len) = (T::values(input.get()), input.get().len());
+    let (blocks, code) = (num_blocks(len, blocksize), Codebook::new(&NF4).unwrap());
+    let columns = (1..=40).rev().find(|n| len.is_multiple_of(*n)).unwrap();
+    let weights = Guarded::new(&vec![0.5; columns], f32::NAN, (before + 3, behind));
+    for importance in [None, Some(weights.get())] {
+        let mut scales = Guarded::room(blocks, f32::MAX, (before + 2, behind));
+        let (to, refuse) = (scales.get_mut(), NonFinite::Error);
+        search_scales(engine, values, &code, blocksize, importance, refuse, to).unwrap();
+        assert!(scales.written().iter().all(|scale| scale.abs() <= 3.0));
+    }
+    let scales: Vec<f32> = (0..blocks).map(|i| [-1.5, 0.7, 0.0][i % 3]).collect();
+    let scales = Guarded::new(&scales, f32::NAN, (before + 2, behind));
+    let mut packed = Guarded::room(packed_len(len), 0xab, (before + 1, behind));
+    encode_4bit(engine, values, &code, blocksize, scales.get(), packed.get_mut()).unwrap();
+    packed.written().to_vec()
+}
+
+/// int8 by rows of 37 values.
+fn rows<T: Dtype>(
+    engine: Engine,
+    input: &Guarded<T>,
+    (before, behind): (usize, usize),
+) -> (Vec<i8>, Vec<f32>, Vec<T>) {
+    let (row, len) = (37, input.get().len());
+    let mut codes = Guarded::room(len, -77, (before + 1, behind));
+    let mut absmax = Guarded::room(num_blocks(len, row), f32::MAX, (before + 2, behind));
+    let (from, to, scales) = (T::values(input.get()), codes.get_mut(), absmax.get_mut());
+    quantize_int8_rows(engine, from, row, NonFinite::Error, to, scales).unwrap();
+    let (codes, absmax) = (codes.written().to_vec(), absmax.written().to_vec());
+
+    let from = Guarded::new(&codes, -77, (before + 3, behind));
+    let scales = Guarded::new(&absmax, f32::NAN, (before, behind));
+    let mut out = Guarded::room(len, T::CANARY, (before + 2, behind));
+    let to = T::values_mut(out.get_mut());
+    dequantize_int8(engine, from.get(), scales.get(), row, to).unwrap();
+    (codes, absmax, out.written().to_vec())
 }
 
 /// All bodies, with slices in several places, write what the scalar body writes.
