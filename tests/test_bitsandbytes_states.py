@@ -136,7 +136,7 @@ def test_a_state_of_bitsandbytes_opens_as_an_array() -> None:
         weights((17, 720), "float32"), quant_type="nf4", blocksize=64, compress_statistics=True
     )
     arrays = (part.numpy() for part in parts_of(packed, state))
-    q = codec.QuantizedArray(*arrays, QuantFormat("nf4", 64), (17, 720), "float32")
+    q = qkern.QuantizedArray(*arrays, QuantFormat("nf4", 64), (17, 720), "float32")
     expected = plain_decoding(packed, state, torch.float32)
     np.testing.assert_array_equal(qkern.dequantize(q), expected.numpy())
     assert torch.equal(functional.from_array(q).dequantize(), expected)

@@ -34,9 +34,9 @@ from qkern.errors import (
 
 if TYPE_CHECKING:
     from qkern.adapters import load_adapter, save_adapter
+    from qkern.arrays import QuantizedArray
     from qkern.checkpoint.inspection import inspect_checkpoint
     from qkern.checkpoint.save import save
-    from qkern.codec import QuantizedArray
     from qkern.formats import QuantFormat
     from qkern.integrations.pretrained import load
     from qkern.layers import QLoRALinear, QuantizedLinear
@@ -86,7 +86,7 @@ _HOMES = {
     "CoverageReport": "qkern.model",
     "QLoRALinear": "qkern.layers",
     "QuantFormat": "qkern.formats",
-    "QuantizedArray": "qkern.codec",
+    "QuantizedArray": "qkern.arrays",
     "QuantizedLinear": "qkern.layers",
     "QuantizedTensor": "qkern.tensor",
     "add_lora": "qkern.model",
@@ -156,7 +156,7 @@ def quantize(values: Any, quant_type: Any = "nf4", **settings: Any) -> Any:
         what = "is quantized already" if kind == "QuantizedArray" else "cannot be quantized"
         msg = f"a {kind} {what}: pass a torch tensor or a NumPy array"
         raise DTypeError(msg)
-    return importlib.import_module("qkern.codec").quantize(values, quant_type, **settings)
+    return importlib.import_module("qkern.arrays").quantize(values, quant_type, **settings)
 
 
 def dequantize(q: Any, dtype: Any = None, *, out: Any = None) -> Any:
@@ -174,14 +174,14 @@ def dequantize(q: Any, dtype: Any = None, *, out: Any = None) -> Any:
     """
     if _is_tensor(q):
         return importlib.import_module("qkern.functional").dequantize(q, dtype, out=out)
-    codec = importlib.import_module("qkern.codec")
-    if not isinstance(q, codec.QuantizedArray) or not (out is None or _is_array(out)):
+    arrays = importlib.import_module("qkern.arrays")
+    if not isinstance(q, arrays.QuantizedArray) or not (out is None or _is_array(out)):
         msg = (
             "dequantize takes what quantize returned, and an out of the same kind: got "
             f"{type(q).__name__} and {type(out).__name__}"
         )
         raise DTypeError(msg)
-    return codec.dequantize(q, dtype, out=out)
+    return arrays.dequantize(q, dtype, out=out)
 
 
 def _is_tensor(value: Any) -> bool:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkern.codec import NONFINITE, QuantizedArray, check_choice
+from qkern.arrays import QuantizedArray
+from qkern.codec import NONFINITE, check_choice
 from qkern.errors import DTypeError, FrozenWeightError, ShapeError
 from qkern.formats import QuantFormat, resolve_format
 from qkern.ops import host

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from qkern import codec, functional
+from qkern import arrays, codec, functional
 from qkern.checkpoint.inspection_report import Comparison, InspectionReport
 from qkern.checkpoint.measure import (
     HISTOGRAM_BINS,
@@ -230,7 +230,7 @@ def _quantize(tensor: Tensor, fmt: QuantFormat, method: str) -> QuantizedTensor:
     """By the codec itself: the first call of a torch operator imports for seconds."""
     array = host.as_array(tensor).reshape(tensor.shape)
     dtype = host.dtype_name(tensor.dtype)
-    return functional.from_array(codec.quantize(array, fmt, method=method, dtype=dtype))
+    return functional.from_array(arrays.quantize(array, fmt, method=method, dtype=dtype))
 
 
 def _reasons(
