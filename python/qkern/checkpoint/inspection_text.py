@@ -20,8 +20,8 @@ distribution has 3), crest (largest / rms), how many are beyond {outlier_rms:g} 
 _NOTE_COMPARISON: Final = """\
 rel rms is ||w - w'|| / ||w||, with w from there and w' from here; max abs the largest |w - w'|."""
 _NOTE_STORED: Final = """\
-bits include the scales. Scales are negative where the method "search" chose so, bad where they are
-NaN or infinite; code bits is the entropy of the codes."""
+bits include the scales. Scales are negative where the method "search" chose so, unless findings
+below say more; bad are those that are NaN or infinite. code bits is the entropy of the codes."""
 _NOTE_RATIO: Final = """
 ratio in 256: of the largest scale to the least in a group that 8-bit scales must bridge."""
 
