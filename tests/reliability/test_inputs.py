@@ -143,6 +143,7 @@ def mesh(tmp_path: Path) -> Iterator[object]:
 
 
 @pytest.mark.case("A17")
+@pytest.mark.filterwarnings("ignore:DTensor random operators:UserWarning")  # torch 2.6's own
 def test_a_distributed_tensor_is_refused(mesh: object) -> None:
     from torch.distributed.tensor import Shard, distribute_tensor
 

@@ -171,11 +171,13 @@ def to_parts(
 def _store_scales(scales: Tensor, fmt: QuantFormat) -> tuple[reference.Parts, QuantFormat]:
     """Parts without their codes yet, scales in 8 bits if the format says so and it is safe."""
     no_codes = scales.new_empty(0, dtype=torch.uint8)
-    if fmt.double_quant:
-        codes, nested_absmax, offset, safe = quantize_absmax(scales)
-        if not has_data(safe) or bool(safe):
-            return reference.Parts(no_codes, codes, nested_absmax, offset), fmt
-    return reference.Parts(no_codes, scales, None, None), fmt.replace(double_quant=False)
+    plain = reference.Parts(no_codes, scales, None, None)
+    if not fmt.double_quant:
+        return plain, fmt
+    codes, nested_absmax, offset, safe = quantize_absmax(scales)
+    if not has_data(safe) or bool(safe):
+        return reference.Parts(no_codes, codes, nested_absmax, offset), fmt
+    return plain, fmt.replace(double_quant=False)
 
 
 def _as_importance(importance: Tensor | None, values: Tensor) -> Tensor | None:
