@@ -158,26 +158,26 @@ def to_parts(
     kind = (fmt.quant_type, fmt.blocksize)
     if method == "search":
         scales = search_scales(values, *kind, _as_importance(importance, values), nonfinite)
-        stored, fmt = _store_scales(scales, fmt)
-        _, codes, nested_absmax, offset = stored
+        (absmax, nested_absmax, offset), fmt = _store_scales(scales, fmt)
         if nested_absmax is not None and offset is not None:
-            scales = reference.dequantize_absmax(codes, nested_absmax, offset)
-        return stored._replace(packed=encode(values, scales, *kind)), fmt
-    packed, absmax = quantize(values, *kind, nonfinite)
-    stored, fmt = _store_scales(absmax, fmt)
-    return stored._replace(packed=packed), fmt
+            scales = reference.dequantize_absmax(absmax, nested_absmax, offset)
+        packed = encode(values, scales, *kind)
+    else:
+        packed, scales = quantize(values, *kind, nonfinite)
+        (absmax, nested_absmax, offset), fmt = _store_scales(scales, fmt)
+    return reference.Parts(packed, absmax, nested_absmax, offset), fmt
 
 
-def _store_scales(scales: Tensor, fmt: QuantFormat) -> tuple[reference.Parts, QuantFormat]:
-    """Parts without their codes yet, scales in 8 bits if the format says so and it is safe."""
-    no_codes = scales.new_empty(0, dtype=torch.uint8)
-    plain = reference.Parts(no_codes, scales, None, None)
+def _store_scales(
+    scales: Tensor, fmt: QuantFormat
+) -> tuple[tuple[Tensor, Tensor | None, Tensor | None], QuantFormat]:
+    """absmax, nested_absmax and offset: in 8 bits if the format says so and it is safe."""
     if not fmt.double_quant:
-        return plain, fmt
+        return (scales, None, None), fmt
     codes, nested_absmax, offset, safe = quantize_absmax(scales)
     if not has_data(safe) or bool(safe):
-        return reference.Parts(no_codes, codes, nested_absmax, offset), fmt
-    return plain, fmt.replace(double_quant=False)
+        return (codes, nested_absmax, offset), fmt
+    return (scales, None, None), fmt.replace(double_quant=False)
 
 
 def _as_importance(importance: Tensor | None, values: Tensor) -> Tensor | None:
