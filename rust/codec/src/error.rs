@@ -25,6 +25,13 @@ pub enum CodecError {
         /// How many of those there are.
         count: usize,
     },
+    /// A matrix has more values than a program can address.
+    Shape {
+        /// Its rows.
+        rows: usize,
+        /// Its columns.
+        cols: usize,
+    },
     /// A table of codes holds NaN or infinity.
     TableNotFinite {
         /// Place in the table.
@@ -91,6 +98,9 @@ impl fmt::Display for CodecError {
             Self::Row => write!(f, "a row of 0 values has no scale: pass a length of 1 or more"),
             Self::Length { what, found, expected, unit, count } => {
                 write!(f, "{what} has length {found}, but {count} {unit} need {expected}")
+            }
+            Self::Shape { rows, cols } => {
+                write!(f, "a matrix of {rows} by {cols} has more values than memory can hold")
             }
             Self::TableNotFinite { index, value } => write!(
                 f,

@@ -4,6 +4,7 @@ use std::sync::OnceLock;
 
 use crate::codebook::Codebook;
 use crate::error::CodecError;
+use crate::linear::dense;
 use crate::search::{self, Importance};
 use crate::values::{Values, ValuesMut};
 use crate::{dequantize, dequantize_int8, quantize, quantize_int8, quantize_int8_rows};
@@ -26,6 +27,8 @@ pub struct Bodies {
     pub(crate) quantize_int8: QuantizeInt8Fn,
     pub(crate) dequantize_int8: DequantizeInt8Fn,
     pub(crate) quantize_int8_row: QuantizeInt8RowFn,
+    pub(crate) matmul_nt: MatmulFn,
+    pub(crate) matmul_nn: MatmulFn,
 }
 
 /// Values, codes, block size -> packed, absmax, and whether all values were finite.
@@ -42,6 +45,8 @@ type QuantizeInt8Fn = fn(Values<'_>, usize, &mut [i8], &mut [f32]) -> bool;
 type DequantizeInt8Fn = fn(&[i8], &[f32], usize, ValuesMut<'_>);
 /// Values of a row -> codes, and its absmax.
 type QuantizeInt8RowFn = fn(Values<'_>, &mut [i8]) -> f32;
+/// Two matrices, columns of the second, the sums that their product is added to.
+type MatmulFn = fn(&[f32], &[f32], usize, &mut [f32]);
 
 impl Bodies {
     /// `"scalar"`, `"avx2"` or `"avx512"`.
@@ -129,6 +134,8 @@ static SCALAR: Bodies = Bodies {
     quantize_int8: quantize_int8::scalar::quantize,
     dequantize_int8: dequantize_int8::scalar::dequantize,
     quantize_int8_row: quantize_int8_rows::scalar::quantize,
+    matmul_nt: dense::scalar::nt,
+    matmul_nn: dense::scalar::nn,
 };
 
 #[cfg(target_arch = "x86_64")]
@@ -138,7 +145,8 @@ use x86::available as native;
 #[allow(unsafe_code)]
 mod x86 {
     use super::{
-        dequantize, dequantize_int8, quantize, quantize_int8, quantize_int8_rows, search, Bodies,
+        dense, dequantize, dequantize_int8, quantize, quantize_int8, quantize_int8_rows, search,
+        Bodies,
     };
     use std::arch::is_x86_feature_detected as has;
 
@@ -170,6 +178,8 @@ mod x86 {
         dequantize_int8: |q, a, b, v| unsafe { dequantize_int8::avx512::dequantize(q, a, b, v) },
         // SAFETY: as above.
         quantize_int8_row: |v, q| unsafe { quantize_int8_rows::avx512::quantize(v, q) },
+        matmul_nt: dense::scalar::nt,
+        matmul_nn: dense::scalar::nn,
     };
 
     static AVX2: Bodies = Bodies {
@@ -188,6 +198,8 @@ mod x86 {
         dequantize_int8: |q, a, b, v| unsafe { dequantize_int8::avx2::dequantize(q, a, b, v) },
         // SAFETY: as above.
         quantize_int8_row: |v, q| unsafe { quantize_int8_rows::avx2::quantize(v, q) },
+        matmul_nt: dense::scalar::nt,
+        matmul_nn: dense::scalar::nn,
     };
 }
 

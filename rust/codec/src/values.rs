@@ -158,7 +158,7 @@ pub(crate) fn plain_nan(scale: f32) -> f32 {
 }
 
 /// A dtype that has a codec.
-pub(crate) trait Element: Copy {
+pub(crate) trait Element: Copy + Send + Sync {
     /// Zero.
     const ZERO: Self;
     /// The largest finite value.
@@ -171,6 +171,8 @@ pub(crate) trait Element: Copy {
     fn widened<'a>(from: &'a [Self], room: &'a mut [f32]) -> &'a [f32];
     /// Rounds a slice to nearest, ties to even.
     fn narrow(from: &[f32], to: &mut [Self]);
+    /// The slice with its dtype.
+    fn values_mut(slice: &mut [Self]) -> ValuesMut<'_>;
 }
 
 impl Element for f32 {
@@ -188,10 +190,13 @@ impl Element for f32 {
     fn narrow(from: &[f32], to: &mut [Self]) {
         to.copy_from_slice(from);
     }
+    fn values_mut(slice: &mut [Self]) -> ValuesMut<'_> {
+        ValuesMut::F32(slice)
+    }
 }
 
 macro_rules! impl_element {
-    ($type:ty) => {
+    ($type:ty, $kind:ident) => {
         impl Element for $type {
             const ZERO: Self = <$type>::ZERO;
             const MAX: f32 = <$type>::MAX.to_f32_const();
@@ -209,11 +214,14 @@ macro_rules! impl_element {
             fn narrow(from: &[f32], to: &mut [Self]) {
                 to.convert_from_f32_slice(from);
             }
+            fn values_mut(slice: &mut [Self]) -> ValuesMut<'_> {
+                ValuesMut::$kind(slice)
+            }
         }
     };
 }
-impl_element!(f16);
-impl_element!(bf16);
+impl_element!(f16, F16);
+impl_element!(bf16, Bf16);
 
 #[cfg(test)]
 mod tests {

@@ -112,7 +112,7 @@ fn work(len: usize, job: usize) -> usize {
 }
 
 /// Two roundings: Rust never fuses a product and a sum.
-fn decode(table: &[f32; 256], code: u8, nested: f32, offset: f32) -> f32 {
+pub(crate) fn decode(table: &[f32; 256], code: u8, nested: f32, offset: f32) -> f32 {
     table[usize::from(code)] * nested + offset
 }
 

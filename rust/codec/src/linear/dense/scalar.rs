@@ -1,0 +1,42 @@
+//! The reference body: plain Rust, any machine.
+
+/// Lanes that the compiler can keep in vectors.
+const LANES: usize = 8;
+
+/// `sums += x w^T`, (m, k) by (n, k).
+pub(crate) fn nt(x: &[f32], w: &[f32], k: usize, sums: &mut [f32]) {
+    if k == 0 {
+        return;
+    }
+    let n = w.len() / k;
+    for (x, sums) in x.chunks_exact(k).zip(sums.chunks_exact_mut(n.max(1))) {
+        for (w, sum) in w.chunks_exact(k).zip(sums) {
+            *sum += dot(x, w);
+        }
+    }
+}
+
+/// `sums += x w`, (m, k) by (k, n).
+pub(crate) fn nn(x: &[f32], w: &[f32], n: usize, sums: &mut [f32]) {
+    if n == 0 || w.is_empty() {
+        return;
+    }
+    let k = w.len() / n;
+    for (x, sums) in x.chunks_exact(k).zip(sums.chunks_exact_mut(n)) {
+        for (x, w) in x.iter().zip(w.chunks_exact(n)) {
+            sums.iter_mut().zip(w).for_each(|(sum, w)| *sum += x * w);
+        }
+    }
+}
+
+fn dot(x: &[f32], w: &[f32]) -> f32 {
+    let mut lanes = [0.0; LANES];
+    let ((x, rest_x), (w, rest_w)) = (x.as_chunks::<LANES>(), w.as_chunks::<LANES>());
+    for (x, w) in x.iter().zip(w) {
+        for i in 0..LANES {
+            lanes[i] += x[i] * w[i];
+        }
+    }
+    let rest: f32 = rest_x.iter().zip(rest_w).map(|(x, w)| x * w).sum();
+    lanes.iter().sum::<f32>() + rest
+}

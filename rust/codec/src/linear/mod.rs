@@ -1,0 +1,26 @@
+//! Linear layers on packed weights: no dense copy of W, of any size.
+//!
+//! ```text
+//! forward    h = scaling * x A^T      (M, r)        fp32
+//!            y = x W^T + h B^T + bias (M, N)        fp32 sums, rounded once to y's dtype
+//! backward   dX = dY W + G A          (M, K)        G = scaling * dY B, (M, r)
+//! ```
+//!
+//! M tokens, N rows of W (out-features), K columns (in-features), r the rank of the adapter.
+//!
+//! A thread takes a strip of W's rows, decodes it into scratch that stays in its cache, multiplies
+//! it with all of x and goes on. W is what `dequantize` gives in x's dtype, with one exception:
+//! the product of one token with 4-bit codes ([`matvec`]) multiplies code and scale in fp32 and
+//! never rounds a weight to 16 bits, so that each weight is within half an ulp of that.
+//! Sums run over K in an order that depends on the shape and the body alone: the same bytes come
+//! out for any number of threads.
+
+pub(crate) mod dense;
+mod forward;
+mod strips;
+#[cfg(test)]
+mod tests;
+mod weight;
+
+pub use forward::{linear, Compute, Lora};
+pub use weight::{Codes, Scales, Weight};
