@@ -2,9 +2,11 @@
 
 use std::sync::OnceLock;
 
+use half::bf16;
+
 use crate::codebook::Codebook;
 use crate::error::CodecError;
-use crate::linear::dense;
+use crate::linear::{dense, Epilogue, Weight};
 use crate::search::{self, Importance};
 use crate::values::{Values, ValuesMut};
 use crate::{dequantize, dequantize_int8, quantize, quantize_int8, quantize_int8_rows};
@@ -13,7 +15,7 @@ use crate::{dequantize, dequantize_int8, quantize, quantize_int8, quantize_int8_
 const VARIABLE: &str = "QKERN_SIMD";
 
 /// Every name that a body has, on any machine, best first.
-const KNOWN: [&str; 3] = ["avx512", "avx2", "scalar"];
+const KNOWN: [&str; 4] = ["amx", "avx512", "avx2", "scalar"];
 
 /// The operations of one instruction set. All take whole blocks only, `quantize_int8_row` one row
 /// of any length.
@@ -29,6 +31,8 @@ pub struct Bodies {
     pub(crate) quantize_int8_row: QuantizeInt8RowFn,
     pub(crate) matmul_nt: MatmulFn,
     pub(crate) matmul_nn: MatmulFn,
+    /// Products of bfloat16 with instructions of their own.
+    pub(crate) forward_bf16: Option<ForwardFn>,
 }
 
 /// Values, codes, block size -> packed, absmax, and whether all values were finite.
@@ -47,9 +51,12 @@ type DequantizeInt8Fn = fn(&[i8], &[f32], usize, ValuesMut<'_>);
 type QuantizeInt8RowFn = fn(Values<'_>, &mut [i8]) -> f32;
 /// Two matrices, columns of the second, the sums that their product is added to.
 type MatmulFn = fn(&[f32], &[f32], usize, &mut [f32]);
+/// As [`crate::linear()`], arguments checked, for two tokens or more.
+type ForwardFn =
+    fn(Engine, &[bf16], &Weight<'_>, &Epilogue<'_>, &mut [bf16]) -> Result<(), CodecError>;
 
 impl Bodies {
-    /// `"scalar"`, `"avx2"` or `"avx512"`.
+    /// `"scalar"`, `"avx2"`, `"avx512"` or `"amx"`.
     pub fn name(&self) -> &'static str {
         self.name
     }
@@ -136,6 +143,7 @@ static SCALAR: Bodies = Bodies {
     quantize_int8_row: quantize_int8_rows::scalar::quantize,
     matmul_nt: dense::scalar::nt,
     matmul_nn: dense::scalar::nn,
+    forward_bf16: None,
 };
 
 #[cfg(target_arch = "x86_64")]
@@ -144,6 +152,8 @@ use x86::available as native;
 #[cfg(target_arch = "x86_64")]
 #[allow(unsafe_code)]
 mod x86 {
+    use crate::linear::amx;
+
     use super::{
         dense, dequantize, dequantize_int8, quantize, quantize_int8, quantize_int8_rows, search,
         Bodies,
@@ -159,10 +169,20 @@ mod x86 {
             && has!("avx512dq")
             && has!("avx512vl")
             && has!("avx512vbmi");
-        avx512.then_some(&AVX512).into_iter().chain(avx2.then_some(&AVX2))
+        let amx = avx512 && has!("avx512bf16") && amx::granted();
+        let all = [amx.then_some(&AMX), avx512.then_some(&AVX512), avx2.then_some(&AVX2)];
+        all.into_iter().flatten()
     }
 
-    static AVX512: Bodies = Bodies {
+    /// AVX-512, and tiles for products of bfloat16.
+    static AMX: Bodies = Bodies {
+        name: "amx",
+        // SAFETY: as above.
+        forward_bf16: Some(|e, x, w, l, y| unsafe { amx::forward(e, x, w, l, y) }),
+        ..AVX512_BODIES
+    };
+
+    const AVX512_BODIES: Bodies = Bodies {
         name: "avx512",
         // SAFETY: handed out by `available` only, where the features were found.
         quantize_4bit: |v, c, b, p, a| unsafe { quantize::avx512::quantize(v, c, b, p, a) },
@@ -180,7 +200,10 @@ mod x86 {
         quantize_int8_row: |v, q| unsafe { quantize_int8_rows::avx512::quantize(v, q) },
         matmul_nt: dense::scalar::nt,
         matmul_nn: dense::scalar::nn,
+        forward_bf16: None,
     };
+
+    static AVX512: Bodies = AVX512_BODIES;
 
     static AVX2: Bodies = Bodies {
         name: "avx2",
@@ -200,6 +223,7 @@ mod x86 {
         quantize_int8_row: |v, q| unsafe { quantize_int8_rows::avx2::quantize(v, q) },
         matmul_nt: dense::scalar::nt,
         matmul_nn: dense::scalar::nn,
+        forward_bf16: None,
     };
 }
 
@@ -226,7 +250,7 @@ mod tests {
     fn other_names_are_refused_with_the_choice_there_is() {
         let error = Bodies::named("sse2", VARIABLE).unwrap_err().to_string();
         assert!(error.starts_with("QKERN_SIMD names the SIMD body \"sse2\""), "{error}");
-        assert!(error.ends_with("allowed are avx512, avx2, scalar"), "{error}");
+        assert!(error.ends_with("allowed are amx, avx512, avx2, scalar"), "{error}");
         for name in KNOWN {
             if !available().iter().any(|bodies| bodies.name() == name) {
                 let error = Bodies::named(name, VARIABLE).unwrap_err().to_string();

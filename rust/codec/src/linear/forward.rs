@@ -61,7 +61,7 @@ pub fn linear(
     bias: Option<&[f32]>,
     lora: Option<Lora<'_>>,
     compute: Compute,
-    y: ValuesMut<'_>,
+    mut y: ValuesMut<'_>,
 ) -> Result<(), CodecError> {
     let _ = compute;
     weight.check()?;
@@ -74,8 +74,17 @@ pub fn linear(
     if let Some(bias) = bias {
         check_len("bias", bias.len(), weight.rows, (weight.rows, "out-features"))?;
     }
-    let x = widened(x);
-    let epilogue = Epilogue::new(engine, &x, weight, bias, lora)?;
+    let floats = widened(x);
+    let epilogue = Epilogue::new(engine, &floats, weight, bias, lora)?;
+    #[cfg(target_arch = "x86_64")]
+    if let (Values::Bf16(x), ValuesMut::Bf16(y), Some(forward)) =
+        (x, &mut y, engine.bodies.forward_bf16)
+    {
+        if tokens > 1 && weight.cols > 0 {
+            return forward(engine, x, weight, &epilogue, y);
+        }
+    }
+    let x = floats;
     with_slice!(y, ValuesMut, y => strips_of(engine, &x, weight, &epilogue, y))
 }
 

@@ -15,12 +15,17 @@
 //! Sums run over K in an order that depends on the shape and the body alone: the same bytes come
 //! out for any number of threads.
 
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code)]
+pub(crate) mod amx;
 pub(crate) mod dense;
 mod forward;
+mod scratch;
 mod strips;
 #[cfg(test)]
 mod tests;
 mod weight;
 
+pub(crate) use forward::Epilogue;
 pub use forward::{linear, Compute, Lora};
 pub use weight::{Codes, Scales, Weight};

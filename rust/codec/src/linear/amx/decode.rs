@@ -1,0 +1,78 @@
+//! 4-bit codes to tiles of bfloat16.
+//!
+//! A chunk is 128 codes of a row, 64 bytes. Nibble `j` of its 16-bit word `w` is value
+//! `4 w + (j ^ 1)`, so a shift, a mask and one `vpermw` give 32 values of every fourth column: four
+//! tiles a chunk, in an order of columns that the other factor is packed in, too.
+//!
+//! Two blocks of 64 in a chunk have a table each, in one register: the fifth bit of the index
+//! chooses.
+
+use std::arch::x86_64::*;
+
+use crate::linear::scratch::Line;
+use crate::x86::avx512::{load, load_f32, store};
+
+/// Columns that are decoded together.
+pub(crate) const CHUNK: usize = 128;
+/// Bytes of a chunk's codes.
+pub(crate) const CHUNK_BYTES: usize = CHUNK / 2;
+/// Tiles of 16 rows of a chunk.
+pub(crate) const TILES_PER_CHUNK: usize = 4;
+
+/// What turns the codes of a weight into values.
+#[derive(Clone, Copy)]
+pub(crate) struct Decoder {
+    table: __m512,
+    /// Bit 4 of the indices of the second block.
+    second: __m512i,
+}
+
+impl Decoder {
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw")]
+    pub(crate) fn new(table: &[f32; 16]) -> Self {
+        let second = _mm512_maskz_set1_epi16(0xffff_0000, 16);
+        Self { table: load_f32(table), second }
+    }
+
+    /// The 32 values that codes of two blocks stand for, in bfloat16.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    fn scaled(&self, scales: &[f32; 2]) -> __m512i {
+        let [low, high] = scales.map(|scale| _mm512_mul_ps(self.table, _mm512_set1_ps(scale)));
+        let pairs = _mm512_cvtne2ps_pbh(high, low);
+        // SAFETY: both are 64 bytes, and any bytes are a vector of integers.
+        unsafe { core::mem::transmute::<__m512bh, __m512i>(pairs) }
+    }
+
+    /// Writes row `row` of the four tiles of a chunk, `step` lines apart.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    pub(crate) fn row(&self, codes: &[u8; 64], scales: &[f32; 2], step: usize, to: &mut [Line]) {
+        let table = self.scaled(scales);
+        let nibble = _mm512_set1_epi16(15);
+        let bytes = load(codes);
+        let values = |shifted| {
+            // (shifted & nibble) | second
+            let index = _mm512_ternarylogic_epi32::<0xea>(shifted, nibble, self.second);
+            _mm512_permutexvar_epi16(index, table)
+        };
+        let to = &mut to[..3 * step + 1];
+        store(&mut to[0].0, values(bytes));
+        store(&mut to[step].0, values(_mm512_srli_epi16::<4>(bytes)));
+        store(&mut to[2 * step].0, values(_mm512_srli_epi16::<8>(bytes)));
+        store(&mut to[3 * step].0, values(_mm512_srli_epi16::<12>(bytes)));
+    }
+}
+
+/// The 64 bytes of a chunk; where the codes end before, with zeros after them.
+#[inline(always)]
+pub(crate) fn chunk_at<'a>(codes: &'a [u8], at: usize, room: &'a mut [u8; 64]) -> &'a [u8; 64] {
+    let rest = codes.get(at..).unwrap_or_default();
+    if let Some(chunk) = rest.first_chunk() {
+        return chunk;
+    }
+    *room = [0; 64];
+    room[..rest.len()].copy_from_slice(rest);
+    room
+}

@@ -1,0 +1,21 @@
+//! Products of bfloat16 on the tiles of AMX, sums in fp32.
+//!
+//! ```text
+//! forward    sums (rows of W, tokens)      =  W tile (16 rows, 32 columns)  x  pairs of x
+//! backward   sums (tokens, columns of W)   =  dY tile (16 tokens, 32 rows)  x  pairs of W
+//! ```
+//!
+//! A tile instruction multiplies 16 rows of 32 values with 16 columns of as many, which lie in
+//! pairs: row p of the right tile holds values 2 p and 2 p + 1 of each column. Codes are decoded
+//! straight into tiles that stay in the cache of the core; the other factor is packed once a call.
+//! W is the weight rounded to bfloat16, exactly as `dequantize` gives it; tiles take subnormal
+//! numbers as zero.
+
+mod decode;
+mod forward;
+mod pack;
+mod tiles;
+mod transpose;
+
+pub(crate) use forward::forward;
+pub(crate) use tiles::granted;

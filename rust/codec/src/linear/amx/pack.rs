@@ -1,0 +1,134 @@
+//! The left-hand side of a layer, packed as right-hand tiles.
+
+use half::bf16;
+
+use crate::error::CodecError;
+use crate::linear::amx::decode::{CHUNK, TILES_PER_CHUNK};
+use crate::linear::amx::tiles::{LINES, TOKENS};
+use crate::linear::scratch::{Line, Scratch};
+use crate::parallel;
+use crate::simd::Engine;
+
+/// Which columns of a chunk of 128 a tile holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Order {
+    /// As nibbles come out of their bytes: every fourth one.
+    Nibbles,
+    /// One after the other.
+    Natural,
+}
+
+impl Order {
+    /// The column, in its chunk, of value `i` of tile `tile`.
+    pub(crate) const fn column(self, tile: usize, i: usize) -> usize {
+        match self {
+            Self::Nibbles => 4 * i + (tile ^ 1),
+            Self::Natural => 32 * tile + i,
+        }
+    }
+}
+
+/// Tokens in tiles: for each 16 tokens, for each chunk of 128 columns, four tiles.
+pub(crate) struct Packed {
+    pub(crate) tiles: Scratch<Line>,
+    /// Chunks of columns.
+    pub(crate) chunks: usize,
+}
+
+/// Lines of a chunk of 16 tokens.
+pub(crate) const CHUNK_LINES: usize = TILES_PER_CHUNK * LINES;
+
+impl Packed {
+    /// Packs (tokens, cols) values; columns to the end of the last chunk, and tokens to a pair of
+    /// tiles, are zero.
+    pub(crate) fn new(
+        engine: Engine,
+        x: &[bf16],
+        cols: usize,
+        order: Order,
+    ) -> Result<Self, CodecError> {
+        let tokens = x.len() / cols;
+        let chunks = cols.div_ceil(CHUNK);
+        let groups = tokens.div_ceil(2 * TOKENS) * 2;
+        let mut tiles = Scratch::new(groups * chunks * CHUNK_LINES);
+        let jobs = tiles.chunks_mut(chunks * CHUNK_LINES).enumerate();
+        parallel::for_each(x.len(), engine, jobs, |(group, tiles)| {
+            let rows = x.chunks(cols).skip(group * TOKENS).take(TOKENS);
+            pack_group(rows, chunks, order, tiles);
+        })?;
+        Ok(Self { tiles, chunks })
+    }
+
+    /// The tiles of 16 tokens.
+    pub(crate) fn group(&self, group: usize) -> &[Line] {
+        let lines = self.chunks * CHUNK_LINES;
+        &self.tiles[group * lines..(group + 1) * lines]
+    }
+}
+
+/// Packs up to 16 rows; the tokens after them are zero.
+fn pack_group<'a>(
+    rows: impl Iterator<Item = &'a [bf16]>,
+    chunks: usize,
+    order: Order,
+    tiles: &mut [Line],
+) {
+    let mut last = 0;
+    for (token, row) in rows.enumerate() {
+        last = token + 1;
+        for (chunk, tiles) in tiles.chunks_exact_mut(CHUNK_LINES).enumerate().take(chunks) {
+            let mut values = [bf16::ZERO; CHUNK];
+            let rest = &row[chunk * CHUNK..];
+            let len = rest.len().min(CHUNK);
+            values[..len].copy_from_slice(&rest[..len]);
+            pack_row(&values, order, token, tiles);
+        }
+    }
+    for line in tiles {
+        line.0[4 * last..].fill(0);
+    }
+}
+
+/// Puts a chunk of one token in its column of four tiles.
+fn pack_row(values: &[bf16; CHUNK], order: Order, token: usize, tiles: &mut [Line]) {
+    for (tile, lines) in tiles.chunks_exact_mut(LINES).enumerate() {
+        for (pair, line) in lines.iter_mut().enumerate() {
+            let value = |i| values[order.column(tile, 2 * pair + i)].to_bits().to_le_bytes();
+            let ([a, b], [c, d]) = (value(0), value(1));
+            line.0[4 * token..4 * token + 4].copy_from_slice(&[a, b, c, d]);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::available;
+
+    #[test]
+    fn every_value_has_its_place_and_the_rest_is_zero() {
+        for (tokens, cols) in [(1, 64), (16, 128), (17, 192), (40, 576)] {
+            let value = |token: usize, column: usize| (token * 7 + column) as f32 % 251.0 + 1.0;
+            let x: Vec<bf16> =
+                (0..tokens * cols).map(|i| bf16::from_f32(value(i / cols, i % cols))).collect();
+            for order in [Order::Nibbles, Order::Natural] {
+                let engine = Engine::new(available()[0], 1);
+                let packed = Packed::new(engine, &x, cols, order).unwrap();
+                assert_eq!(packed.chunks, cols.div_ceil(CHUNK));
+                for (i, line) in packed.tiles.iter().enumerate() {
+                    let (tile, pair) = (i / LINES, i % LINES);
+                    let (group, tile) = (tile / packed.chunks / 4, tile % (packed.chunks * 4));
+                    for (j, bytes) in line.0.as_chunks::<2>().0.iter().enumerate() {
+                        let token = group * TOKENS + j / 2;
+                        let place = order.column(tile % 4, 2 * pair + j % 2);
+                        let column = tile / 4 * CHUNK + place;
+                        let found = bf16::from_le_bytes(*bytes).to_f32();
+                        let inside = token < tokens && column < cols;
+                        let rounded = bf16::from_f32(value(token, column)).to_f32();
+                        assert_eq!(found, if inside { rounded } else { 0.0 });
+                    }
+                }
+            }
+        }
+    }
+}
