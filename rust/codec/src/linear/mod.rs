@@ -23,7 +23,7 @@ mod forward;
 mod scratch;
 mod strips;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod weight;
 
 pub(crate) use forward::Epilogue;

@@ -9,16 +9,16 @@ use crate::{
 };
 
 /// A quantized matrix with its own memory.
-struct Owned {
+pub(crate) struct Owned {
     packed: Vec<u8>,
     absmax: Vec<f32>,
     blocksize: usize,
-    rows: usize,
-    cols: usize,
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
 }
 
 impl Owned {
-    fn new(seed: u64, rows: usize, cols: usize, blocksize: usize) -> Self {
+    pub(crate) fn new(seed: u64, rows: usize, cols: usize, blocksize: usize) -> Self {
         let mut random = Random(seed);
         let len = rows * cols;
         let values: Vec<f32> = (0..len).map(|_| random.unit() * 0.05).collect();
@@ -31,7 +31,7 @@ impl Owned {
         Self { packed, absmax, blocksize, rows, cols }
     }
 
-    fn weight(&self) -> Weight<'_> {
+    pub(crate) fn weight(&self) -> Weight<'_> {
         Weight {
             codes: Codes::FourBit { packed: &self.packed, table: &NF4 },
             scales: Scales::Plain(&self.absmax),
@@ -42,7 +42,7 @@ impl Owned {
     }
 
     /// In the dtype of `like`, as f64.
-    fn dense(&self, like: &Weights) -> Vec<f64> {
+    pub(crate) fn dense(&self, like: &Weights) -> Vec<f64> {
         let mut out = match like {
             Weights::F32(_) => Weights::F32(vec![0.0; self.rows * self.cols]),
             Weights::F16(_) => Weights::F16(vec![half::f16::ZERO; self.rows * self.cols]),

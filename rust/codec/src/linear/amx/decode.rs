@@ -9,7 +9,9 @@
 
 use std::arch::x86_64::*;
 
+use crate::linear::amx::tiles::LINES;
 use crate::linear::scratch::Line;
+use crate::x86::avx2;
 use crate::x86::avx512::{load, load_f32, store};
 
 /// Columns that are decoded together.
@@ -35,21 +37,11 @@ impl Decoder {
         Self { table: load_f32(table), second }
     }
 
-    /// The 32 values that codes of two blocks stand for, in bfloat16.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bf16")]
-    fn scaled(&self, scales: &[f32; 2]) -> __m512i {
-        let [low, high] = scales.map(|scale| _mm512_mul_ps(self.table, _mm512_set1_ps(scale)));
-        let pairs = _mm512_cvtne2ps_pbh(high, low);
-        // SAFETY: both are 64 bytes, and any bytes are a vector of integers.
-        unsafe { core::mem::transmute::<__m512bh, __m512i>(pairs) }
-    }
-
-    /// Writes row `row` of the four tiles of a chunk, `step` lines apart.
+    /// Writes a row of the four tiles of a chunk, `step` lines apart.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     pub(crate) fn row(&self, codes: &[u8; 64], scales: &[f32; 2], step: usize, to: &mut [Line]) {
-        let table = self.scaled(scales);
+        let table = scaled(self.table, scales);
         let nibble = _mm512_set1_epi16(15);
         let bytes = load(codes);
         let values = |shifted| {
@@ -75,4 +67,56 @@ pub(crate) fn chunk_at<'a>(codes: &'a [u8], at: usize, room: &'a mut [u8; 64]) -
     *room = [0; 64];
     room[..rest.len()].copy_from_slice(rest);
     room
+}
+
+/// What turns the codes of two rows into values that stand in pairs.
+#[derive(Clone, Copy)]
+pub(crate) struct PairDecoder {
+    table: __m512,
+}
+
+impl PairDecoder {
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    pub(crate) fn new(table: &[f32; 16]) -> Self {
+        Self { table: load_f32(table) }
+    }
+
+    /// Writes a line of each of four tiles: the values of 64 columns of two rows, in pairs. Lane
+    /// `w` of tile `j` is column `4 w + (j ^ 1)`.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    pub(crate) fn rows(
+        &self,
+        first: &[u8; 32],
+        second: &[u8; 32],
+        scales: [f32; 2],
+        to: &mut [Line],
+    ) {
+        let table = scaled(self.table, &scales);
+        let nibbles = _mm512_set1_epi32(0x000f_000f);
+        let odd = _mm512_set1_epi32(0x0010_0000);
+        let [first, second] = [first, second].map(|c| _mm512_cvtepu16_epi32(avx2::load(c)));
+        let words = _mm512_or_si512(first, _mm512_slli_epi32::<16>(second));
+        let values = |shifted| {
+            // (shifted & nibbles) | odd
+            let index = _mm512_ternarylogic_epi32::<0xea>(shifted, nibbles, odd);
+            _mm512_permutexvar_epi16(index, table)
+        };
+        let to = &mut to[..3 * LINES + 1];
+        store(&mut to[0].0, values(words));
+        store(&mut to[LINES].0, values(_mm512_srli_epi16::<4>(words)));
+        store(&mut to[2 * LINES].0, values(_mm512_srli_epi16::<8>(words)));
+        store(&mut to[3 * LINES].0, values(_mm512_srli_epi16::<12>(words)));
+    }
+}
+
+/// A table times two scales, in bfloat16: 16 values, and 16 values.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn scaled(table: __m512, scales: &[f32; 2]) -> __m512i {
+    let [low, high] = scales.map(|scale| _mm512_mul_ps(table, _mm512_set1_ps(scale)));
+    let pairs = _mm512_cvtne2ps_pbh(high, low);
+    // SAFETY: both are 64 bytes, and any bytes are a vector of integers.
+    unsafe { core::mem::transmute::<__m512bh, __m512i>(pairs) }
 }

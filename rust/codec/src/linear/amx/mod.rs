@@ -11,11 +11,15 @@
 //! W is the weight rounded to bfloat16, exactly as `dequantize` gives it; tiles take subnormal
 //! numbers as zero.
 
+mod backward;
 mod decode;
 mod forward;
 mod pack;
 mod tiles;
 mod transpose;
 
+pub(crate) use backward::{backward, fits};
 pub(crate) use forward::forward;
+#[cfg(test)]
+mod tests;
 pub(crate) use tiles::granted;

@@ -1,0 +1,198 @@
+//! Sums of `dY W` by strips of W's columns.
+//!
+//! W is the right factor here: its rows are taken in pairs, 64 columns at a time, and decoded into
+//! right-hand tiles, four for 32 rows. A panel of 512 rows stays in L2 for all tokens, and so do
+//! the sums until the next panel.
+
+use std::ops::Range;
+
+use half::bf16;
+
+use crate::error::CodecError;
+use crate::linear::amx::decode::PairDecoder;
+use crate::linear::amx::tiles::{Tiles, LINES, TOKENS};
+use crate::linear::amx::transpose::write_interleaved;
+use crate::linear::scratch::{Line, Scratch};
+use crate::linear::strips::{self, Strip};
+use crate::linear::weight::{Codes, Weight};
+use crate::parallel;
+use crate::simd::Engine;
+
+/// Columns that are decoded together: the smallest block that has one scale.
+const BLOCK: usize = 64;
+/// Tiles of a block's columns.
+const TILES: usize = BLOCK / TOKENS;
+/// Rows of W in a tile.
+const DEPTH: usize = 2 * LINES;
+/// Tiles of rows in a panel.
+const PANEL: usize = 16;
+
+/// Whether [`backward`] can multiply a weight: 4-bit codes in rows of whole blocks.
+pub(crate) fn fits(weight: &Weight<'_>) -> bool {
+    matches!(weight.codes, Codes::FourBit { .. })
+        && weight.rows_are_blocks()
+        && weight.blocksize.is_multiple_of(BLOCK)
+}
+
+/// Computes `dY W` for a weight that [`fits`]; `finish` gets each strip of dX with its sums.
+///
+/// # Errors
+/// [`CodecError::Interrupted`].
+///
+/// # Safety
+/// The tiles must have been granted.
+pub(crate) unsafe fn backward(
+    engine: Engine,
+    grad: &[bf16],
+    weight: &Weight<'_>,
+    finish: &(dyn Fn(Strip<'_, bf16>, &mut [f32]) + Sync),
+    dx: &mut [bf16],
+) -> Result<(), CodecError> {
+    let tokens = dx.len() / weight.cols;
+    let grad = Packed::new(engine, grad, weight.rows)?;
+    let width = match weight.cols {
+        4096.. => 4 * BLOCK,
+        1024.. => 2 * BLOCK,
+        _ => BLOCK,
+    };
+    let work = weight.rows * weight.cols * tokens.div_ceil(16);
+    let jobs = strips::split(dx, weight.cols, width).into_iter();
+    parallel::for_each(work, engine, jobs, |strip: Strip<'_, bf16>| {
+        let width = strip.columns.len();
+        let mut sums = Scratch::<f32>::new(tokens * width);
+        // SAFETY: the caller vouches for the tiles; all such processors have the vectors.
+        unsafe { strip_sums(&grad, weight, strip.columns.clone(), tokens, &mut sums) };
+        finish(strip, &mut sums);
+    })
+}
+
+/// dY in left-hand tiles: for each 32 tokens, for each 32 rows of W, two tiles.
+struct Packed {
+    tiles: Scratch<Line>,
+    depth: usize,
+}
+
+impl Packed {
+    fn new(engine: Engine, grad: &[bf16], rows: usize) -> Result<Self, CodecError> {
+        let tokens = grad.len() / rows;
+        let depth = rows.div_ceil(DEPTH);
+        let groups = tokens.div_ceil(2 * TOKENS);
+        let lines = depth * 2 * LINES;
+        let mut tiles = Scratch::new(groups * lines);
+        let jobs = tiles.chunks_mut(lines).enumerate();
+        parallel::for_each(grad.len(), engine, jobs, |(group, tiles)| {
+            let first = group * 2 * TOKENS;
+            for token in 0..2 * TOKENS {
+                let row = grad.chunks(rows).nth(first + token).unwrap_or_default();
+                let mut parts = row.chunks(DEPTH);
+                for lines in tiles.chunks_exact_mut(2 * LINES) {
+                    let mut line = Line([0; 64]);
+                    let values = parts.next().unwrap_or_default();
+                    for (to, from) in line.0.as_chunks_mut::<2>().0.iter_mut().zip(values) {
+                        *to = from.to_le_bytes();
+                    }
+                    lines[token] = line;
+                }
+            }
+        })?;
+        Ok(Self { tiles, depth })
+    }
+
+    /// The tiles of 32 tokens for some tiles of rows.
+    fn group(&self, group: usize, rows: Range<usize>) -> &[Line] {
+        let first = group * self.depth;
+        &self.tiles[(first + rows.start) * 2 * LINES..(first + rows.end) * 2 * LINES]
+    }
+}
+
+/// Sums over some columns, (tokens, columns).
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn strip_sums(
+    grad: &Packed,
+    weight: &Weight<'_>,
+    columns: Range<usize>,
+    tokens: usize,
+    sums: &mut [f32],
+) {
+    let (width, groups) = (columns.len(), tokens.div_ceil(2 * TOKENS));
+    let blocks = width / BLOCK;
+    let lines_per_block = PANEL * TILES * LINES;
+    let mut panel = Scratch::<Line>::new(blocks * lines_per_block);
+    let parts = grad.depth.div_ceil(PANEL);
+    let kept = if parts > 1 { groups * blocks * 8 * LINES } else { 0 };
+    let mut partial = Scratch::<Line>::new(kept);
+    // SAFETY: the caller vouches for the tiles.
+    let tiles = unsafe { Tiles::configure() };
+    for part in 0..parts {
+        let depth = part * PANEL..((part + 1) * PANEL).min(grad.depth);
+        decode_panel(weight, columns.clone(), depth.clone(), &mut panel);
+        for group in 0..groups {
+            let left = grad.group(group, depth.clone()).as_chunks::<{ 2 * LINES }>().0;
+            for (block, panel) in panel.chunks_exact(lines_per_block).enumerate() {
+                let at = (group * blocks + block) * 8 * LINES;
+                let mut last = [Line([0; 64]); 8 * LINES];
+                for (half, last) in last.as_chunks_mut::<{ 4 * LINES }>().0.iter_mut().enumerate() {
+                    let at = at + half * 4 * LINES;
+                    match partial.get(at..).and_then(<[Line]>::first_chunk) {
+                        Some(partial) if part > 0 => tiles.load(partial),
+                        _ => tiles.zero(),
+                    }
+                    for (a, b) in left.iter().zip(panel.as_chunks::<{ TILES * LINES }>().0) {
+                        let b = b.as_chunks::<LINES>().0;
+                        tiles.multiply_2x2(a, &b[2 * half], &b[2 * half + 1]);
+                    }
+                    match partial.get_mut(at..).and_then(<[Line]>::first_chunk_mut) {
+                        Some(partial) if part + 1 < parts => tiles.store(partial),
+                        _ => tiles.store(last),
+                    }
+                }
+                if part + 1 == parts {
+                    write_interleaved(&last, sums, width, group * 2 * TOKENS, block * BLOCK);
+                }
+            }
+        }
+    }
+}
+
+/// Decodes some columns of some tiles of rows: for each 64 columns, for each 32 rows, four tiles.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn decode_panel(
+    weight: &Weight<'_>,
+    columns: Range<usize>,
+    depth: Range<usize>,
+    panel: &mut [Line],
+) {
+    let Codes::FourBit { packed, table } = weight.codes else { return };
+    let decoder = PairDecoder::new(table);
+    let blocks = columns.len() / BLOCK;
+    let per_row = weight.cols / weight.blocksize;
+    let mut scales = [[0.0; 4]; 2];
+    for pair in 0..depth.len() * LINES {
+        let row = depth.start * DEPTH + 2 * pair;
+        for (i, scales) in scales.iter_mut().enumerate() {
+            scales.fill(0.0);
+            if row + i < weight.rows {
+                let first = columns.start / weight.blocksize;
+                let last = columns.end.div_ceil(weight.blocksize);
+                let mut room = [0.0; 4];
+                let room = &mut room[..last - first];
+                weight.scales.write((row + i) * per_row + first, room);
+                for (block, scale) in scales.iter_mut().take(blocks).enumerate() {
+                    let at = (columns.start + block * BLOCK) / weight.blocksize;
+                    *scale = room[at - first];
+                }
+            }
+        }
+        for block in 0..blocks {
+            let to = ((block * PANEL + pair / LINES) * TILES) * LINES + pair % LINES;
+            let at = (columns.start + block * BLOCK) / 2;
+            let codes = |row: usize| {
+                let codes = packed.get(row * weight.cols / 2 + at..).unwrap_or_default();
+                codes.first_chunk::<{ BLOCK / 2 }>().unwrap_or(&[0; BLOCK / 2])
+            };
+            let scales = [scales[0][block], scales[1][block]];
+            decoder.rows(codes(row), codes(row + 1), scales, &mut panel[to..]);
+        }
+    }
+}
