@@ -33,6 +33,8 @@ pub struct Bodies {
     pub(crate) matmul_nn: MatmulFn,
     /// Products of bfloat16 with instructions of their own.
     pub(crate) forward_bf16: Option<ForwardFn>,
+    /// Products of bytes with instructions of their own.
+    pub(crate) forward_int8: Option<ForwardInt8Fn>,
 }
 
 /// Values, codes, block size -> packed, absmax, and whether all values were finite.
@@ -54,6 +56,9 @@ type MatmulFn = fn(&[f32], &[f32], usize, &mut [f32]);
 /// As [`crate::linear()`], arguments checked, for two tokens or more.
 type ForwardFn =
     fn(Engine, &[bf16], &Weight<'_>, &Epilogue<'_>, &mut [bf16]) -> Result<(), CodecError>;
+/// As [`crate::linear()`] for [`crate::Compute::Int8`], x as floats.
+type ForwardInt8Fn =
+    fn(Engine, &[f32], &Weight<'_>, &Epilogue<'_>, ValuesMut<'_>) -> Result<(), CodecError>;
 
 impl Bodies {
     /// `"scalar"`, `"avx2"`, `"avx512"` or `"amx"`.
@@ -144,6 +149,7 @@ static SCALAR: Bodies = Bodies {
     matmul_nt: dense::scalar::nt,
     matmul_nn: dense::scalar::nn,
     forward_bf16: None,
+    forward_int8: None,
 };
 
 #[cfg(target_arch = "x86_64")]
@@ -153,6 +159,7 @@ use x86::available as native;
 #[allow(unsafe_code)]
 mod x86 {
     use crate::linear::amx;
+    use crate::values::{with_slice, ValuesMut};
 
     use super::{
         dense, dequantize, dequantize_int8, quantize, quantize_int8, quantize_int8_rows, search,
@@ -179,6 +186,10 @@ mod x86 {
         name: "amx",
         // SAFETY: as above.
         forward_bf16: Some(|e, x, w, l, y| unsafe { amx::forward(e, x, w, l, y) }),
+        forward_int8: Some(|e, x, w, l, y| {
+            // SAFETY: as above.
+            with_slice!(y, ValuesMut, y => unsafe { amx::forward_int8(e, x, w, l, y) })
+        }),
         ..AVX512_BODIES
     };
 
@@ -201,6 +212,7 @@ mod x86 {
         matmul_nt: dense::scalar::nt,
         matmul_nn: dense::scalar::nn,
         forward_bf16: None,
+        forward_int8: None,
     };
 
     static AVX512: Bodies = AVX512_BODIES;
@@ -224,6 +236,7 @@ mod x86 {
         matmul_nt: dense::scalar::nt,
         matmul_nn: dense::scalar::nn,
         forward_bf16: None,
+        forward_int8: None,
     };
 }
 

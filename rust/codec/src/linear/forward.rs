@@ -63,7 +63,6 @@ pub fn linear(
     compute: Compute,
     mut y: ValuesMut<'_>,
 ) -> Result<(), CodecError> {
-    let _ = compute;
     weight.check()?;
     lora.map_or(Ok(()), |lora| lora.check(weight))?;
     let tokens = y.len().checked_div(weight.rows).unwrap_or(0);
@@ -80,11 +79,16 @@ pub fn linear(
     if let (Values::Bf16(x), ValuesMut::Bf16(y), Some(forward)) =
         (x, &mut y, engine.bodies.forward_bf16)
     {
-        if tokens > 1 && weight.cols > 0 {
+        if compute == Compute::Exact && tokens > 1 && weight.cols > 0 {
             return forward(engine, x, weight, &epilogue, y);
         }
     }
     let x = floats;
+    if let (Compute::Int8, Some(forward)) = (compute, engine.bodies.forward_int8) {
+        if tokens > 1 && weight.cols > 0 {
+            return forward(engine, &x, weight, &epilogue, y);
+        }
+    }
     with_slice!(y, ValuesMut, y => strips_of(engine, &x, weight, &epilogue, y))
 }
 

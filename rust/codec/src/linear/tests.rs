@@ -81,6 +81,16 @@ fn error(x: &Weights, w: &Owned, y: &Weights) -> f64 {
 }
 
 fn run(bodies: &'static Bodies, threads: usize, x: &Weights, w: &Owned) -> Weights {
+    computed(bodies, threads, Compute::Exact, x, w)
+}
+
+fn computed(
+    bodies: &'static Bodies,
+    threads: usize,
+    compute: Compute,
+    x: &Weights,
+    w: &Owned,
+) -> Weights {
     let tokens = x.widened().len() / w.cols;
     let mut y = match x {
         Weights::F32(_) => Weights::F32(vec![f32::NAN; tokens * w.rows]),
@@ -88,7 +98,7 @@ fn run(bodies: &'static Bodies, threads: usize, x: &Weights, w: &Owned) -> Weigh
         Weights::Bf16(_) => Weights::Bf16(vec![half::bf16::NAN; tokens * w.rows]),
     };
     let engine = Engine::new(bodies, threads);
-    linear(engine, x.values(), &w.weight(), None, None, Compute::Exact, y.values_mut()).unwrap();
+    linear(engine, x.values(), &w.weight(), None, None, compute, y.values_mut()).unwrap();
     y
 }
 
@@ -162,6 +172,38 @@ fn bias_and_adapter_are_added_before_the_rounding() {
                 let base = product(&x, &dense[j * cols..(j + 1) * cols]).0;
                 let expected = base + adapter + f64::from(bias[j]);
                 assert!((f64::from(*y) - expected).abs() < 1e-4, "{}", bodies.name());
+            }
+        }
+    }
+}
+
+/// Root of the mean square of the error over that of the product.
+fn relative_error(x: &Weights, w: &Owned, y: &Weights) -> f64 {
+    let dense = w.dense(x);
+    let x: Vec<f64> = x.widened().into_iter().map(f64::from).collect();
+    let (mut wrong, mut size) = (0.0, 0.0);
+    for (x, y) in x.chunks(w.cols).zip(y.widened().chunks(w.rows)) {
+        for (w, y) in dense.chunks(w.cols).zip(y) {
+            let sum = product(x, w).0;
+            wrong += (f64::from(*y) - sum).powi(2);
+            size += sum * sum;
+        }
+    }
+    (wrong / size).sqrt()
+}
+
+#[test]
+fn eight_bit_products_are_off_by_a_hundredth() {
+    for (i, (rows, cols, blocksize)) in SHAPES.into_iter().enumerate() {
+        let w = Owned::new(i as u64, rows, cols, blocksize);
+        for tokens in [1, 2, 16, 17, 33] {
+            let x = Weights::F32(random(99 + i as u64, tokens * cols));
+            for bodies in available() {
+                let one = computed(bodies, 1, Compute::Int8, &x, &w);
+                let error = relative_error(&x, &w, &one);
+                assert!(error < 0.02, "{} {rows}x{cols} M={tokens}: {error}", bodies.name());
+                let two = computed(bodies, 2, Compute::Int8, &x, &w);
+                assert_eq!(one.bits(), two.bits());
             }
         }
     }

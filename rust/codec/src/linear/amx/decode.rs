@@ -120,3 +120,39 @@ fn scaled(table: __m512, scales: &[f32; 2]) -> __m512i {
     // SAFETY: both are 64 bytes, and any bytes are a vector of integers.
     unsafe { core::mem::transmute::<__m512bh, __m512i>(pairs) }
 }
+
+/// What turns the codes of a weight into bytes with signs.
+#[derive(Clone, Copy)]
+pub(crate) struct ByteDecoder {
+    table: __m512,
+}
+
+impl ByteDecoder {
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    pub(crate) fn new(table: &[f32; 16]) -> Self {
+        Self { table: load_f32(table) }
+    }
+
+    /// Writes a row of the two tiles of a chunk, `step` lines apart: the odd values, the even ones.
+    ///
+    /// Values are the table's times `factors`, those of the two blocks, rounded to the nearest of
+    /// -127..=127.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    pub(crate) fn row(&self, codes: &[u8; 64], factors: &[f32; 2], step: usize, to: &mut [Line]) {
+        let [low, high] = factors.map(|factor| {
+            let values = _mm512_mul_ps(self.table, _mm512_set1_ps(factor));
+            _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(values))
+        });
+        let both = _mm512_castsi256_si512(_mm256_broadcastsi128_si256(low));
+        let table = _mm512_inserti64x4::<1>(both, _mm256_broadcastsi128_si256(high));
+        let nibble = _mm512_set1_epi8(15);
+        let bytes = load(codes);
+        let to = &mut to[..step + 1];
+        let odd = _mm512_and_si512(bytes, nibble);
+        let even = _mm512_and_si512(_mm512_srli_epi16::<4>(bytes), nibble);
+        store(&mut to[0].0, _mm512_shuffle_epi8(table, odd));
+        store(&mut to[step].0, _mm512_shuffle_epi8(table, even));
+    }
+}

@@ -22,11 +22,11 @@ use crate::simd::{Bodies, Engine};
 use crate::values::ValuesMut;
 
 /// Tokens that are multiplied while codes are decoded.
-const FEW: usize = 2 * TOKENS;
+pub(super) const FEW: usize = 2 * TOKENS;
 /// Chunks of columns in a panel.
 const PANEL: usize = 8;
 /// Rows of W that are multiplied with 32 tokens at a time.
-const PAIR: usize = 2 * LINES;
+pub(super) const PAIR: usize = 2 * LINES;
 
 /// Writes `y = x W^T` with what `epilogue` adds.
 ///
@@ -77,14 +77,14 @@ struct Product<'a> {
 }
 
 /// A weight of 4-bit codes whose chunks have one scale in each half.
-struct Nibbles<'a> {
-    weight: &'a Weight<'a>,
-    packed: &'a [u8],
-    table: &'a [f32; 16],
+pub(super) struct Nibbles<'a> {
+    pub(super) weight: &'a Weight<'a>,
+    pub(super) packed: &'a [u8],
+    pub(super) table: &'a [f32; 16],
 }
 
 impl<'a> Nibbles<'a> {
-    fn of(weight: &'a Weight<'a>) -> Option<Self> {
+    pub(super) fn of(weight: &'a Weight<'a>) -> Option<Self> {
         let fits = weight.rows_are_blocks() && weight.blocksize.is_multiple_of(CHUNK / 2);
         match weight.codes {
             Codes::FourBit { packed, table } if fits => Some(Self { weight, packed, table }),
@@ -93,7 +93,7 @@ impl<'a> Nibbles<'a> {
     }
 
     /// Two scales a chunk for each row: those of its halves, zero after the last column.
-    fn scales(&self, rows: Range<usize>, chunks: usize) -> Scratch<f32> {
+    pub(super) fn scales(&self, rows: Range<usize>, chunks: usize) -> Scratch<f32> {
         let Weight { scales, blocksize, cols, .. } = *self.weight;
         let blocks = cols / blocksize;
         let halves = blocksize / (CHUNK / 2);
@@ -298,7 +298,7 @@ fn many_tokens(
 
 /// The first `N` lines.
 #[inline(always)]
-fn lines<const N: usize>(from: &[Line]) -> &[Line; N] {
+pub(super) fn lines<const N: usize>(from: &[Line]) -> &[Line; N] {
     from.first_chunk().expect("the scratch was made for them")
 }
 

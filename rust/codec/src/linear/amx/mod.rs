@@ -14,12 +14,14 @@
 mod backward;
 mod decode;
 mod forward;
+mod int8;
 mod pack;
 mod tiles;
 mod transpose;
 
 pub(crate) use backward::{backward, fits};
 pub(crate) use forward::forward;
+pub(crate) use int8::forward as forward_int8;
 #[cfg(test)]
 mod tests;
 pub(crate) use tiles::granted;

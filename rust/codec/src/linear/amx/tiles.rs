@@ -121,52 +121,75 @@ impl Tiles {
             );
         }
     }
-
-    /// Adds the products of four tiles in `a` with one in `b`.
-    ///
-    /// Accumulator `i` gets `a[i] b`: 16 rows of 32 bfloat16 by 16 rows of 16 pairs.
-    #[inline(always)]
-    pub(crate) fn multiply_4x1(&self, a: &[Line; 4 * LINES], b: &[Line; LINES]) {
-        // SAFETY: the registers are configured; four tiles and one are read, which is what the
-        // arrays hold.
-        unsafe {
-            asm!(
-                "tileloadd tmm6, [{b} + {s}]",
-                "tileloadd tmm4, [{a} + {s}]", "tdpbf16ps tmm0, tmm4, tmm6",
-                "tileloadd tmm5, [{a} + {s} + 1024]", "tdpbf16ps tmm1, tmm5, tmm6",
-                "tileloadd tmm4, [{a} + {s} + 2048]", "tdpbf16ps tmm2, tmm4, tmm6",
-                "tileloadd tmm5, [{a} + {s} + 3072]", "tdpbf16ps tmm3, tmm5, tmm6",
-                a = in(reg) a.as_ptr(), b = in(reg) b.as_ptr(), s = in(reg) STRIDE,
-                options(nostack, readonly),
-            );
-        }
-    }
-
-    /// Adds the products of two tiles in `a` with two.
-    ///
-    /// Accumulators 0 to 3 get `a[0] b0`, `a[0] b1`, `a[1] b0` and `a[1] b1`.
-    #[inline(always)]
-    pub(crate) fn multiply_2x2(
-        &self,
-        a: &[Line; 2 * LINES],
-        b0: &[Line; LINES],
-        b1: &[Line; LINES],
-    ) {
-        // SAFETY: the registers are configured; two tiles and one each are read, which is what the
-        // arrays hold.
-        unsafe {
-            asm!(
-                "tileloadd tmm4, [{a} + {s}]",
-                "tileloadd tmm6, [{b0} + {s}]", "tdpbf16ps tmm0, tmm4, tmm6",
-                "tileloadd tmm7, [{b1} + {s}]", "tdpbf16ps tmm1, tmm4, tmm7",
-                "tileloadd tmm5, [{a} + {s} + 1024]", "tdpbf16ps tmm2, tmm5, tmm6",
-                "tdpbf16ps tmm3, tmm5, tmm7",
-                a = in(reg) a.as_ptr(), b0 = in(reg) b0.as_ptr(), b1 = in(reg) b1.as_ptr(),
-                s = in(reg) STRIDE, options(nostack, readonly),
-            );
-        }
-    }
 }
+
+/// Two functions that multiply with the instruction `$dot`.
+macro_rules! impl_multiply {
+    ($dot:literal, $four:ident, $two:ident, $values:literal) => {
+        impl Tiles {
+            /// Adds the products of four tiles in `a` with one in `b`.
+            ///
+            /// Accumulator `i` gets `a[i] b`:
+            #[doc = $values]
+            #[inline(always)]
+            pub(crate) fn $four(&self, a: &[Line; 4 * LINES], b: &[Line; LINES]) {
+                // SAFETY: the registers are configured; four tiles and one are read, which is what
+                // the arrays hold.
+                unsafe {
+                    asm!(
+                        "tileloadd tmm6, [{b} + {s}]",
+                        "tileloadd tmm4, [{a} + {s}]",
+                        concat!($dot, " tmm0, tmm4, tmm6"),
+                        "tileloadd tmm5, [{a} + {s} + 1024]",
+                        concat!($dot, " tmm1, tmm5, tmm6"),
+                        "tileloadd tmm4, [{a} + {s} + 2048]",
+                        concat!($dot, " tmm2, tmm4, tmm6"),
+                        "tileloadd tmm5, [{a} + {s} + 3072]",
+                        concat!($dot, " tmm3, tmm5, tmm6"),
+                        a = in(reg) a.as_ptr(), b = in(reg) b.as_ptr(), s = in(reg) STRIDE,
+                        options(nostack, readonly),
+                    );
+                }
+            }
+
+            /// Adds the products of two tiles in `a` with two.
+            ///
+            /// Accumulators 0 to 3 get `a[0] b0`, `a[0] b1`, `a[1] b0` and `a[1] b1`:
+            #[doc = $values]
+            #[inline(always)]
+            pub(crate) fn $two(&self, a: &[Line; 2 * LINES], b0: &[Line; LINES], b1: &[Line; LINES]) {
+                // SAFETY: the registers are configured; two tiles and one each are read, which is
+                // what the arrays hold.
+                unsafe {
+                    asm!(
+                        "tileloadd tmm4, [{a} + {s}]",
+                        "tileloadd tmm6, [{b0} + {s}]",
+                        concat!($dot, " tmm0, tmm4, tmm6"),
+                        "tileloadd tmm7, [{b1} + {s}]",
+                        concat!($dot, " tmm1, tmm4, tmm7"),
+                        "tileloadd tmm5, [{a} + {s} + 1024]",
+                        concat!($dot, " tmm2, tmm5, tmm6"),
+                        concat!($dot, " tmm3, tmm5, tmm7"),
+                        a = in(reg) a.as_ptr(), b0 = in(reg) b0.as_ptr(), b1 = in(reg) b1.as_ptr(),
+                        s = in(reg) STRIDE, options(nostack, readonly),
+                    );
+                }
+            }
+        }
+    };
+}
+impl_multiply!(
+    "tdpbf16ps",
+    multiply_4x1,
+    multiply_2x2,
+    "16 rows of 32 bfloat16 by 16 rows of 16 pairs, sums in fp32."
+);
+impl_multiply!(
+    "tdpbssd",
+    multiply_int8_4x1,
+    multiply_int8_2x2,
+    "16 rows of 64 bytes with signs by 16 rows of 16 fours, sums in 32-bit integers."
+);
 
 impl Drop for Tiles {
     fn drop(&mut self) {

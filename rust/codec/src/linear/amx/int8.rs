@@ -1,0 +1,331 @@
+//! Sums of `x W^T` with both factors rounded to 8 bits.
+//!
+//! ```text
+//! x[m][k]   ~ xs[m] * xq[m][k]                  xs = max |x[m]| / 127
+//! W[n][k]   ~ ws[n][p] * wq[n][k]               p the part of 1024 columns that k lies in,
+//!                                               ws = max |scale of its blocks| * max |code| / 127
+//! sums      = xs[m] * sum over p of ws[n][p] * (sum over the part of xq wq)
+//! ```
+//!
+//! The inner sums are exact integers. Rows of int8 codes have one scale, so their codes stay as
+//! they are; 4-bit codes are looked up in a table that is scaled and rounded once a block.
+
+use std::arch::x86_64::*;
+use std::ops::Range;
+
+use crate::error::CodecError;
+use crate::linear::amx::decode::{chunk_at, ByteDecoder, CHUNK, CHUNK_BYTES};
+use crate::linear::amx::forward::{lines, Nibbles, FEW, PAIR};
+use crate::linear::amx::tiles::{Tiles, LINES, TOKENS};
+use crate::linear::forward::Epilogue;
+use crate::linear::scratch::{Line, Scratch};
+use crate::linear::strips;
+use crate::linear::weight::{Codes, Weight};
+use crate::parallel;
+use crate::simd::{Bodies, Engine};
+use crate::values::{Element, ValuesMut};
+use crate::x86::avx512::{load, load_f32, store};
+
+/// Columns with one scale in each row of W, in chunks.
+const PART: usize = 8;
+/// Tiles of a chunk.
+const TILES: usize = 2;
+
+/// Writes `y = x W^T` with what `epilogue` adds.
+///
+/// # Errors
+/// [`CodecError::Interrupted`].
+///
+/// # Safety
+/// The tiles must have been granted.
+pub(crate) unsafe fn forward<T: Element>(
+    engine: Engine,
+    x: &[f32],
+    weight: &Weight<'_>,
+    epilogue: &Epilogue<'_>,
+    y: &mut [T],
+) -> Result<(), CodecError> {
+    let tokens = y.len() / weight.rows;
+    let nibbles = Nibbles::of(weight);
+    let x = Packed::new(engine, x, weight.cols, nibbles.is_some())?;
+    let width = match (tokens > FEW, weight.rows) {
+        (true, 4096..) => 256,
+        (true, 1024..) => 128,
+        _ => 64,
+    };
+    let work = weight.rows * weight.cols * tokens.div_ceil(32);
+    let jobs = strips::split(y, weight.rows, width).into_iter();
+    parallel::for_each(work, engine, jobs, |strip| {
+        let (rows, width) = (strip.columns.clone(), strip.columns.len());
+        let mut sums = Scratch::<f32>::new(tokens * width);
+        let source = Source { bodies: engine.bodies, weight, nibbles: nibbles.as_ref(), rows };
+        // SAFETY: the caller vouches for the tiles; all such processors have the vectors.
+        unsafe { strip_sums(&source, &x, tokens, &mut sums) };
+        epilogue.finish(engine.bodies, strip, &mut sums);
+    })
+}
+
+/// Tokens as bytes in right-hand tiles: for each 16, for each chunk of 128 columns, two tiles.
+struct Packed {
+    tiles: Scratch<Line>,
+    /// What the bytes of a token are multiplied by.
+    scales: Scratch<f32>,
+    chunks: usize,
+}
+
+impl Packed {
+    fn new(engine: Engine, x: &[f32], cols: usize, nibbles: bool) -> Result<Self, CodecError> {
+        let tokens = x.len() / cols;
+        let chunks = cols.div_ceil(CHUNK);
+        let groups = tokens.div_ceil(2 * TOKENS) * 2;
+        let lines = chunks * TILES * LINES;
+        let mut tiles = Scratch::<Line>::new(groups * lines);
+        let mut scales = Scratch::<f32>::new(groups * TOKENS);
+        let jobs = tiles.chunks_mut(lines).zip(scales.chunks_mut(TOKENS)).enumerate();
+        parallel::for_each(x.len(), engine, jobs, |(group, (tiles, scales))| {
+            let rows = x.chunks(cols).skip(group * TOKENS).take(TOKENS);
+            // SAFETY: the caller found the tiles, and all such processors have the vectors.
+            unsafe { pack_group(rows, nibbles, tiles, scales) };
+        })?;
+        Ok(Self { tiles, scales, chunks })
+    }
+
+    fn group(&self, group: usize) -> &[Line] {
+        let lines = self.chunks * TILES * LINES;
+        &self.tiles[group * lines..(group + 1) * lines]
+    }
+}
+
+/// Rounds and packs up to 16 rows; the tokens after them are zero.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+unsafe fn pack_group<'a>(
+    rows: impl Iterator<Item = &'a [f32]>,
+    nibbles: bool,
+    tiles: &mut [Line],
+    scales: &mut [f32],
+) {
+    let mut last = 0;
+    for (token, row) in rows.enumerate() {
+        last = token + 1;
+        // NaN is the largest magnitude as an integer, and makes the token's sums NaN.
+        let largest = row.iter().map(|x| x.abs().to_bits()).max().unwrap_or(0);
+        let largest = f32::from_bits(largest);
+        scales[token] = largest / 127.0;
+        let factor = if largest > 0.0 { 127.0 / largest } else { 0.0 };
+        for (values, tiles) in row.chunks(CHUNK).zip(tiles.chunks_exact_mut(TILES * LINES)) {
+            let bytes = to_bytes(values, factor);
+            for (tile, lines) in tiles.chunks_exact_mut(LINES).enumerate() {
+                for (four, line) in lines.iter_mut().enumerate() {
+                    let column = |i: usize| match nibbles {
+                        true => 2 * (4 * four + i) + (tile ^ 1),
+                        false => 64 * tile + 4 * four + i,
+                    };
+                    let four: [u8; 4] = core::array::from_fn(|i| bytes[column(i)]);
+                    line.0[4 * token..4 * token + 4].copy_from_slice(&four);
+                }
+            }
+        }
+    }
+    scales[last..].fill(0.0);
+    for line in tiles {
+        line.0[4 * last..].fill(0);
+    }
+}
+
+/// Up to 128 values times `factor`, rounded to bytes with signs.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn to_bytes(values: &[f32], factor: f32) -> [u8; CHUNK] {
+    let mut room = [0.0; CHUNK];
+    room[..values.len()].copy_from_slice(values);
+    let mut bytes = [0; CHUNK];
+    let factor = _mm512_set1_ps(factor);
+    for (to, from) in bytes.as_chunks_mut::<16>().0.iter_mut().zip(room.as_chunks().0) {
+        let rounded = _mm512_cvtps_epi32(_mm512_mul_ps(load_f32(from), factor));
+        let narrow = _mm512_cvtsepi32_epi8(rounded);
+        // SAFETY: the array is 16 bytes long; the store takes any alignment.
+        unsafe { _mm_storeu_si128(to.as_mut_ptr().cast(), narrow) };
+    }
+    bytes
+}
+
+/// The rows of W of one strip.
+struct Source<'a> {
+    bodies: &'static Bodies,
+    weight: &'a Weight<'a>,
+    nibbles: Option<&'a Nibbles<'a>>,
+    rows: Range<usize>,
+}
+
+/// What the bytes of a strip stand for.
+struct Scaled {
+    /// For each row and part: what its bytes are multiplied by.
+    steps: Vec<f32>,
+    /// For each row and 64 columns: what the codes of a block are multiplied by to give bytes.
+    factors: Scratch<f32>,
+    parts: usize,
+}
+
+impl Source<'_> {
+    /// Scales of parts, from those of blocks.
+    fn scaled(&self, chunks: usize) -> Scaled {
+        let parts = chunks.div_ceil(PART);
+        let mut steps = vec![0.0; self.rows.len() * parts];
+        if let Some(nibbles) = self.nibbles {
+            let largest = nibbles.table.iter().fold(0.0_f32, |a, v| a.max(v.abs()));
+            let mut factors = nibbles.scales(self.rows.clone(), chunks);
+            for (steps, row) in steps.chunks_mut(parts).zip(factors.chunks_mut(2 * chunks)) {
+                for (step, scales) in steps.iter_mut().zip(row.chunks_mut(2 * PART)) {
+                    *step = magnitude(scales) * largest / 127.0;
+                    let inverse = if *step > 0.0 { 1.0 / *step } else { 0.0 };
+                    scales.iter_mut().for_each(|scale| *scale *= inverse);
+                }
+            }
+            return Scaled { steps, factors, parts };
+        }
+        let Weight { cols, blocksize, scales, codes, .. } = *self.weight;
+        let largest = match codes {
+            Codes::FourBit { table, .. } => table.iter().fold(0.0_f32, |a, v| a.max(v.abs())),
+            Codes::Int8(_) => 1.0,
+        };
+        let mut room = Vec::new();
+        for (row, steps) in self.rows.clone().zip(steps.chunks_mut(parts)) {
+            for (part, step) in steps.iter_mut().enumerate() {
+                let first = row * cols + part * PART * CHUNK;
+                let last = (first + PART * CHUNK).min((row + 1) * cols);
+                let blocks = first / blocksize..last.div_ceil(blocksize);
+                room.resize(blocks.len(), 0.0);
+                scales.write(blocks.start, &mut room);
+                *step = magnitude(&room) * largest / 127.0;
+            }
+        }
+        Scaled { steps, factors: Scratch::new(0), parts }
+    }
+
+    /// Writes a part of all rows as left-hand tiles: for each 32 rows, for each chunk, twice two.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    fn decode(&self, scaled: &Scaled, all: usize, chunks: Range<usize>, panel: &mut [Line]) {
+        let lines_per_pair = chunks.len() * 2 * TILES * LINES;
+        if let Some(nibbles) = self.nibbles {
+            let decoder = ByteDecoder::new(nibbles.table);
+            let bytes_per_row = self.weight.cols / 2;
+            let codes = &nibbles.packed[self.rows.start * bytes_per_row..];
+            let mut room = [0; CHUNK_BYTES];
+            for (pair, panel) in panel.chunks_exact_mut(lines_per_pair).enumerate() {
+                let steps = panel.chunks_exact_mut(2 * TILES * LINES);
+                for (chunk, to) in chunks.clone().zip(steps) {
+                    for row in pair * PAIR..((pair + 1) * PAIR).min(self.rows.len()) {
+                        let at = row * bytes_per_row + chunk * CHUNK_BYTES;
+                        let factors = &scaled.factors[(row * all + chunk) * 2..];
+                        let factors = factors.first_chunk().unwrap_or(&[0.0; 2]);
+                        let codes = chunk_at(codes, at, &mut room);
+                        decoder.row(codes, factors, PAIR, &mut to[row - pair * PAIR..]);
+                    }
+                }
+            }
+            return;
+        }
+        let cols = self.weight.cols;
+        let columns = chunks.start * CHUNK..(chunks.end * CHUNK).min(cols);
+        let part = chunks.start / PART;
+        let mut values = vec![0.0; cols];
+        for row in 0..self.rows.len() {
+            let at = self.rows.start + row;
+            let out = ValuesMut::F32(&mut values);
+            self.weight.dequantize_rows(self.bodies, at..at + 1, out);
+            let step = scaled.steps[row * scaled.parts + part];
+            let factor = if step > 0.0 { 1.0 / step } else { 0.0 };
+            let panel = &mut panel[row / PAIR * lines_per_pair..][..lines_per_pair];
+            let to = panel.chunks_exact_mut(2 * TILES * LINES);
+            for (values, to) in values[columns.clone()].chunks(CHUNK).zip(to) {
+                let bytes = to_bytes(values, factor);
+                for (tile, bytes) in bytes.as_chunks::<64>().0.iter().enumerate() {
+                    to[tile * PAIR + row % PAIR] = Line(*bytes);
+                }
+            }
+        }
+    }
+}
+
+/// The largest magnitude; NaN if there is one.
+fn magnitude(scales: &[f32]) -> f32 {
+    f32::from_bits(scales.iter().map(|scale| scale.abs().to_bits()).max().unwrap_or(0))
+}
+
+/// Sums of a strip, (tokens, rows).
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+unsafe fn strip_sums(source: &Source<'_>, x: &Packed, tokens: usize, sums: &mut [f32]) {
+    let rows = source.rows.len();
+    let (pairs, groups) = (rows.div_ceil(PAIR), tokens.div_ceil(2 * TOKENS));
+    let scaled = source.scaled(x.chunks);
+    let mut panel = Scratch::<Line>::new(pairs * PART.min(x.chunks) * 2 * TILES * LINES);
+    let mut partial = Scratch::<Line>::new(pairs * groups * 4 * LINES);
+    let mut found = [Line([0; 64]); 4 * LINES];
+    // SAFETY: the caller vouches for the tiles.
+    let tiles = unsafe { Tiles::configure() };
+    for part in 0..scaled.parts {
+        let chunks = part * PART..((part + 1) * PART).min(x.chunks);
+        let lines_per_pair = chunks.len() * 2 * TILES * LINES;
+        let panel = &mut panel[..pairs * lines_per_pair];
+        source.decode(&scaled, x.chunks, chunks.clone(), panel);
+        for group in 0..groups {
+            let columns = chunks.start * TILES * LINES..chunks.end * TILES * LINES;
+            let [b0, b1] = [0, 1].map(|i| &x.group(2 * group + i)[columns.clone()]);
+            for (pair, panel) in panel.chunks_exact(lines_per_pair).enumerate() {
+                tiles.zero();
+                let steps = panel.as_chunks::<{ 2 * LINES }>().0.iter();
+                let right = b0.as_chunks::<LINES>().0.iter().zip(b1.as_chunks::<LINES>().0);
+                for (a, (b0, b1)) in steps.zip(right) {
+                    tiles.multiply_int8_2x2(a, b0, b1);
+                }
+                tiles.store(&mut found);
+                let kept = &mut partial[(group * pairs + pair) * 4 * LINES..][..4 * LINES];
+                let steps = scaled.steps.chunks_exact(scaled.parts).map(|steps| steps[part]);
+                let mut factors = [0.0; PAIR];
+                factors.iter_mut().zip(steps.skip(pair * PAIR)).for_each(|(to, step)| *to = step);
+                accumulate(&found, &factors, part == 0, kept);
+            }
+        }
+    }
+    drop(tiles);
+    write(&partial, pairs, x, tokens, rows, sums);
+}
+
+/// Adds integers, times the factor of their row of W, to what was found before.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn accumulate(found: &[Line; 4 * LINES], factors: &[f32; PAIR], first: bool, kept: &mut [Line]) {
+    for (i, (found, kept)) in found.iter().zip(kept).enumerate() {
+        // Accumulators 0 and 1 are of the first 16 rows.
+        let factor = _mm512_set1_ps(factors[i / (2 * LINES) * LINES + i % LINES]);
+        let found = _mm512_cvtepi32_ps(load(&found.0));
+        let before = if first { _mm512_setzero_si512() } else { load(&kept.0) };
+        let sum = _mm512_fmadd_ps(found, factor, _mm512_castsi512_ps(before));
+        store(&mut kept.0, _mm512_castps_si512(sum));
+    }
+}
+
+/// Writes the sums times the scales of their tokens, (tokens, rows).
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn write(partial: &[Line], pairs: usize, x: &Packed, tokens: usize, rows: usize, sums: &mut [f32]) {
+    use crate::linear::amx::transpose::write_transposed;
+
+    for (at, tile) in partial.as_chunks::<LINES>().0.iter().enumerate() {
+        let (group, pair, i) = (at / 4 / pairs, at / 4 % pairs, at % 4);
+        let column = pair * PAIR + i / 2 * LINES;
+        let token = group * 2 * TOKENS + i % 2 * TOKENS;
+        if column < rows && token < tokens {
+            let scales: &[f32; TOKENS] =
+                x.scales[token..].first_chunk().expect("scales come in sixteens");
+            let scales = load_f32(scales);
+            let mut scaled = *lines(tile);
+            for line in &mut scaled {
+                let product = _mm512_mul_ps(_mm512_castsi512_ps(load(&line.0)), scales);
+                store(&mut line.0, _mm512_castps_si512(product));
+            }
+            write_transposed(&scaled, sums, rows, token, column);
+        }
+    }
+}
