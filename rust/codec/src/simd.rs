@@ -31,6 +31,7 @@ pub struct Bodies {
     pub(crate) quantize_int8_row: QuantizeInt8RowFn,
     pub(crate) matmul_nt: MatmulFn,
     pub(crate) matmul_nn: MatmulFn,
+    pub(crate) round: RoundFn,
     /// Products of bfloat16 with instructions of their own.
     pub(crate) forward_bf16: Option<ForwardFn>,
     /// Products of bytes with instructions of their own.
@@ -53,6 +54,8 @@ type DequantizeInt8Fn = fn(&[i8], &[f32], usize, ValuesMut<'_>);
 type QuantizeInt8RowFn = fn(Values<'_>, &mut [i8]) -> f32;
 /// Two matrices, columns of the second, the sums that their product is added to.
 type MatmulFn = fn(&[f32], &[f32], usize, &mut [f32]);
+/// Floats -> as many values of a dtype.
+type RoundFn = fn(&[f32], ValuesMut<'_>);
 /// As [`crate::linear()`], arguments checked, for two tokens or more.
 type ForwardFn =
     fn(Engine, &[bf16], &Weight<'_>, &Epilogue<'_>, &mut [bf16]) -> Result<(), CodecError>;
@@ -148,6 +151,7 @@ static SCALAR: Bodies = Bodies {
     quantize_int8_row: quantize_int8_rows::scalar::quantize,
     matmul_nt: dense::scalar::nt,
     matmul_nn: dense::scalar::nn,
+    round: dense::scalar::round,
     forward_bf16: None,
     forward_int8: None,
 };
@@ -159,7 +163,7 @@ use x86::available as native;
 #[allow(unsafe_code)]
 mod x86 {
     use crate::linear::amx;
-    use crate::values::{with_slice, ValuesMut};
+    use crate::values::with_slice;
 
     use super::{
         dense, dequantize, dequantize_int8, quantize, quantize_int8, quantize_int8_rows, search,
@@ -211,6 +215,8 @@ mod x86 {
         quantize_int8_row: |v, q| unsafe { quantize_int8_rows::avx512::quantize(v, q) },
         matmul_nt: dense::scalar::nt,
         matmul_nn: dense::scalar::nn,
+        // SAFETY: as above.
+        round: |f, v| unsafe { dense::avx512::round(f, v) },
         forward_bf16: None,
         forward_int8: None,
     };
@@ -235,6 +241,7 @@ mod x86 {
         quantize_int8_row: |v, q| unsafe { quantize_int8_rows::avx2::quantize(v, q) },
         matmul_nt: dense::scalar::nt,
         matmul_nn: dense::scalar::nn,
+        round: dense::scalar::round,
         forward_bf16: None,
         forward_int8: None,
     };

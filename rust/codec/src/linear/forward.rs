@@ -73,8 +73,7 @@ pub fn linear(
     if let Some(bias) = bias {
         check_len("bias", bias.len(), weight.rows, (weight.rows, "out-features"))?;
     }
-    let floats = widened(x);
-    let epilogue = Epilogue::new(engine, &floats, weight, bias, lora)?;
+    let epilogue = Epilogue::new(engine, x, weight, bias, lora);
     #[cfg(target_arch = "x86_64")]
     if let (Values::Bf16(x), ValuesMut::Bf16(y), Some(forward)) =
         (x, &mut y, engine.bodies.forward_bf16)
@@ -83,7 +82,7 @@ pub fn linear(
             return forward(engine, x, weight, &epilogue, y);
         }
     }
-    let x = floats;
+    let x = widened(x);
     if let (Compute::Int8, Some(forward)) = (compute, engine.bodies.forward_int8) {
         if tokens > 1 && weight.cols > 0 {
             return forward(engine, &x, weight, &epilogue, y);
@@ -130,22 +129,22 @@ pub(crate) struct Epilogue<'a> {
 }
 
 impl<'a> Epilogue<'a> {
-    pub(crate) fn new(
+    fn new(
         engine: Engine,
-        x: &[f32],
+        x: Values<'_>,
         weight: &Weight<'_>,
         bias: Option<&'a [f32]>,
         lora: Option<Lora<'a>>,
-    ) -> Result<Self, CodecError> {
+    ) -> Self {
         let lora = lora.filter(|lora| lora.rank > 0 && weight.cols > 0);
         let lora = lora.map(|Lora { a, b, rank, scaling }| {
             let tokens = x.len() / weight.cols;
             let mut h = vec![0.0; tokens * rank];
-            (engine.bodies.matmul_nt)(x, a, weight.cols, &mut h);
+            (engine.bodies.matmul_nt)(&widened(x), a, weight.cols, &mut h);
             h.iter_mut().for_each(|h| *h *= scaling);
             (h, b, rank)
         });
-        Ok(Self { bias, lora })
+        Self { bias, lora }
     }
 
     /// Adds to the sums of a strip, (M, columns), and writes it.
@@ -167,7 +166,7 @@ impl<'a> Epilogue<'a> {
                 let bias = &bias[strip.columns.clone()];
                 sums.iter_mut().zip(bias).for_each(|(sum, bias)| *sum += bias);
             }
-            T::narrow(sums, row);
+            (bodies.round)(sums, T::values_mut(row));
         }
     }
 }

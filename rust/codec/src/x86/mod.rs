@@ -29,3 +29,12 @@ pub(crate) fn prefetch<T>(from: &[T], ahead: usize) {
     // SAFETY: a prefetch reads nothing that the program sees and never faults.
     unsafe { _mm_prefetch::<_MM_HINT_T0>(address) }
 }
+
+/// Fetches the cache line `ahead` bytes after a slice's start into L2; there may be none.
+#[inline(always)]
+pub(crate) fn prefetch_l2<T>(from: &[T], ahead: usize) {
+    use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T1};
+    let address = from.as_ptr().cast::<i8>().wrapping_add(ahead);
+    // SAFETY: a prefetch reads nothing that the program sees and never faults.
+    unsafe { _mm_prefetch::<_MM_HINT_T1>(address) }
+}

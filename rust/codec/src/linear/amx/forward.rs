@@ -20,6 +20,7 @@ use crate::linear::weight::{Codes, Weight};
 use crate::parallel;
 use crate::simd::{Bodies, Engine};
 use crate::values::ValuesMut;
+use crate::x86::prefetch_l2;
 
 /// Tokens that are multiplied while codes are decoded.
 pub(super) const FEW: usize = 2 * TOKENS;
@@ -122,17 +123,23 @@ struct Rows<'a> {
 }
 
 impl Rows<'_> {
-    /// Decodes a chunk of some rows into tiles. Tile `j` of rows 0 to 15 starts at `j * step`,
-    /// that of the next 16 rows one tile later.
+    /// Decodes a chunk of some rows, the rows of a group from `first` on among them, into tiles.
+    /// Tile `j` of the group's rows 0 to 15 starts at `j * step`, that of its next 16 rows one tile
+    /// later.
+    ///
+    /// A row of codes is fetched from memory for the next group, too, whose codes follow: all of
+    /// them will be there, whatever their order.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     fn decode(&self, rows: Range<usize>, first: usize, chunk: usize, step: usize, to: &mut [Line]) {
+        let next = (first + step) * self.bytes_per_row + chunk * step * CHUNK_BYTES;
         let mut room = [0; CHUNK_BYTES];
         for row in rows.start..rows.end.min(self.rows) {
             let at = row * self.bytes_per_row + chunk * CHUNK_BYTES;
             let scales = &self.scales[(row * self.chunks + chunk) * 2..];
             let scales = scales.first_chunk().unwrap_or(&[0.0; 2]);
             let codes = chunk_at(self.codes, at, &mut room);
+            prefetch_l2(self.codes, next + (row - first) * CHUNK_BYTES);
             self.decoder.row(codes, scales, step, &mut to[row - first..]);
         }
     }

@@ -17,6 +17,7 @@ use crate::error::CodecError;
 use crate::linear::amx::decode::{chunk_at, ByteDecoder, CHUNK, CHUNK_BYTES};
 use crate::linear::amx::forward::{lines, Nibbles, FEW, PAIR};
 use crate::linear::amx::tiles::{Tiles, LINES, TOKENS};
+use crate::linear::amx::transpose::{transpose, write_transposed};
 use crate::linear::forward::Epilogue;
 use crate::linear::scratch::{Line, Scratch};
 use crate::linear::strips;
@@ -25,6 +26,7 @@ use crate::parallel;
 use crate::simd::{Bodies, Engine};
 use crate::values::{Element, ValuesMut};
 use crate::x86::avx512::{load, load_f32, store};
+use crate::x86::prefetch_l2;
 
 /// Columns with one scale in each row of W, in chunks.
 const PART: usize = 8;
@@ -100,35 +102,42 @@ impl Packed {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 unsafe fn pack_group<'a>(
     rows: impl Iterator<Item = &'a [f32]>,
-    nibbles: bool,
+    nibbles_first: bool,
     tiles: &mut [Line],
     scales: &mut [f32],
 ) {
-    let mut last = 0;
-    for (token, row) in rows.enumerate() {
-        last = token + 1;
+    let mut all = [&[][..]; TOKENS];
+    all.iter_mut().zip(rows).for_each(|(to, row)| *to = row);
+    let mut factors = [0.0; TOKENS];
+    for ((row, scale), factor) in all.iter().zip(scales).zip(&mut factors) {
         // NaN is the largest magnitude as an integer, and makes the token's sums NaN.
         let largest = row.iter().map(|x| x.abs().to_bits()).max().unwrap_or(0);
         let largest = f32::from_bits(largest);
-        scales[token] = largest / 127.0;
-        let factor = if largest > 0.0 { 127.0 / largest } else { 0.0 };
-        for (values, tiles) in row.chunks(CHUNK).zip(tiles.chunks_exact_mut(TILES * LINES)) {
-            let bytes = to_bytes(values, factor);
-            for (tile, lines) in tiles.chunks_exact_mut(LINES).enumerate() {
-                for (four, line) in lines.iter_mut().enumerate() {
-                    let column = |i: usize| match nibbles {
-                        true => 2 * (4 * four + i) + (tile ^ 1),
-                        false => 64 * tile + 4 * four + i,
-                    };
-                    let four: [u8; 4] = core::array::from_fn(|i| bytes[column(i)]);
-                    line.0[4 * token..4 * token + 4].copy_from_slice(&four);
-                }
+        *scale = largest / 127.0;
+        *factor = if largest > 0.0 { 127.0 / largest } else { 0.0 };
+    }
+    // Of 8 bytes, the odd ones, which are tile 0's, then the even ones.
+    let nibbles =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(1, 3, 5, 7, 0, 2, 4, 6, 9, 11, 13, 15, 8, 10, 12, 14));
+    for (chunk, tiles) in tiles.chunks_exact_mut(TILES * LINES).enumerate() {
+        let mut vectors = [[_mm512_setzero_si512(); TOKENS]; 2];
+        for (token, (row, factor)) in all.iter().zip(factors).enumerate() {
+            let rest = row.get(chunk * CHUNK..).unwrap_or_default();
+            let bytes = to_bytes(&rest[..rest.len().min(CHUNK)], factor);
+            let [a, b] = bytes.as_chunks::<64>().0 else { unreachable!("128 bytes") };
+            let [a, b] = [load(a), load(b)];
+            (vectors[0][token], vectors[1][token]) = match nibbles_first {
+                true => (_mm512_shuffle_epi8(a, nibbles), _mm512_shuffle_epi8(b, nibbles)),
+                false => (a, b),
+            };
+        }
+        // Lane i of each vector is four bytes of its token; together they are a line.
+        for (part, vectors) in vectors.iter().enumerate() {
+            for (i, line) in transpose(vectors).into_iter().enumerate() {
+                let at = if nibbles_first { i % 2 * LINES + 8 * part + i / 2 } else { part * LINES + i };
+                store(&mut tiles[at].0, line);
             }
         }
-    }
-    scales[last..].fill(0.0);
-    for line in tiles {
-        line.0[4 * last..].fill(0);
     }
 }
 
@@ -212,6 +221,9 @@ impl Source<'_> {
             let bytes_per_row = self.weight.cols / 2;
             let codes = &nibbles.packed[self.rows.start * bytes_per_row..];
             let mut room = [0; CHUNK_BYTES];
+            // Low strips stay in L2 whole: the next one is fetched. Of others, the next rows.
+            let low = self.rows.len() <= 2 * PAIR;
+            let mut next = self.rows.len() * (bytes_per_row + chunks.start * CHUNK_BYTES);
             for (pair, panel) in panel.chunks_exact_mut(lines_per_pair).enumerate() {
                 let steps = panel.chunks_exact_mut(2 * TILES * LINES);
                 for (chunk, to) in chunks.clone().zip(steps) {
@@ -219,6 +231,8 @@ impl Source<'_> {
                         let at = row * bytes_per_row + chunk * CHUNK_BYTES;
                         let factors = &scaled.factors[(row * all + chunk) * 2..];
                         let factors = factors.first_chunk().unwrap_or(&[0.0; 2]);
+                        prefetch_l2(codes, if low { next } else { at + PAIR * bytes_per_row });
+                        next += CHUNK_BYTES;
                         let codes = chunk_at(codes, at, &mut room);
                         decoder.row(codes, factors, PAIR, &mut to[row - pair * PAIR..]);
                     }
@@ -310,8 +324,6 @@ fn accumulate(found: &[Line; 4 * LINES], factors: &[f32; PAIR], first: bool, kep
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn write(partial: &[Line], pairs: usize, x: &Packed, tokens: usize, rows: usize, sums: &mut [f32]) {
-    use crate::linear::amx::transpose::write_transposed;
-
     for (at, tile) in partial.as_chunks::<LINES>().0.iter().enumerate() {
         let (group, pair, i) = (at / 4 / pairs, at / 4 % pairs, at % 4);
         let column = pair * PAIR + i / 2 * LINES;

@@ -1,13 +1,17 @@
 //! The left-hand side of a layer, packed as right-hand tiles.
 
+use std::arch::x86_64::*;
+
 use half::bf16;
 
 use crate::error::CodecError;
 use crate::linear::amx::decode::{CHUNK, TILES_PER_CHUNK};
 use crate::linear::amx::tiles::{LINES, TOKENS};
+use crate::linear::amx::transpose::transpose;
 use crate::linear::scratch::{Line, Scratch};
 use crate::parallel;
 use crate::simd::Engine;
+use crate::x86::avx512::{load, store};
 
 /// Which columns of a chunk of 128 a tile holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,6 +22,7 @@ pub(crate) enum Order {
     Natural,
 }
 
+#[cfg(test)]
 impl Order {
     /// The column, in its chunk, of value `i` of tile `tile`.
     pub(crate) const fn column(self, tile: usize, i: usize) -> usize {
@@ -54,7 +59,8 @@ impl Packed {
         let jobs = tiles.chunks_mut(chunks * CHUNK_LINES).enumerate();
         parallel::for_each(x.len(), engine, jobs, |(group, tiles)| {
             let rows = x.chunks(cols).skip(group * TOKENS).take(TOKENS);
-            pack_group(rows, chunks, order, tiles);
+            // SAFETY: all processors with tiles have the vectors.
+            unsafe { pack_group(rows, chunks, order, tiles) };
         })?;
         Ok(Self { tiles, chunks })
     }
@@ -67,37 +73,51 @@ impl Packed {
 }
 
 /// Packs up to 16 rows; the tokens after them are zero.
+#[target_feature(enable = "avx512f,avx512bw")]
 fn pack_group<'a>(
     rows: impl Iterator<Item = &'a [bf16]>,
     chunks: usize,
     order: Order,
     tiles: &mut [Line],
 ) {
-    let mut last = 0;
-    for (token, row) in rows.enumerate() {
-        last = token + 1;
-        for (chunk, tiles) in tiles.chunks_exact_mut(CHUNK_LINES).enumerate().take(chunks) {
-            let mut values = [bf16::ZERO; CHUNK];
-            let rest = &row[chunk * CHUNK..];
-            let len = rest.len().min(CHUNK);
-            values[..len].copy_from_slice(&rest[..len]);
-            pack_row(&values, order, token, tiles);
+    let mut all = [&[][..]; TOKENS];
+    all.iter_mut().zip(rows).for_each(|(to, row)| *to = row);
+    // Of 8 values, those of tile 0, which are 1 and 5, those of tile 1, 0 and 4, and so on.
+    let nibbles = _mm512_broadcast_i32x4(_mm_setr_epi8(
+        2, 3, 10, 11, 0, 1, 8, 9, 6, 7, 14, 15, 4, 5, 12, 13,
+    ));
+    for (chunk, tiles) in tiles.chunks_exact_mut(CHUNK_LINES).enumerate().take(chunks) {
+        for part in 0..TILES_PER_CHUNK {
+            let vectors = core::array::from_fn(|token| {
+                let values = load_or_zero(all[token], chunk * CHUNK + part * 32);
+                match order {
+                    Order::Nibbles => _mm512_shuffle_epi8(values, nibbles),
+                    Order::Natural => values,
+                }
+            });
+            // Lane i of each vector is a pair of its token; together they are a line.
+            for (i, line) in transpose(&vectors).into_iter().enumerate() {
+                let (tile, pair) = match order {
+                    Order::Nibbles => (i % 4, 4 * part + i / 4),
+                    Order::Natural => (part, i),
+                };
+                store(&mut tiles[tile * LINES + pair].0, line);
+            }
         }
-    }
-    for line in tiles {
-        line.0[4 * last..].fill(0);
     }
 }
 
-/// Puts a chunk of one token in its column of four tiles.
-fn pack_row(values: &[bf16; CHUNK], order: Order, token: usize, tiles: &mut [Line]) {
-    for (tile, lines) in tiles.chunks_exact_mut(LINES).enumerate() {
-        for (pair, line) in lines.iter_mut().enumerate() {
-            let value = |i| values[order.column(tile, 2 * pair + i)].to_bits().to_le_bytes();
-            let ([a, b], [c, d]) = (value(0), value(1));
-            line.0[4 * token..4 * token + 4].copy_from_slice(&[a, b, c, d]);
-        }
+/// 32 values from `at` on; zero after the last.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load_or_zero(row: &[bf16], at: usize) -> __m512i {
+    let rest = row.get(at..).unwrap_or_default();
+    if let Some(values) = rest.first_chunk::<32>() {
+        return load(values);
     }
+    let mut room = [bf16::ZERO; 32];
+    room[..rest.len()].copy_from_slice(rest);
+    load(&room)
 }
 
 #[cfg(test)]

@@ -35,7 +35,7 @@ pub(crate) fn write_transposed(
 /// Lane `j` of vector `i` becomes lane `i` of vector `j`.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn transpose(rows: &[__m512i; 16]) -> [__m512i; 16] {
+pub(super) fn transpose(rows: &[__m512i; 16]) -> [__m512i; 16] {
     // Pairs of rows, then fours, within each 128-bit lane; then the lanes.
     let pairs: [__m512i; 16] = core::array::from_fn(|i| {
         let (a, b) = (rows[i & !1], rows[i | 1]);

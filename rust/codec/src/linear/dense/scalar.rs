@@ -1,5 +1,7 @@
 //! The reference body: plain Rust, any machine.
 
+use crate::values::{with_slice, Element, ValuesMut};
+
 /// Lanes that the compiler can keep in vectors.
 const LANES: usize = 8;
 
@@ -39,4 +41,9 @@ fn dot(x: &[f32], w: &[f32]) -> f32 {
     }
     let rest: f32 = rest_x.iter().zip(rest_w).map(|(x, w)| x * w).sum();
     lanes.iter().sum::<f32>() + rest
+}
+
+/// Rounds to nearest, ties to even.
+pub(crate) fn round(floats: &[f32], values: ValuesMut<'_>) {
+    with_slice!(values, ValuesMut, values => Element::narrow(floats, values));
 }
