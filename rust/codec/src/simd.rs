@@ -29,6 +29,8 @@ pub struct Bodies {
     pub(crate) quantize_int8_row: QuantizeInt8RowFn,
     pub(crate) matmul_nt: MatmulFn,
     pub(crate) matmul_nn: MatmulFn,
+    pub(crate) transpose: fn(&mut [[f32; 16]; 16]),
+    pub(crate) widen: WidenFn,
 }
 
 /// Values, codes, block size -> packed, absmax, and whether all values were finite.
@@ -45,6 +47,8 @@ type QuantizeInt8Fn = fn(Values<'_>, usize, &mut [i8], &mut [f32]) -> bool;
 type DequantizeInt8Fn = fn(&[i8], &[f32], usize, ValuesMut<'_>);
 /// Values of a row -> codes, and its absmax.
 type QuantizeInt8RowFn = fn(Values<'_>, &mut [i8]) -> f32;
+/// Values -> the same as floats.
+type WidenFn = fn(Values<'_>, &mut [f32]);
 /// Two matrices, columns of the second, the sums that their product is added to.
 type MatmulFn = fn(&[f32], &[f32], usize, &mut [f32]);
 
@@ -136,6 +140,8 @@ static SCALAR: Bodies = Bodies {
     quantize_int8_row: quantize_int8_rows::scalar::quantize,
     matmul_nt: dense::scalar::nt,
     matmul_nn: dense::scalar::nn,
+    transpose: dense::scalar::transpose,
+    widen: dense::scalar::widen,
 };
 
 #[cfg(target_arch = "x86_64")]
@@ -152,7 +158,7 @@ mod x86 {
 
     /// The only way to the tables below, which is what makes their calls sound.
     pub(super) fn available() -> impl Iterator<Item = &'static Bodies> {
-        let avx2 = has!("avx2") && has!("f16c");
+        let avx2 = has!("avx2") && has!("f16c") && has!("fma");
         let avx512 = avx2
             && has!("avx512f")
             && has!("avx512bw")
@@ -178,8 +184,14 @@ mod x86 {
         dequantize_int8: |q, a, b, v| unsafe { dequantize_int8::avx512::dequantize(q, a, b, v) },
         // SAFETY: as above.
         quantize_int8_row: |v, q| unsafe { quantize_int8_rows::avx512::quantize(v, q) },
-        matmul_nt: dense::scalar::nt,
-        matmul_nn: dense::scalar::nn,
+        // SAFETY: as above.
+        matmul_nt: |x, w, k, s| unsafe { dense::avx512::nt(x, w, k, s) },
+        // SAFETY: as above.
+        matmul_nn: |x, w, n, s| unsafe { dense::avx512::nn(x, w, n, s) },
+        // SAFETY: as above.
+        transpose: |s| unsafe { dense::avx512::transpose(s) },
+        // SAFETY: as above.
+        widen: |v, f| unsafe { dense::avx512::widen(v, f) },
     };
 
     static AVX2: Bodies = Bodies {
@@ -198,8 +210,13 @@ mod x86 {
         dequantize_int8: |q, a, b, v| unsafe { dequantize_int8::avx2::dequantize(q, a, b, v) },
         // SAFETY: as above.
         quantize_int8_row: |v, q| unsafe { quantize_int8_rows::avx2::quantize(v, q) },
-        matmul_nt: dense::scalar::nt,
-        matmul_nn: dense::scalar::nn,
+        // SAFETY: as above.
+        matmul_nt: |x, w, k, s| unsafe { dense::avx2::nt(x, w, k, s) },
+        // SAFETY: as above.
+        matmul_nn: |x, w, n, s| unsafe { dense::avx2::nn(x, w, n, s) },
+        transpose: dense::scalar::transpose,
+        // SAFETY: as above.
+        widen: |v, f| unsafe { dense::avx2::widen(v, f) },
     };
 }
 

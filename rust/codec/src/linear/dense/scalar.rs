@@ -1,5 +1,7 @@
 //! The reference body: plain Rust, any machine.
 
+use crate::values::{with_slice, Element, Values};
+
 /// Lanes that the compiler can keep in vectors.
 const LANES: usize = 8;
 
@@ -39,4 +41,19 @@ fn dot(x: &[f32], w: &[f32]) -> f32 {
     }
     let rest: f32 = rest_x.iter().zip(rest_w).map(|(x, w)| x * w).sum();
     lanes.iter().sum::<f32>() + rest
+}
+
+/// Turns 16 rows of 16 floats into columns.
+pub(crate) fn transpose(square: &mut [[f32; 16]; 16]) {
+    for i in 1..16 {
+        let (above, row) = square.split_at_mut(i);
+        for (above, value) in above.iter_mut().zip(&mut row[0]) {
+            core::mem::swap(&mut above[i], value);
+        }
+    }
+}
+
+/// Writes the values as floats.
+pub(crate) fn widen(values: Values<'_>, floats: &mut [f32]) {
+    with_slice!(values, Values, v => Element::widen(v, floats));
 }
