@@ -36,6 +36,8 @@ pub struct Bodies {
     pub(crate) forward_bf16: Option<ForwardFn>,
     /// Products of bytes with instructions of their own.
     pub(crate) forward_int8: Option<ForwardInt8Fn>,
+    pub(crate) transpose: fn(&mut [[f32; 16]; 16]),
+    pub(crate) widen: WidenFn,
 }
 
 /// Values, codes, block size -> packed, absmax, and whether all values were finite.
@@ -52,6 +54,8 @@ type QuantizeInt8Fn = fn(Values<'_>, usize, &mut [i8], &mut [f32]) -> bool;
 type DequantizeInt8Fn = fn(&[i8], &[f32], usize, ValuesMut<'_>);
 /// Values of a row -> codes, and its absmax.
 type QuantizeInt8RowFn = fn(Values<'_>, &mut [i8]) -> f32;
+/// Values -> the same as floats.
+type WidenFn = fn(Values<'_>, &mut [f32]);
 /// Two matrices, columns of the second, the sums that their product is added to.
 type MatmulFn = fn(&[f32], &[f32], usize, &mut [f32]);
 /// Floats -> as many values of a dtype.
@@ -154,6 +158,8 @@ static SCALAR: Bodies = Bodies {
     round: dense::scalar::round,
     forward_bf16: None,
     forward_int8: None,
+    transpose: dense::scalar::transpose,
+    widen: dense::scalar::widen,
 };
 
 #[cfg(target_arch = "x86_64")]
@@ -173,7 +179,7 @@ mod x86 {
 
     /// The only way to the tables below, which is what makes their calls sound.
     pub(super) fn available() -> impl Iterator<Item = &'static Bodies> {
-        let avx2 = has!("avx2") && has!("f16c");
+        let avx2 = has!("avx2") && has!("f16c") && has!("fma");
         let avx512 = avx2
             && has!("avx512f")
             && has!("avx512bw")
@@ -213,12 +219,18 @@ mod x86 {
         dequantize_int8: |q, a, b, v| unsafe { dequantize_int8::avx512::dequantize(q, a, b, v) },
         // SAFETY: as above.
         quantize_int8_row: |v, q| unsafe { quantize_int8_rows::avx512::quantize(v, q) },
-        matmul_nt: dense::scalar::nt,
-        matmul_nn: dense::scalar::nn,
         // SAFETY: as above.
         round: |f, v| unsafe { dense::avx512::round(f, v) },
         forward_bf16: None,
         forward_int8: None,
+        // SAFETY: as above.
+        matmul_nt: |x, w, k, s| unsafe { dense::avx512::nt(x, w, k, s) },
+        // SAFETY: as above.
+        matmul_nn: |x, w, n, s| unsafe { dense::avx512::nn(x, w, n, s) },
+        // SAFETY: as above.
+        transpose: |s| unsafe { dense::avx512::transpose(s) },
+        // SAFETY: as above.
+        widen: |v, f| unsafe { dense::avx512::widen(v, f) },
     };
 
     static AVX512: Bodies = AVX512_BODIES;
@@ -239,11 +251,16 @@ mod x86 {
         dequantize_int8: |q, a, b, v| unsafe { dequantize_int8::avx2::dequantize(q, a, b, v) },
         // SAFETY: as above.
         quantize_int8_row: |v, q| unsafe { quantize_int8_rows::avx2::quantize(v, q) },
-        matmul_nt: dense::scalar::nt,
-        matmul_nn: dense::scalar::nn,
         round: dense::scalar::round,
         forward_bf16: None,
         forward_int8: None,
+        // SAFETY: as above.
+        matmul_nt: |x, w, k, s| unsafe { dense::avx2::nt(x, w, k, s) },
+        // SAFETY: as above.
+        matmul_nn: |x, w, n, s| unsafe { dense::avx2::nn(x, w, n, s) },
+        transpose: dense::scalar::transpose,
+        // SAFETY: as above.
+        widen: |v, f| unsafe { dense::avx2::widen(v, f) },
     };
 }
 

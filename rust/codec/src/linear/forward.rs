@@ -2,6 +2,7 @@
 
 use crate::error::CodecError;
 use crate::layout::check_len;
+use crate::linear::scratch::Scratch;
 use crate::linear::strips::{self, Strip};
 use crate::linear::weight::Weight;
 use crate::parallel;
@@ -82,7 +83,7 @@ pub fn linear(
             return forward(engine, x, weight, &epilogue, y);
         }
     }
-    let x = widened(x);
+    let x = widened(engine.bodies, x);
     if let (Compute::Int8, Some(forward)) = (compute, engine.bodies.forward_int8) {
         if tokens > 1 && weight.cols > 0 {
             return forward(engine, &x, weight, &epilogue, y);
@@ -92,9 +93,9 @@ pub fn linear(
 }
 
 /// The values as floats.
-fn widened(values: Values<'_>) -> Vec<f32> {
-    let mut floats = vec![0.0; values.len()];
-    with_slice!(values, Values, v => Element::widen(v, &mut floats));
+fn widened(bodies: &'static Bodies, values: Values<'_>) -> Scratch<f32> {
+    let mut floats = Scratch::new(values.len());
+    (bodies.widen)(values, &mut floats);
     floats
 }
 
@@ -140,7 +141,7 @@ impl<'a> Epilogue<'a> {
         let lora = lora.map(|Lora { a, b, rank, scaling }| {
             let tokens = x.len() / weight.cols;
             let mut h = vec![0.0; tokens * rank];
-            (engine.bodies.matmul_nt)(&widened(x), a, weight.cols, &mut h);
+            (engine.bodies.matmul_nt)(&widened(engine.bodies, x), a, weight.cols, &mut h);
             h.iter_mut().for_each(|h| *h *= scaling);
             (h, b, rank)
         });

@@ -134,7 +134,8 @@ unsafe fn pack_group<'a>(
         // Lane i of each vector is four bytes of its token; together they are a line.
         for (part, vectors) in vectors.iter().enumerate() {
             for (i, line) in transpose(vectors).into_iter().enumerate() {
-                let at = if nibbles_first { i % 2 * LINES + 8 * part + i / 2 } else { part * LINES + i };
+                let at =
+                    if nibbles_first { i % 2 * LINES + 8 * part + i / 2 } else { part * LINES + i };
                 store(&mut tiles[at].0, line);
             }
         }

@@ -83,9 +83,8 @@ fn pack_group<'a>(
     let mut all = [&[][..]; TOKENS];
     all.iter_mut().zip(rows).for_each(|(to, row)| *to = row);
     // Of 8 values, those of tile 0, which are 1 and 5, those of tile 1, 0 and 4, and so on.
-    let nibbles = _mm512_broadcast_i32x4(_mm_setr_epi8(
-        2, 3, 10, 11, 0, 1, 8, 9, 6, 7, 14, 15, 4, 5, 12, 13,
-    ));
+    let nibbles =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(2, 3, 10, 11, 0, 1, 8, 9, 6, 7, 14, 15, 4, 5, 12, 13));
     for (chunk, tiles) in tiles.chunks_exact_mut(CHUNK_LINES).enumerate().take(chunks) {
         for part in 0..TILES_PER_CHUNK {
             let vectors = core::array::from_fn(|token| {

@@ -8,5 +8,18 @@
 //!
 //! All matrices are row-major without gaps; sums is (m, n). Products may be fused with sums, and
 //! each body sums in its own fixed order: they agree to rounding.
+//!
+//! `nt` is for few rows of x: a tile of dot products along k, both matrices as they lie. `nn` is
+//! for many: a tile of sums stays in registers, a row of w meets one value of each row of x.
+//! [`tokens`] lays out x so that a product with many rows of W is an `nn`; [`forward`] and
+//! [`columns`] run the two over all of a weight.
 
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code)]
+pub(crate) mod avx2;
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code)]
+pub(crate) mod avx512;
 pub(crate) mod scalar;
+#[cfg(test)]
+mod tests;

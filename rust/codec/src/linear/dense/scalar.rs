@@ -1,6 +1,6 @@
 //! The reference body: plain Rust, any machine.
 
-use crate::values::{with_slice, Element, ValuesMut};
+use crate::values::{with_slice, Element, Values, ValuesMut};
 
 /// Lanes that the compiler can keep in vectors.
 const LANES: usize = 8;
@@ -46,4 +46,19 @@ fn dot(x: &[f32], w: &[f32]) -> f32 {
 /// Rounds to nearest, ties to even.
 pub(crate) fn round(floats: &[f32], values: ValuesMut<'_>) {
     with_slice!(values, ValuesMut, values => Element::narrow(floats, values));
+}
+
+/// Turns 16 rows of 16 floats into columns.
+pub(crate) fn transpose(square: &mut [[f32; 16]; 16]) {
+    for i in 1..16 {
+        let (above, row) = square.split_at_mut(i);
+        for (above, value) in above.iter_mut().zip(&mut row[0]) {
+            core::mem::swap(&mut above[i], value);
+        }
+    }
+}
+
+/// Writes the values as floats.
+pub(crate) fn widen(values: Values<'_>, floats: &mut [f32]) {
+    with_slice!(values, Values, v => Element::widen(v, floats));
 }
