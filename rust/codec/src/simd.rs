@@ -63,9 +63,9 @@ type RoundFn = fn(&[f32], ValuesMut<'_>);
 /// As [`crate::linear()`], arguments checked, for two tokens or more.
 type ForwardFn =
     fn(Engine, &[bf16], &Weight<'_>, &Epilogue<'_>, &mut [bf16]) -> Result<(), CodecError>;
-/// As [`crate::linear()`] for [`crate::Compute::Int8`], x as floats.
+/// As [`crate::linear()`] for [`crate::Compute::Int8`], for any dtype.
 type ForwardInt8Fn =
-    fn(Engine, &[f32], &Weight<'_>, &Epilogue<'_>, ValuesMut<'_>) -> Result<(), CodecError>;
+    fn(Engine, Values<'_>, &Weight<'_>, &Epilogue<'_>, ValuesMut<'_>) -> Result<(), CodecError>;
 
 impl Bodies {
     /// `"scalar"`, `"avx2"`, `"avx512"` or `"amx"`.

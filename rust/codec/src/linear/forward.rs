@@ -2,6 +2,7 @@
 
 use crate::error::CodecError;
 use crate::layout::check_len;
+use crate::linear::epilogue::Epilogue;
 use crate::linear::scratch::Scratch;
 use crate::linear::strips::{self, Strip};
 use crate::linear::weight::Weight;
@@ -83,17 +84,17 @@ pub fn linear(
             return forward(engine, x, weight, &epilogue, y);
         }
     }
-    let x = widened(engine.bodies, x);
     if let (Compute::Int8, Some(forward)) = (compute, engine.bodies.forward_int8) {
         if tokens > 1 && weight.cols > 0 {
-            return forward(engine, &x, weight, &epilogue, y);
+            return forward(engine, x, weight, &epilogue, y);
         }
     }
+    let x = widened(engine.bodies, x);
     with_slice!(y, ValuesMut, y => strips_of(engine, &x, weight, &epilogue, y))
 }
 
 /// The values as floats.
-fn widened(bodies: &'static Bodies, values: Values<'_>) -> Scratch<f32> {
+pub(crate) fn widened(bodies: &'static Bodies, values: Values<'_>) -> Scratch<f32> {
     let mut floats = Scratch::new(values.len());
     (bodies.widen)(values, &mut floats);
     floats
@@ -118,56 +119,6 @@ fn strips_of<T: Element>(
         let mut room = vec![0.0; panel.len()];
         let panel = T::widened(&panel, &mut room);
         (engine.bodies.matmul_nt)(x, panel, weight.cols, &mut sums);
-        epilogue.finish(engine.bodies, strip, &mut sums);
+        epilogue.finish(strip, &mut sums);
     })
-}
-
-/// What is added to the product before it is rounded.
-pub(crate) struct Epilogue<'a> {
-    bias: Option<&'a [f32]>,
-    /// `scaling * x A^T`, (M, rank), and B, (rows, rank).
-    lora: Option<(Vec<f32>, &'a [f32], usize)>,
-}
-
-impl<'a> Epilogue<'a> {
-    fn new(
-        engine: Engine,
-        x: Values<'_>,
-        weight: &Weight<'_>,
-        bias: Option<&'a [f32]>,
-        lora: Option<Lora<'a>>,
-    ) -> Self {
-        let lora = lora.filter(|lora| lora.rank > 0 && weight.cols > 0);
-        let lora = lora.map(|Lora { a, b, rank, scaling }| {
-            let tokens = x.len() / weight.cols;
-            let mut h = vec![0.0; tokens * rank];
-            (engine.bodies.matmul_nt)(&widened(engine.bodies, x), a, weight.cols, &mut h);
-            h.iter_mut().for_each(|h| *h *= scaling);
-            (h, b, rank)
-        });
-        Self { bias, lora }
-    }
-
-    /// Adds to the sums of a strip, (M, columns), and writes it.
-    pub(crate) fn finish<T: Element>(
-        &self,
-        bodies: &'static Bodies,
-        strip: Strip<'_, T>,
-        sums: &mut [f32],
-    ) {
-        let width = strip.columns.len();
-        if let Some((h, b, rank)) = &self.lora {
-            let b = &b[strip.columns.start * rank..strip.columns.end * rank];
-            let transposed: Vec<f32> =
-                (0..*rank).flat_map(|r| b.iter().skip(r).step_by(*rank).copied()).collect();
-            (bodies.matmul_nn)(h, &transposed, width, sums);
-        }
-        for (row, sums) in strip.rows.into_iter().zip(sums.chunks_mut(width.max(1))) {
-            if let Some(bias) = self.bias {
-                let bias = &bias[strip.columns.clone()];
-                sums.iter_mut().zip(bias).for_each(|(sum, bias)| *sum += bias);
-            }
-            (bodies.round)(sums, T::values_mut(row));
-        }
-    }
 }

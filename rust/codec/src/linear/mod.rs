@@ -19,6 +19,7 @@
 #[allow(unsafe_code)]
 pub(crate) mod amx;
 pub(crate) mod dense;
+mod epilogue;
 mod forward;
 mod scratch;
 mod strips;
@@ -26,6 +27,6 @@ mod strips;
 pub(crate) mod tests;
 mod weight;
 
-pub(crate) use forward::Epilogue;
+pub(crate) use epilogue::Epilogue;
 pub use forward::{linear, Compute, Lora};
 pub use weight::{Codes, Scales, Weight};

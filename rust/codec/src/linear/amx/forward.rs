@@ -13,7 +13,7 @@ use crate::linear::amx::decode::{chunk_at, Decoder, CHUNK, CHUNK_BYTES, TILES_PE
 use crate::linear::amx::pack::{Order, Packed, CHUNK_LINES};
 use crate::linear::amx::tiles::{Tiles, LINES, TOKENS};
 use crate::linear::amx::transpose::write_transposed;
-use crate::linear::forward::Epilogue;
+use crate::linear::epilogue::Epilogue;
 use crate::linear::scratch::{Line, Scratch};
 use crate::linear::strips;
 use crate::linear::weight::{Codes, Weight};
@@ -57,24 +57,27 @@ pub(crate) unsafe fn forward(
     let jobs = strips::split(y, weight.rows, width).into_iter();
     parallel::for_each(work, engine, jobs, |strip| {
         let (rows, width) = (strip.columns.clone(), strip.columns.len());
-        let mut sums = Scratch::<f32>::new(tokens * width);
-        let product = Product { x: &x, tokens, rows: width, sums: &mut sums };
+        let (epilogue, mut to) = (epilogue.of(rows.clone()), strip.rows.into_iter());
+        let mut finish = |first, sums: &mut [f32]| {
+            epilogue.finish(first, to.by_ref().take(FEW), sums);
+        };
+        let product = Product { x: &x, tokens, rows: width, finish: &mut finish };
         match &nibbles {
             // SAFETY: the caller vouches for the tiles; all such processors have the vectors.
             Some(nibbles) => unsafe { of_nibbles(nibbles, rows, product) },
             // SAFETY: as above.
             None => unsafe { of_values(engine.bodies, weight, rows, product) },
         }
-        epilogue.finish(engine.bodies, strip, &mut sums);
     })
 }
 
-/// What a strip computes: (tokens, rows) sums.
+/// What a strip computes.
 struct Product<'a> {
     x: &'a Packed,
     tokens: usize,
     rows: usize,
-    sums: &'a mut [f32],
+    /// Takes the first token and the sums, (tokens, rows), of each 32 tokens in turn.
+    finish: &'a mut dyn FnMut(usize, &mut [f32]),
 }
 
 /// A weight of 4-bit codes whose chunks have one scale in each half.
@@ -120,6 +123,8 @@ struct Rows<'a> {
     scales: &'a [f32],
     chunks: usize,
     rows: usize,
+    /// Whether whole rows are decoded before the next group of rows, or some columns of all.
+    whole_rows: bool,
 }
 
 impl Rows<'_> {
@@ -127,19 +132,21 @@ impl Rows<'_> {
     /// Tile `j` of the group's rows 0 to 15 starts at `j * step`, that of its next 16 rows one tile
     /// later.
     ///
-    /// A row of codes is fetched from memory for the next group, too, whose codes follow: all of
-    /// them will be there, whatever their order.
+    /// Codes of the next group are fetched from memory: where whole rows are decoded, its lines as
+    /// they follow each other, since all will be needed; else those of the same columns.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     fn decode(&self, rows: Range<usize>, first: usize, chunk: usize, step: usize, to: &mut [Line]) {
         let next = (first + step) * self.bytes_per_row + chunk * step * CHUNK_BYTES;
+        let ahead = step * self.bytes_per_row;
         let mut room = [0; CHUNK_BYTES];
         for row in rows.start..rows.end.min(self.rows) {
             let at = row * self.bytes_per_row + chunk * CHUNK_BYTES;
             let scales = &self.scales[(row * self.chunks + chunk) * 2..];
             let scales = scales.first_chunk().unwrap_or(&[0.0; 2]);
             let codes = chunk_at(self.codes, at, &mut room);
-            prefetch_l2(self.codes, next + (row - first) * CHUNK_BYTES);
+            let line = next + (row - first) * CHUNK_BYTES;
+            prefetch_l2(self.codes, if self.whole_rows { line } else { at + ahead });
             self.decoder.row(codes, scales, step, &mut to[row - first..]);
         }
     }
@@ -157,6 +164,7 @@ unsafe fn of_nibbles(nibbles: &Nibbles<'_>, rows: Range<usize>, product: Product
         scales: &scales,
         chunks: product.x.chunks,
         rows: rows.len(),
+        whole_rows: product.tokens <= FEW,
     };
     // SAFETY: the caller vouches for the tiles.
     let tiles = unsafe { Tiles::configure() };
@@ -213,7 +221,8 @@ unsafe fn of_values(
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 fn few_tokens<const ROW_TILES: usize>(tiles: &Tiles, codes: &Rows<'_>, product: Product<'_>) {
-    let Product { x, tokens, rows, sums } = product;
+    let Product { x, tokens, rows, finish } = product;
+    let mut sums = Scratch::<f32>::new(tokens * rows);
     let (step, height) = (ROW_TILES * LINES, ROW_TILES * LINES);
     let mut room = Scratch::<Line>::new(2 * TILES_PER_CHUNK * step);
     let (mut next, mut ready) = room.split_at_mut(TILES_PER_CHUNK * step);
@@ -244,10 +253,11 @@ fn few_tokens<const ROW_TILES: usize>(tiles: &Tiles, codes: &Rows<'_>, product: 
             let (row, token) = if ROW_TILES == 4 { (i, 0) } else { (i / 2, i % 2) };
             let (column, token) = (first + row * LINES, token * TOKENS);
             if column < rows && token < tokens {
-                write_transposed(tile, sums, rows, token, column);
+                write_transposed(tile, &mut sums, rows, token, column);
             }
         }
     }
+    finish(0, &mut sums);
 }
 
 /// Multiplies panels of decoded rows with all tokens. `decode` writes a panel: for each 32 rows,
@@ -260,7 +270,8 @@ fn many_tokens(
     panel_chunks: usize,
     mut decode: impl FnMut(Range<usize>, &mut [Line]),
 ) {
-    let Product { x, tokens, rows, sums } = product;
+    let Product { x, tokens, rows, finish } = product;
+    let mut sums = Scratch::<f32>::new(FEW * rows);
     let (pairs, groups) = (rows.div_ceil(PAIR), tokens.div_ceil(2 * TOKENS));
     let mut panel = Scratch::<Line>::new(pairs * panel_chunks.min(x.chunks) * 2 * CHUNK_LINES);
     let parts = x.chunks.div_ceil(panel_chunks);
@@ -274,6 +285,8 @@ fn many_tokens(
         for group in 0..groups {
             let columns = chunks.start * CHUNK_LINES..chunks.end * CHUNK_LINES;
             let [b0, b1] = [0, 1].map(|i| &x.group(2 * group + i)[columns.clone()]);
+            let here = (tokens - group * FEW).min(FEW);
+            let sums = &mut sums[..here * rows];
             for (pair, panel) in panel.chunks_exact(lines_per_pair).enumerate() {
                 let at = (group * pairs + pair) * 4 * LINES;
                 if part == 0 {
@@ -292,12 +305,14 @@ fn many_tokens(
                 }
                 tiles.store(&mut last);
                 for (i, tile) in last.as_chunks::<LINES>().0.iter().enumerate() {
-                    let column = pair * PAIR + i / 2 * LINES;
-                    let token = group * 2 * TOKENS + i % 2 * TOKENS;
-                    if column < rows && token < tokens {
+                    let (column, token) = (pair * PAIR + i / 2 * LINES, i % 2 * TOKENS);
+                    if column < rows && token < here {
                         write_transposed(tile, sums, rows, token, column);
                     }
                 }
+            }
+            if part + 1 == parts {
+                finish(group * FEW, sums);
             }
         }
     }

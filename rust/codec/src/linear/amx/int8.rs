@@ -15,16 +15,17 @@ use std::ops::Range;
 
 use crate::error::CodecError;
 use crate::linear::amx::decode::{chunk_at, ByteDecoder, CHUNK, CHUNK_BYTES};
-use crate::linear::amx::forward::{lines, Nibbles, FEW, PAIR};
+use crate::linear::amx::forward::{Nibbles, FEW, PAIR};
 use crate::linear::amx::tiles::{Tiles, LINES, TOKENS};
 use crate::linear::amx::transpose::{transpose, write_transposed};
-use crate::linear::forward::Epilogue;
+use crate::linear::epilogue::Epilogue;
+use crate::linear::forward::widened;
 use crate::linear::scratch::{Line, Scratch};
 use crate::linear::strips;
 use crate::linear::weight::{Codes, Weight};
 use crate::parallel;
 use crate::simd::{Bodies, Engine};
-use crate::values::{Element, ValuesMut};
+use crate::values::{Element, Values, ValuesMut};
 use crate::x86::avx512::{load, load_f32, store};
 use crate::x86::prefetch_l2;
 
@@ -42,7 +43,7 @@ const TILES: usize = 2;
 /// The tiles must have been granted.
 pub(crate) unsafe fn forward<T: Element>(
     engine: Engine,
-    x: &[f32],
+    x: Values<'_>,
     weight: &Weight<'_>,
     epilogue: &Epilogue<'_>,
     y: &mut [T],
@@ -58,12 +59,14 @@ pub(crate) unsafe fn forward<T: Element>(
     let work = weight.rows * weight.cols * tokens.div_ceil(32);
     let jobs = strips::split(y, weight.rows, width).into_iter();
     parallel::for_each(work, engine, jobs, |strip| {
-        let (rows, width) = (strip.columns.clone(), strip.columns.len());
-        let mut sums = Scratch::<f32>::new(tokens * width);
+        let rows = strip.columns.clone();
+        let (epilogue, mut to) = (epilogue.of(rows.clone()), strip.rows.into_iter());
+        let mut finish = |first, sums: &mut [f32]| {
+            epilogue.finish(first, to.by_ref().take(FEW), sums);
+        };
         let source = Source { bodies: engine.bodies, weight, nibbles: nibbles.as_ref(), rows };
         // SAFETY: the caller vouches for the tiles; all such processors have the vectors.
-        unsafe { strip_sums(&source, &x, tokens, &mut sums) };
-        epilogue.finish(engine.bodies, strip, &mut sums);
+        unsafe { strip_sums(&source, &x, tokens, &mut finish) };
     })
 }
 
@@ -76,7 +79,7 @@ struct Packed {
 }
 
 impl Packed {
-    fn new(engine: Engine, x: &[f32], cols: usize, nibbles: bool) -> Result<Self, CodecError> {
+    fn new(engine: Engine, x: Values<'_>, cols: usize, nibbles: bool) -> Result<Self, CodecError> {
         let tokens = x.len() / cols;
         let chunks = cols.div_ceil(CHUNK);
         let groups = tokens.div_ceil(2 * TOKENS) * 2;
@@ -85,9 +88,11 @@ impl Packed {
         let mut scales = Scratch::<f32>::new(groups * TOKENS);
         let jobs = tiles.chunks_mut(lines).zip(scales.chunks_mut(TOKENS)).enumerate();
         parallel::for_each(x.len(), engine, jobs, |(group, (tiles, scales))| {
-            let rows = x.chunks(cols).skip(group * TOKENS).take(TOKENS);
+            let first = (group * TOKENS).min(tokens) * cols;
+            let last = ((group + 1) * TOKENS).min(tokens) * cols;
+            let floats = widened(engine.bodies, x.split_at(last).0.split_at(first).1);
             // SAFETY: the caller found the tiles, and all such processors have the vectors.
-            unsafe { pack_group(rows, nibbles, tiles, scales) };
+            unsafe { pack_group(floats.chunks(cols), nibbles, tiles, scales) };
         })?;
         Ok(Self { tiles, scales, chunks })
     }
@@ -268,14 +273,20 @@ fn magnitude(scales: &[f32]) -> f32 {
     f32::from_bits(scales.iter().map(|scale| scale.abs().to_bits()).max().unwrap_or(0))
 }
 
-/// Sums of a strip, (tokens, rows).
+/// Sums of a strip; `finish` takes the first token and the sums of each 32 tokens, (tokens, rows).
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn strip_sums(source: &Source<'_>, x: &Packed, tokens: usize, sums: &mut [f32]) {
+unsafe fn strip_sums(
+    source: &Source<'_>,
+    x: &Packed,
+    tokens: usize,
+    finish: &mut dyn FnMut(usize, &mut [f32]),
+) {
     let rows = source.rows.len();
-    let (pairs, groups) = (rows.div_ceil(PAIR), tokens.div_ceil(2 * TOKENS));
+    let (pairs, groups) = (rows.div_ceil(PAIR), tokens.div_ceil(FEW));
     let scaled = source.scaled(x.chunks);
     let mut panel = Scratch::<Line>::new(pairs * PART.min(x.chunks) * 2 * TILES * LINES);
     let mut partial = Scratch::<Line>::new(pairs * groups * 4 * LINES);
+    let mut sums = Scratch::<f32>::new(FEW * rows);
     let mut found = [Line([0; 64]); 4 * LINES];
     // SAFETY: the caller vouches for the tiles.
     let tiles = unsafe { Tiles::configure() };
@@ -287,7 +298,9 @@ unsafe fn strip_sums(source: &Source<'_>, x: &Packed, tokens: usize, sums: &mut 
         for group in 0..groups {
             let columns = chunks.start * TILES * LINES..chunks.end * TILES * LINES;
             let [b0, b1] = [0, 1].map(|i| &x.group(2 * group + i)[columns.clone()]);
-            for (pair, panel) in panel.chunks_exact(lines_per_pair).enumerate() {
+            let partial = &mut partial[group * pairs * 4 * LINES..][..pairs * 4 * LINES];
+            let kept = partial.as_chunks_mut::<{ 4 * LINES }>().0.iter_mut();
+            for ((pair, panel), kept) in panel.chunks_exact(lines_per_pair).enumerate().zip(kept) {
                 tiles.zero();
                 let steps = panel.as_chunks::<{ 2 * LINES }>().0.iter();
                 let right = b0.as_chunks::<LINES>().0.iter().zip(b1.as_chunks::<LINES>().0);
@@ -295,22 +308,30 @@ unsafe fn strip_sums(source: &Source<'_>, x: &Packed, tokens: usize, sums: &mut 
                     tiles.multiply_int8_2x2(a, b0, b1);
                 }
                 tiles.store(&mut found);
-                let kept = &mut partial[(group * pairs + pair) * 4 * LINES..][..4 * LINES];
                 let steps = scaled.steps.chunks_exact(scaled.parts).map(|steps| steps[part]);
                 let mut factors = [0.0; PAIR];
                 factors.iter_mut().zip(steps.skip(pair * PAIR)).for_each(|(to, step)| *to = step);
                 accumulate(&found, &factors, part == 0, kept);
             }
+            if part + 1 == scaled.parts {
+                let here = (tokens - group * FEW).min(FEW);
+                let sums = &mut sums[..here * rows];
+                write(partial, &x.scales[group * FEW..][..FEW], rows, sums);
+                finish(group * FEW, sums);
+            }
         }
     }
-    drop(tiles);
-    write(&partial, pairs, x, tokens, rows, sums);
 }
 
 /// Adds integers, times the factor of their row of W, to what was found before.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn accumulate(found: &[Line; 4 * LINES], factors: &[f32; PAIR], first: bool, kept: &mut [Line]) {
+fn accumulate(
+    found: &[Line; 4 * LINES],
+    factors: &[f32; PAIR],
+    first: bool,
+    kept: &mut [Line; 4 * LINES],
+) {
     for (i, (found, kept)) in found.iter().zip(kept).enumerate() {
         // Accumulators 0 and 1 are of the first 16 rows.
         let factor = _mm512_set1_ps(factors[i / (2 * LINES) * LINES + i % LINES]);
@@ -321,19 +342,17 @@ fn accumulate(found: &[Line; 4 * LINES], factors: &[f32; PAIR], first: bool, kep
     }
 }
 
-/// Writes the sums times the scales of their tokens, (tokens, rows).
+/// Writes the sums of up to 32 tokens, times the scales of these, (tokens, rows).
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn write(partial: &[Line], pairs: usize, x: &Packed, tokens: usize, rows: usize, sums: &mut [f32]) {
+fn write(partial: &[Line], scales: &[f32], rows: usize, sums: &mut [f32]) {
+    let scales = scales.as_chunks::<TOKENS>().0;
     for (at, tile) in partial.as_chunks::<LINES>().0.iter().enumerate() {
-        let (group, pair, i) = (at / 4 / pairs, at / 4 % pairs, at % 4);
-        let column = pair * PAIR + i / 2 * LINES;
-        let token = group * 2 * TOKENS + i % 2 * TOKENS;
-        if column < rows && token < tokens {
-            let scales: &[f32; TOKENS] =
-                x.scales[token..].first_chunk().expect("scales come in sixteens");
-            let scales = load_f32(scales);
-            let mut scaled = *lines(tile);
+        let (pair, i) = (at / 4, at % 4);
+        let (column, token) = (pair * PAIR + i / 2 * LINES, i % 2 * TOKENS);
+        if column < rows && token < sums.len() / rows {
+            let scales = load_f32(&scales[i % 2]);
+            let mut scaled = *tile;
             for line in &mut scaled {
                 let product = _mm512_mul_ps(_mm512_castsi512_ps(load(&line.0)), scales);
                 store(&mut line.0, _mm512_castps_si512(product));
