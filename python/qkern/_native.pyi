@@ -55,6 +55,7 @@ def dequantize_4bit(
     values: _Values,
     dtype: str,
     *,
+    reused: bool = False,
     threads: int = 0,
     simd: str | None = None,
 ) -> None: ...
@@ -87,6 +88,7 @@ def dequantize_int8(
     values: _Values,
     dtype: str,
     *,
+    reused: bool = False,
     threads: int = 0,
     simd: str | None = None,
 ) -> None: ...

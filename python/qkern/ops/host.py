@@ -90,9 +90,9 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (*arrays, torch.tensor([safe]))
 
 
-def dequantize_into(parts: Parts, fmt: QuantFormat, out: Tensor) -> None:
-    """Write the values into ``out``, (n,) contiguous."""
-    codec.decode(as_parts(parts), fmt, as_buffer(out), dtype_name(out.dtype))
+def dequantize_into(parts: Parts, fmt: QuantFormat, out: Tensor, *, reused: bool = False) -> None:
+    """Write the values into ``out``, (n,) contiguous; ``reused`` as in ``codec.decode``."""
+    codec.decode(as_parts(parts), fmt, as_buffer(out), dtype_name(out.dtype), reused=reused)
 
 
 def matmul(

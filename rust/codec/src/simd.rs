@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 use crate::codebook::Codebook;
 use crate::error::CodecError;
 use crate::search::{self, Importance};
-use crate::values::{Values, ValuesMut};
+use crate::values::{Stores, Values, ValuesMut};
 use crate::{dequantize, dequantize_int8, quantize, quantize_int8, quantize_int8_rows};
 
 /// Names the body to use, for tests and bug reports.
@@ -34,12 +34,12 @@ type QuantizeFn = fn(Values<'_>, &Codebook, usize, &mut [u8], &mut [f32]) -> boo
 type EncodeFn = fn(Values<'_>, &Codebook, usize, &[f32], &mut [u8]);
 /// Values, codes, block size, importance -> scales, and whether all values were finite.
 type SearchFn = fn(Values<'_>, &Codebook, usize, Option<Importance<'_>>, &mut [f32]) -> bool;
-/// Packed, absmax, table, block size -> values.
-type DequantizeFn = fn(&[u8], &[f32], &[f32; 16], usize, ValuesMut<'_>);
+/// Packed, absmax, table, block size, how to write -> values.
+type DequantizeFn = fn(&[u8], &[f32], &[f32; 16], usize, Stores, ValuesMut<'_>);
 /// Values, block size -> codes, absmax, and whether all values were finite.
 type QuantizeInt8Fn = fn(Values<'_>, usize, &mut [i8], &mut [f32]) -> bool;
-/// Codes, absmax, block size -> values.
-type DequantizeInt8Fn = fn(&[i8], &[f32], usize, ValuesMut<'_>);
+/// Codes, absmax, block size, how to write -> values.
+type DequantizeInt8Fn = fn(&[i8], &[f32], usize, Stores, ValuesMut<'_>);
 /// Values of a row -> codes, and its absmax.
 type QuantizeInt8RowFn = fn(Values<'_>, &mut [i8]) -> f32;
 
@@ -163,11 +163,15 @@ mod x86 {
         // SAFETY: as above.
         search_scales: |v, c, b, i, s| unsafe { search::avx512::search(v, c, b, i, s) },
         // SAFETY: as above.
-        dequantize_4bit: |p, a, t, b, v| unsafe { dequantize::avx512::dequantize(p, a, t, b, v) },
+        dequantize_4bit: |p, a, t, b, s, v| unsafe {
+            dequantize::avx512::dequantize(p, a, t, b, s, v);
+        },
         // SAFETY: as above.
         quantize_int8: |v, b, q, a| unsafe { quantize_int8::avx512::quantize(v, b, q, a) },
         // SAFETY: as above.
-        dequantize_int8: |q, a, b, v| unsafe { dequantize_int8::avx512::dequantize(q, a, b, v) },
+        dequantize_int8: |q, a, b, s, v| unsafe {
+            dequantize_int8::avx512::dequantize(q, a, b, s, v);
+        },
         // SAFETY: as above.
         quantize_int8_row: |v, q| unsafe { quantize_int8_rows::avx512::quantize(v, q) },
     };
@@ -181,11 +185,15 @@ mod x86 {
         // SAFETY: as above.
         search_scales: |v, c, b, i, s| unsafe { search::avx2::search(v, c, b, i, s) },
         // SAFETY: as above.
-        dequantize_4bit: |p, a, t, b, v| unsafe { dequantize::avx2::dequantize(p, a, t, b, v) },
+        dequantize_4bit: |p, a, t, b, s, v| unsafe {
+            dequantize::avx2::dequantize(p, a, t, b, s, v);
+        },
         // SAFETY: as above.
         quantize_int8: |v, b, q, a| unsafe { quantize_int8::avx2::quantize(v, b, q, a) },
         // SAFETY: as above.
-        dequantize_int8: |q, a, b, v| unsafe { dequantize_int8::avx2::dequantize(q, a, b, v) },
+        dequantize_int8: |q, a, b, s, v| unsafe {
+            dequantize_int8::avx2::dequantize(q, a, b, s, v);
+        },
         // SAFETY: as above.
         quantize_int8_row: |v, q| unsafe { quantize_int8_rows::avx2::quantize(v, q) },
     };

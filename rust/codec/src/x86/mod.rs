@@ -29,3 +29,13 @@ pub(crate) fn prefetch<T>(from: &[T], ahead: usize) {
     // SAFETY: a prefetch reads nothing that the program sees and never faults.
     unsafe { _mm_prefetch::<_MM_HINT_T0>(address) }
 }
+
+/// Orders the stores of a stream before all that follow: no other thread may see that the work is
+/// done before it can see the values.
+#[inline(always)]
+pub(crate) fn end_stream() {
+    if !cfg!(miri) {
+        // SAFETY: every x86-64 processor has SSE.
+        unsafe { std::arch::x86_64::_mm_sfence() }
+    }
+}
