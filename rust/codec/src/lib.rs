@@ -38,6 +38,7 @@
 mod codebook;
 mod dequantize;
 mod dequantize_int8;
+#[allow(unsafe_code)] // gathers
 mod double_quant;
 mod error;
 mod features;

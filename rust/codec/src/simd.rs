@@ -3,10 +3,12 @@
 use std::sync::OnceLock;
 
 use crate::codebook::Codebook;
+use crate::double_quant::search::Search as ScaleSearch;
 use crate::error::CodecError;
+use crate::quantize_int8_rows;
 use crate::search::{self, Importance};
 use crate::values::{Stores, Values, ValuesMut};
-use crate::{dequantize, dequantize_int8, quantize, quantize_int8, quantize_int8_rows};
+use crate::{dequantize, dequantize_int8, double_quant, quantize, quantize_int8};
 
 /// Names the body to use, for tests and bug reports.
 const VARIABLE: &str = "QKERN_SIMD";
@@ -26,6 +28,7 @@ pub struct Bodies {
     pub(crate) quantize_int8: QuantizeInt8Fn,
     pub(crate) dequantize_int8: DequantizeInt8Fn,
     pub(crate) quantize_int8_row: QuantizeInt8RowFn,
+    pub(crate) quantize_scales: QuantizeScalesFn,
 }
 
 /// Values, codes, block size -> packed, absmax, and whether all values were finite.
@@ -42,6 +45,8 @@ type QuantizeInt8Fn = fn(Values<'_>, usize, &mut [i8], &mut [f32]) -> bool;
 type DequantizeInt8Fn = fn(&[i8], &[f32], usize, Stores, ValuesMut<'_>);
 /// Values of a row -> codes, and its absmax.
 type QuantizeInt8RowFn = fn(Values<'_>, &mut [i8]) -> f32;
+/// Whole groups of scales, offset, table -> codes, second-level scales, and whether all survive.
+type QuantizeScalesFn = fn(&[f32], f32, &ScaleSearch, &mut [u8], &mut [f32]) -> bool;
 
 impl Bodies {
     /// `"scalar"`, `"avx2"` or `"avx512"`.
@@ -129,6 +134,7 @@ static SCALAR: Bodies = Bodies {
     quantize_int8: quantize_int8::scalar::quantize,
     dequantize_int8: dequantize_int8::scalar::dequantize,
     quantize_int8_row: quantize_int8_rows::scalar::quantize,
+    quantize_scales: double_quant::scalar::quantize,
 };
 
 #[cfg(target_arch = "x86_64")]
@@ -138,7 +144,8 @@ use x86::available as native;
 #[allow(unsafe_code)]
 mod x86 {
     use super::{
-        dequantize, dequantize_int8, quantize, quantize_int8, quantize_int8_rows, search, Bodies,
+        dequantize, dequantize_int8, double_quant, quantize, quantize_int8, quantize_int8_rows,
+        search, Bodies,
     };
     use std::arch::is_x86_feature_detected as has;
 
@@ -174,6 +181,8 @@ mod x86 {
         },
         // SAFETY: as above.
         quantize_int8_row: |v, q| unsafe { quantize_int8_rows::avx512::quantize(v, q) },
+        // SAFETY: as above.
+        quantize_scales: |a, o, s, c, n| unsafe { double_quant::avx512::quantize(a, o, s, c, n) },
     };
 
     static AVX2: Bodies = Bodies {
@@ -196,6 +205,8 @@ mod x86 {
         },
         // SAFETY: as above.
         quantize_int8_row: |v, q| unsafe { quantize_int8_rows::avx2::quantize(v, q) },
+        // SAFETY: as above.
+        quantize_scales: |a, o, s, c, n| unsafe { double_quant::avx2::quantize(a, o, s, c, n) },
     };
 }
 
