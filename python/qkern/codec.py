@@ -178,6 +178,11 @@ def decode_absmax(parts: Parts) -> F32:
     return absmax
 
 
+def advise_huge_pages(memory: U8) -> None:
+    """Ask for huge pages under fresh bytes (n,) before the first write: no result depends on it."""
+    _native.advise_huge_pages(memory)
+
+
 def check_choice(what: str, got: str, allowed: tuple[str, ...]) -> None:
     """Refuse a setting that is not among ``allowed``."""
     if got not in allowed:

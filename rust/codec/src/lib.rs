@@ -47,6 +47,7 @@ mod layout;
 #[cfg(test)]
 mod oracle;
 mod parallel;
+mod pool;
 mod quantize;
 mod quantize_int8;
 mod quantize_int8_rows;
@@ -67,7 +68,9 @@ pub use error::CodecError;
 pub use features::cpu_features;
 pub use layout::{num_blocks, packed_len, MAX_BLOCKSIZE, MIN_BLOCKSIZE};
 #[doc(hidden)]
-pub use parallel::{panic_in_a_job, THREAD_PREFIX};
+pub use parallel::panic_in_a_job;
+#[doc(hidden)]
+pub use pool::THREAD_PREFIX;
 pub use quantize::{encode_4bit, quantize_4bit};
 pub use quantize_int8::quantize_int8;
 pub use quantize_int8_rows::quantize_int8_rows;
