@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from qkern.formats import BLOCKSIZES, DTYPES, QUANT_TYPES, QuantFormat, resolve_
 
 BODIES = _native.available_simd()
 RNG = np.random.default_rng(0)
+THP = Path("/sys/kernel/mm/transparent_hugepage")
 
 
 def reference_parts(bits: np.ndarray, dtype: str, fmt: QuantFormat) -> reference.Parts:
@@ -237,3 +241,33 @@ def test_wrong_input_is_a_typed_error(call: object, error: type, text: str) -> N
     with pytest.raises(error, match=text) as caught:
         call()
     assert isinstance(caught.value, qkern.QkernError)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("offset", [0, 1, 5, 8, 31])
+def test_reused_memory_gets_the_bytes_of_fresh_memory(dtype: str, body: str, offset: int) -> None:
+    """Outputs of more than the 2 MiB from which they are written past the caches."""
+    n = (1 << 20) + 12_345  # ragged
+    bits = as_bits(RNG.standard_normal(n).astype(np.float32), dtype)
+    for fmt in (QuantFormat("nf4", 64, double_quant=False), QuantFormat("int8", 64, False)):
+        packed, absmax = run_quantize(bits, dtype, fmt, body)
+        code = () if fmt.code is None else (codec.code_array(fmt.quant_type),)
+        call = _native.dequantize_int8 if fmt.code is None else _native.dequantize_4bit
+        fresh, room = np.zeros_like(bits), np.full(n + 64, 7, bits.dtype)
+        call(packed, absmax, *code, 64, fresh, dtype, simd=body)
+        call(packed, absmax, *code, 64, room[offset : offset + n], dtype, reused=True, simd=body)
+        np.testing.assert_array_equal(room[offset : offset + n], fresh)
+        assert (room[:offset] == 7).all()
+        assert (room[offset + n :] == 7).all()
+
+
+def test_huge_pages_are_advice_for_whole_ones_that_changes_no_byte() -> None:
+    memory = np.full(9 << 20, 7, np.uint8)
+    agreed = _native.advise_huge_pages(memory)
+    assert agreed or not sys.platform.startswith("linux") or not THP.exists()
+    assert (memory == 7).all()
+    assert not _native.advise_huge_pages(memory[: 1 << 20]), "no whole page is in it"
+    memory.flags.writeable = False
+    with pytest.raises(qkern.errors.ShapeError, match="read-only"):
+        _native.advise_huge_pages(memory)

@@ -55,6 +55,7 @@ def dequantize_4bit(
     values: _Values,
     dtype: str,
     *,
+    reused: bool = False,
     threads: int = 0,
     simd: str | None = None,
 ) -> None: ...
@@ -87,6 +88,7 @@ def dequantize_int8(
     values: _Values,
     dtype: str,
     *,
+    reused: bool = False,
     threads: int = 0,
     simd: str | None = None,
 ) -> None: ...
@@ -102,6 +104,7 @@ def dequantize_absmax(
     *,
     threads: int = 0,
 ) -> None: ...
+def advise_huge_pages(memory: _U8) -> bool: ...
 def simd() -> str: ...
 def available_simd() -> list[str]: ...
 def cpu_features() -> dict[str, bool]: ...

@@ -130,7 +130,7 @@ def dequantize(q: QuantizedArray, dtype: Any = None, *, out: Array | None = None
         name = _dtype_name(dtype if dtype is not None else q.dtype)
         bits = np.empty(q.shape, np.float32 if name == "float32" else np.uint16)
     parts = Parts(q.packed, q.absmax, q.nested_absmax, q.offset)
-    codec.decode(parts, q.format, bits.reshape(-1), name)
+    codec.decode(parts, q.format, bits.reshape(-1), name, reused=out is not None)
     return out if out is not None else _from_bits(bits, name)
 
 

@@ -127,14 +127,25 @@ def encode_absmax(absmax: F32) -> tuple[U8, F32, F32, bool]:
     return codes, nested, np.array([offset], np.uint32).view(np.float32), safe
 
 
-def decode(parts: Parts, fmt: QuantFormat, out: Array, dtype: str) -> None:
-    """Write the values of ``parts`` into ``out``: (n,) float32, or uint16 bits of ``dtype``."""
+def decode(parts: Parts, fmt: QuantFormat, out: Array, dtype: str, *, reused: bool = False) -> None:
+    """Write the values of ``parts`` into ``out``.
+
+    Args:
+        parts: flat codes and scales.
+        fmt: how the bytes are read.
+        out: (n,) float32, or uint16 bits of ``dtype``.
+        dtype: "float32", "float16" or "bfloat16".
+        reused: whether the memory of ``out`` was in use before, and is not read at once: a large
+            one is then written past the caches, which is twice as fast, but slower on fresh pages.
+    """
     absmax = decode_absmax(parts)
     if fmt.code is not None:
         code = code_array(fmt.quant_type)
-        _native.dequantize_4bit(parts.packed, absmax, code, fmt.blocksize, out, dtype)
+        _native.dequantize_4bit(
+            parts.packed, absmax, code, fmt.blocksize, out, dtype, reused=reused
+        )
     else:
-        _native.dequantize_int8(parts.packed, absmax, fmt.blocksize, out, dtype)
+        _native.dequantize_int8(parts.packed, absmax, fmt.blocksize, out, dtype, reused=reused)
 
 
 def decode_range(
@@ -165,6 +176,11 @@ def decode_absmax(parts: Parts) -> F32:
         parts.absmax, nested_code_array(), parts.nested_absmax, offset, absmax
     )
     return absmax
+
+
+def advise_huge_pages(memory: U8) -> None:
+    """Ask for huge pages under fresh bytes (n,) before the first write: no result depends on it."""
+    _native.advise_huge_pages(memory)
 
 
 def check_choice(what: str, got: str, allowed: tuple[str, ...]) -> None:

@@ -52,7 +52,7 @@ def dequantize(
     _check_out(q, dtype, out)
     plain = type(out) in (Tensor, nn.Parameter) and out.dtype != torch.float64
     if plain and out.device.type == "cpu" and out.is_contiguous() and q.is_whole:
-        host.dequantize_into(q.parts, q.format, out.detach())
+        host.dequantize_into(q.parts, q.format, out.detach(), reused=True)
         return out
     return out.copy_(q.dequantize(out.dtype))
 

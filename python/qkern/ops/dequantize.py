@@ -61,7 +61,7 @@ def dense(
     numel = torch.Size(shape).numel()
     device = parts.packed.device
     if device.type == "cpu":
-        out = torch.empty(tuple(shape), dtype=dtype)
+        out = host.empty(shape, dtype)
         host.dequantize_into(parts, fmt, out)
         return out
     if kernels.is_supported(device):

@@ -6,7 +6,7 @@ No dense copy of a whole weight: a panel of rows is dequantized, multiplied and 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,8 @@ from qkern.reference import Parts
 
 # Bytes of a dequantized panel: a few of them stay in the outer cache.
 PANEL_BYTES = 8 << 20
+# Bytes of a fresh output from which huge pages pay: smaller ones the allocator recycles.
+HUGE_BYTES = 4 << 20
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -53,6 +55,18 @@ def as_buffer(tensor: Tensor) -> npt.NDArray[Any]:
     if flat.dtype in (torch.float16, torch.bfloat16):
         return flat.view(torch.int16).numpy().view(np.uint16)
     return flat.numpy()
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A fresh dense CPU tensor; a large one in huge pages, where the system has them.
+
+    The first write to each page of 4 KiB costs several times what the codec does for it. NumPy
+    asks for huge pages under its large arrays by itself.
+    """
+    out = torch.empty(tuple(shape), dtype=dtype)
+    if out.nbytes >= HUGE_BYTES:
+        codec.advise_huge_pages(as_buffer(out).view(np.uint8))
+    return out
 
 
 def as_parts(parts: Parts) -> codec.Parts:
@@ -90,9 +104,9 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (*arrays, torch.tensor([safe]))
 
 
-def dequantize_into(parts: Parts, fmt: QuantFormat, out: Tensor) -> None:
-    """Write the values into ``out``, (n,) contiguous."""
-    codec.decode(as_parts(parts), fmt, as_buffer(out), dtype_name(out.dtype))
+def dequantize_into(parts: Parts, fmt: QuantFormat, out: Tensor, *, reused: bool = False) -> None:
+    """Write the values into ``out``, (n,) contiguous; ``reused`` as in ``codec.decode``."""
+    codec.decode(as_parts(parts), fmt, as_buffer(out), dtype_name(out.dtype), reused=reused)
 
 
 def matmul(

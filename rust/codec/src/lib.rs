@@ -12,7 +12,8 @@
 //! set. Every body gives the same bytes for any length and any number of threads.
 //!
 //! ```
-//! use qkern_codec::{dequantize_4bit, quantize_4bit, Codebook, Engine, NonFinite, Values, ValuesMut};
+//! use qkern_codec::{dequantize_4bit, quantize_4bit, Codebook, Engine, NonFinite, Stores};
+//! use qkern_codec::{Values, ValuesMut};
 //!
 //! # fn main() -> Result<(), qkern_codec::CodecError> {
 //! let table = core::array::from_fn(|i| (i as f32 - 7.5) / 7.5);
@@ -23,7 +24,8 @@
 //! let engine = Engine::detect()?;
 //! let values = Values::F32(&weights);
 //! quantize_4bit(engine, values, &code, 64, NonFinite::Error, &mut packed, &mut absmax)?;
-//! dequantize_4bit(engine, &packed, &absmax, &table, 64, ValuesMut::F32(&mut back))?;
+//! let out = ValuesMut::F32(&mut back);
+//! dequantize_4bit(engine, &packed, &absmax, &table, 64, out, Stores::Cached)?;
 //! assert_eq!(back, [table[11], -1.0, table[9]]);
 //! # Ok(())
 //! # }
@@ -36,6 +38,7 @@
 mod codebook;
 mod dequantize;
 mod dequantize_int8;
+#[allow(unsafe_code)] // gathers
 mod double_quant;
 mod error;
 mod features;
@@ -45,6 +48,7 @@ mod linear;
 #[cfg(test)]
 mod oracle;
 mod parallel;
+mod pool;
 mod quantize;
 mod quantize_int8;
 mod quantize_int8_rows;
@@ -66,10 +70,12 @@ pub use features::cpu_features;
 pub use layout::{num_blocks, packed_len, MAX_BLOCKSIZE, MIN_BLOCKSIZE};
 pub use linear::{linear, Codes, Compute, Lora, Scales, Weight};
 #[doc(hidden)]
-pub use parallel::{panic_in_a_job, THREAD_PREFIX};
+pub use parallel::panic_in_a_job;
+#[doc(hidden)]
+pub use pool::THREAD_PREFIX;
 pub use quantize::{encode_4bit, quantize_4bit};
 pub use quantize_int8::quantize_int8;
 pub use quantize_int8_rows::quantize_int8_rows;
 pub use search::search_scales;
 pub use simd::{available, Bodies, Engine};
-pub use values::{NonFinite, Values, ValuesMut};
+pub use values::{NonFinite, Stores, Values, ValuesMut};

@@ -5,11 +5,13 @@ use std::sync::OnceLock;
 use half::bf16;
 
 use crate::codebook::Codebook;
+use crate::double_quant::search::Search as ScaleSearch;
 use crate::error::CodecError;
 use crate::linear::{dense, Epilogue, Weight};
+use crate::quantize_int8_rows;
 use crate::search::{self, Importance};
-use crate::values::{Values, ValuesMut};
-use crate::{dequantize, dequantize_int8, quantize, quantize_int8, quantize_int8_rows};
+use crate::values::{Stores, Values, ValuesMut};
+use crate::{dequantize, dequantize_int8, double_quant, quantize, quantize_int8};
 
 /// Names the body to use, for tests and bug reports.
 const VARIABLE: &str = "QKERN_SIMD";
@@ -38,6 +40,7 @@ pub struct Bodies {
     pub(crate) forward_int8: Option<ForwardInt8Fn>,
     pub(crate) transpose: fn(&mut [[f32; 16]; 16]),
     pub(crate) widen: WidenFn,
+    pub(crate) quantize_scales: QuantizeScalesFn,
 }
 
 /// Values, codes, block size -> packed, absmax, and whether all values were finite.
@@ -46,12 +49,12 @@ type QuantizeFn = fn(Values<'_>, &Codebook, usize, &mut [u8], &mut [f32]) -> boo
 type EncodeFn = fn(Values<'_>, &Codebook, usize, &[f32], &mut [u8]);
 /// Values, codes, block size, importance -> scales, and whether all values were finite.
 type SearchFn = fn(Values<'_>, &Codebook, usize, Option<Importance<'_>>, &mut [f32]) -> bool;
-/// Packed, absmax, table, block size -> values.
-type DequantizeFn = fn(&[u8], &[f32], &[f32; 16], usize, ValuesMut<'_>);
+/// Packed, absmax, table, block size, how to write -> values.
+type DequantizeFn = fn(&[u8], &[f32], &[f32; 16], usize, Stores, ValuesMut<'_>);
 /// Values, block size -> codes, absmax, and whether all values were finite.
 type QuantizeInt8Fn = fn(Values<'_>, usize, &mut [i8], &mut [f32]) -> bool;
-/// Codes, absmax, block size -> values.
-type DequantizeInt8Fn = fn(&[i8], &[f32], usize, ValuesMut<'_>);
+/// Codes, absmax, block size, how to write -> values.
+type DequantizeInt8Fn = fn(&[i8], &[f32], usize, Stores, ValuesMut<'_>);
 /// Values of a row -> codes, and its absmax.
 type QuantizeInt8RowFn = fn(Values<'_>, &mut [i8]) -> f32;
 /// Values -> the same as floats.
@@ -66,6 +69,8 @@ type ForwardFn =
 /// As [`crate::linear()`] for [`crate::Compute::Int8`], for any dtype.
 type ForwardInt8Fn =
     fn(Engine, Values<'_>, &Weight<'_>, &Epilogue<'_>, ValuesMut<'_>) -> Result<(), CodecError>;
+/// Whole groups of scales, offset, table -> codes, second-level scales, and whether all survive.
+type QuantizeScalesFn = fn(&[f32], f32, &ScaleSearch, &mut [u8], &mut [f32]) -> bool;
 
 impl Bodies {
     /// `"scalar"`, `"avx2"`, `"avx512"` or `"amx"`.
@@ -160,6 +165,7 @@ static SCALAR: Bodies = Bodies {
     forward_int8: None,
     transpose: dense::scalar::transpose,
     widen: dense::scalar::widen,
+    quantize_scales: double_quant::scalar::quantize,
 };
 
 #[cfg(target_arch = "x86_64")]
@@ -172,8 +178,8 @@ mod x86 {
     use crate::values::with_slice;
 
     use super::{
-        dense, dequantize, dequantize_int8, quantize, quantize_int8, quantize_int8_rows, search,
-        Bodies,
+        dense, dequantize, dequantize_int8, double_quant, quantize, quantize_int8,
+        quantize_int8_rows, search, Bodies,
     };
     use std::arch::is_x86_feature_detected as has;
 
@@ -212,11 +218,15 @@ mod x86 {
         // SAFETY: as above.
         search_scales: |v, c, b, i, s| unsafe { search::avx512::search(v, c, b, i, s) },
         // SAFETY: as above.
-        dequantize_4bit: |p, a, t, b, v| unsafe { dequantize::avx512::dequantize(p, a, t, b, v) },
+        dequantize_4bit: |p, a, t, b, s, v| unsafe {
+            dequantize::avx512::dequantize(p, a, t, b, s, v);
+        },
         // SAFETY: as above.
         quantize_int8: |v, b, q, a| unsafe { quantize_int8::avx512::quantize(v, b, q, a) },
         // SAFETY: as above.
-        dequantize_int8: |q, a, b, v| unsafe { dequantize_int8::avx512::dequantize(q, a, b, v) },
+        dequantize_int8: |q, a, b, s, v| unsafe {
+            dequantize_int8::avx512::dequantize(q, a, b, s, v);
+        },
         // SAFETY: as above.
         quantize_int8_row: |v, q| unsafe { quantize_int8_rows::avx512::quantize(v, q) },
         // SAFETY: as above.
@@ -231,6 +241,7 @@ mod x86 {
         transpose: |s| unsafe { dense::avx512::transpose(s) },
         // SAFETY: as above.
         widen: |v, f| unsafe { dense::avx512::widen(v, f) },
+        quantize_scales: |a, o, s, c, n| unsafe { double_quant::avx512::quantize(a, o, s, c, n) },
     };
 
     static AVX512: Bodies = AVX512_BODIES;
@@ -244,11 +255,15 @@ mod x86 {
         // SAFETY: as above.
         search_scales: |v, c, b, i, s| unsafe { search::avx2::search(v, c, b, i, s) },
         // SAFETY: as above.
-        dequantize_4bit: |p, a, t, b, v| unsafe { dequantize::avx2::dequantize(p, a, t, b, v) },
+        dequantize_4bit: |p, a, t, b, s, v| unsafe {
+            dequantize::avx2::dequantize(p, a, t, b, s, v);
+        },
         // SAFETY: as above.
         quantize_int8: |v, b, q, a| unsafe { quantize_int8::avx2::quantize(v, b, q, a) },
         // SAFETY: as above.
-        dequantize_int8: |q, a, b, v| unsafe { dequantize_int8::avx2::dequantize(q, a, b, v) },
+        dequantize_int8: |q, a, b, s, v| unsafe {
+            dequantize_int8::avx2::dequantize(q, a, b, s, v);
+        },
         // SAFETY: as above.
         quantize_int8_row: |v, q| unsafe { quantize_int8_rows::avx2::quantize(v, q) },
         round: dense::scalar::round,
@@ -261,6 +276,8 @@ mod x86 {
         transpose: dense::scalar::transpose,
         // SAFETY: as above.
         widen: |v, f| unsafe { dense::avx2::widen(v, f) },
+        // SAFETY: as above.
+        quantize_scales: |a, o, s, c, n| unsafe { double_quant::avx2::quantize(a, o, s, c, n) },
     };
 }
 

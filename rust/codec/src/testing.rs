@@ -9,6 +9,11 @@ use crate::values::{Values, ValuesMut};
 
 pub(crate) const BLOCKSIZES: [usize; 8] = [32, 64, 128, 256, 512, 1024, 2048, 4096];
 
+/// Bytes of a cache line.
+pub(crate) const LINE: usize = 64;
+/// Places in a cache line, in bytes: where stores of each width are aligned, and where none is.
+pub(crate) const PLACES: [usize; 6] = [0, 4, 16, 32, 48, 60];
+
 /// NF4 (uniform bins), FP4 (permuted), and one whose values lie beyond [-1, 1] and repeat.
 pub(crate) fn tables() -> [[f32; 16]; 3] {
     let odd =
@@ -92,6 +97,18 @@ impl Weights {
             Self::F16(v) => ValuesMut::F16(v),
             Self::Bf16(v) => ValuesMut::Bf16(v),
         }
+    }
+
+    /// `len` values of this room that start `offset` bytes behind the start of a cache line, and
+    /// how many there are before them.
+    pub(crate) fn place(&mut self, offset: usize, len: usize) -> (usize, ValuesMut<'_>) {
+        let (start, size) = match self {
+            Self::F32(v) => (v.as_ptr().addr(), 4),
+            Self::F16(v) => (v.as_ptr().addr(), 2),
+            Self::Bf16(v) => (v.as_ptr().addr(), 2),
+        };
+        let before = (offset.wrapping_sub(start) % LINE) / size;
+        (before, self.values_mut().split_at(before).1.split_at(len).0)
     }
 
     /// As fp32, exactly.

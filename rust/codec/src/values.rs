@@ -41,6 +41,32 @@ pub enum ValuesMut<'a> {
     Bf16(&'a mut [bf16]),
 }
 
+/// How dequantized values are written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Stores {
+    /// Through the caches: for small outputs, and for fresh memory, whose pages the system has just
+    /// filled with zeros in the caches.
+    #[default]
+    Cached,
+    /// Past the caches, which saves reading what is overwritten: for large memory in use before.
+    /// Bodies without such stores, and places that are not aligned to 16 bytes, write as above.
+    Streaming,
+}
+
+impl Stores {
+    /// Bytes of output that may well stay in a core's own cache.
+    const CACHED: usize = 2 << 20;
+
+    /// The better way to write values into memory that was in use before.
+    pub fn for_reused(values: &ValuesMut<'_>) -> Self {
+        if values.bytes() > Self::CACHED {
+            Self::Streaming
+        } else {
+            Self::Cached
+        }
+    }
+}
+
 /// Runs the same expression on whichever slice a [`Values`] or [`ValuesMut`] holds.
 macro_rules! with_slice {
     ($values:expr, $kind:ident, $slice:ident => $body:expr) => {
@@ -107,6 +133,11 @@ impl<'a> ValuesMut<'a> {
     /// Number of values.
     pub fn len(&self) -> usize {
         with_slice!(self, ValuesMut, v => v.len())
+    }
+
+    /// Number of bytes.
+    fn bytes(&self) -> usize {
+        with_slice!(self, ValuesMut, v => size_of_val(&**v))
     }
 
     /// Whether there are no values.

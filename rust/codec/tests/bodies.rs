@@ -87,7 +87,7 @@ struct Written<T> {
     bytes: [Vec<u8>; 2],
     codes: Vec<i8>,
     absmax: [Vec<f32>; 3],
-    values: [Vec<T>; 3],
+    values: [Vec<Vec<T>>; 3],
     encoded: Vec<u8>,
     rows: (Vec<i8>, Vec<f32>, Vec<T>),
 }
@@ -123,10 +123,12 @@ fn run<T: Dtype>(
 
         let packed = Guarded::new(packed.get(), 0xab, next(3));
         let absmax = Guarded::new(absmax.get(), f32::NAN, place);
-        let mut out = Guarded::room(input.get().len(), T::CANARY, next(2));
-        let (from, scales, to) = (packed.get(), absmax.get(), T::values_mut(out.get_mut()));
-        dequantize_4bit(engine, from, scales, table, blocksize, to).unwrap();
-        written.values[i] = out.written().to_vec();
+        for stores in [Stores::Cached, Stores::Streaming] {
+            let mut out = Guarded::room(input.get().len(), T::CANARY, next(2));
+            let (from, scales, to) = (packed.get(), absmax.get(), T::values_mut(out.get_mut()));
+            dequantize_4bit(engine, from, scales, table, blocksize, to, stores).unwrap();
+            written.values[i].push(out.written().to_vec());
+        }
     }
     let mut codes = Guarded::room(values.len(), -77, next(1));
     let mut absmax = Guarded::room(blocks, f32::MAX, next(2));
@@ -137,10 +139,12 @@ fn run<T: Dtype>(
 
     let codes = Guarded::new(codes.get(), -77, next(3));
     let absmax = Guarded::new(absmax.get(), f32::NAN, place);
-    let mut out = Guarded::room(values.len(), T::CANARY, next(2));
-    let to = T::values_mut(out.get_mut());
-    dequantize_int8(engine, codes.get(), absmax.get(), blocksize, to).unwrap();
-    written.values[2] = out.written().to_vec();
+    for stores in [Stores::Cached, Stores::Streaming] {
+        let mut out = Guarded::room(values.len(), T::CANARY, next(2));
+        let to = T::values_mut(out.get_mut());
+        dequantize_int8(engine, codes.get(), absmax.get(), blocksize, to, stores).unwrap();
+        written.values[2].push(out.written().to_vec());
+    }
     written
 }
 
@@ -188,7 +192,7 @@ fn rows<T: Dtype>(
     let scales = Guarded::new(&absmax, f32::NAN, (before, behind));
     let mut out = Guarded::room(len, T::CANARY, (before + 2, behind));
     let to = T::values_mut(out.get_mut());
-    dequantize_int8(engine, from.get(), scales.get(), row, to).unwrap();
+    dequantize_int8(engine, from.get(), scales.get(), row, to, Stores::Streaming).unwrap();
     (codes, absmax, out.written().to_vec())
 }
 

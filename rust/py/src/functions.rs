@@ -1,7 +1,7 @@
 //! The functions of `qkern._native`: arguments checked, GIL released, errors translated.
 
 use pyo3::prelude::*;
-use qkern_codec::{Bodies, Codebook, Engine, NonFinite};
+use qkern_codec::{Bodies, Codebook, Engine, NonFinite, Stores, ValuesMut};
 
 use crate::arrays::{check_apart, table, Input, InputValues, Output, OutputValues};
 use crate::detached::{detached, signal_raised};
@@ -95,9 +95,9 @@ pub(crate) fn encode_4bit(
     detached(py, || qkern_codec::encode_4bit(engine, values, &code, blocksize, absmax, packed))
 }
 
-/// Writes the `values` of 4-bit codes.
+/// Writes the `values` of 4-bit codes; `reused` if their memory was in use before.
 #[pyfunction]
-#[pyo3(signature = (packed, absmax, code, blocksize, values, dtype, *, threads=0, simd=None))]
+#[pyo3(signature = (packed, absmax, code, blocksize, values, dtype, *, reused=false, threads=0, simd=None))]
 #[allow(clippy::too_many_arguments)] // the signature that Python sees
 pub(crate) fn dequantize_4bit(
     py: Python<'_>,
@@ -107,6 +107,7 @@ pub(crate) fn dequantize_4bit(
     blocksize: usize,
     values: &Bound<'_, PyAny>,
     dtype: &str,
+    reused: bool,
     threads: usize,
     simd: Option<&str>,
 ) -> PyResult<()> {
@@ -118,7 +119,10 @@ pub(crate) fn dequantize_4bit(
     check_apart(py, &[values.memory()], &[packed.memory(), absmax.memory()])?;
 
     let (packed, absmax, values) = (packed.slice()?, absmax.slice()?, values.slice()?);
-    detached(py, || qkern_codec::dequantize_4bit(engine, packed, absmax, &code, blocksize, values))
+    let stores = stores(reused, &values);
+    detached(py, || {
+        qkern_codec::dequantize_4bit(engine, packed, absmax, &code, blocksize, values, stores)
+    })
 }
 
 /// Quantizes `values` to 8-bit integers; writes `packed` and `absmax`.
@@ -175,9 +179,10 @@ pub(crate) fn quantize_int8_rows(
     detached(py, || qkern_codec::quantize_int8_rows(engine, values, row, nonfinite, packed, absmax))
 }
 
-/// Writes the `values` of 8-bit integers, in blocks of any length.
+/// Writes the `values` of 8-bit integers, in blocks of any length; `reused` if their memory was in
+/// use before.
 #[pyfunction]
-#[pyo3(signature = (packed, absmax, blocksize, values, dtype, *, threads=0, simd=None))]
+#[pyo3(signature = (packed, absmax, blocksize, values, dtype, *, reused=false, threads=0, simd=None))]
 #[allow(clippy::too_many_arguments)] // the signature that Python sees
 pub(crate) fn dequantize_int8(
     py: Python<'_>,
@@ -186,6 +191,7 @@ pub(crate) fn dequantize_int8(
     blocksize: usize,
     values: &Bound<'_, PyAny>,
     dtype: &str,
+    reused: bool,
     threads: usize,
     simd: Option<&str>,
 ) -> PyResult<()> {
@@ -196,7 +202,8 @@ pub(crate) fn dequantize_int8(
     check_apart(py, &[values.memory()], &[packed.memory(), absmax.memory()])?;
 
     let (packed, absmax, values) = (packed.slice()?, absmax.slice()?, values.slice()?);
-    detached(py, || qkern_codec::dequantize_int8(engine, packed, absmax, blocksize, values))
+    let stores = stores(reused, &values);
+    detached(py, || qkern_codec::dequantize_int8(engine, packed, absmax, blocksize, values, stores))
 }
 
 /// Codes scales in 8 bits; writes `codes` and `nested_absmax`, returns `(offset, safe)`.
@@ -287,6 +294,14 @@ fn engine(py: Python<'_>, threads: usize, simd: Option<&str>) -> PyResult<Engine
     };
     let bodies = bodies.map_err(|error| errors::codec(py, &error))?;
     Ok(Engine { bodies, threads, interrupted: signal_raised })
+}
+
+fn stores(reused: bool, values: &ValuesMut<'_>) -> Stores {
+    if reused {
+        Stores::for_reused(values)
+    } else {
+        Stores::Cached
+    }
 }
 
 fn policy(py: Python<'_>, nonfinite: &str) -> PyResult<NonFinite> {

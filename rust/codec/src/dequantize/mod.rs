@@ -17,7 +17,7 @@ use crate::float_env::in_default_float_env;
 use crate::layout::{check_blocksize, check_len, num_blocks, packed_len};
 use crate::parallel::{self, JOB};
 use crate::simd::Engine;
-use crate::values::{with_slice, ValuesMut};
+use crate::values::{with_slice, Stores, ValuesMut};
 
 /// Writes the values of 4-bit codes in `packed` with one scale a block in `absmax`.
 ///
@@ -33,6 +33,7 @@ pub fn dequantize_4bit(
     table: &[f32; 16],
     blocksize: usize,
     values: ValuesMut<'_>,
+    stores: Stores,
 ) -> Result<(), CodecError> {
     check_table(table)?;
     check_blocksize(blocksize)?;
@@ -47,7 +48,7 @@ pub fn dequantize_4bit(
 
     let inputs = packed.chunks(JOB / 2).zip(absmax.chunks(JOB / blocksize));
     parallel::for_each(whole, engine, inputs.zip(blocks.chunks(JOB)), |((p, a), v)| {
-        (engine.bodies.dequantize_4bit)(p, a, table, blocksize, v);
+        (engine.bodies.dequantize_4bit)(p, a, table, blocksize, stores, v);
     })?;
     if let &[absmax] = tail_absmax {
         in_default_float_env(|| {

@@ -1,6 +1,6 @@
 //! The reference body: plain Rust, any machine.
 
-use crate::values::{plain_nan, with_slice, Element, ValuesMut};
+use crate::values::{plain_nan, with_slice, Element, Stores, ValuesMut};
 
 /// Dequantizes whole blocks.
 pub(crate) fn dequantize(
@@ -8,6 +8,7 @@ pub(crate) fn dequantize(
     absmax: &[f32],
     table: &[f32; 16],
     blocksize: usize,
+    _stores: Stores,
     values: ValuesMut<'_>,
 ) {
     with_slice!(values, ValuesMut, v => {

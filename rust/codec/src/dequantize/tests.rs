@@ -7,7 +7,9 @@ use crate::codebook::tests::{fp4, NF4};
 use crate::float_env::flushing_subnormals;
 use crate::oracle;
 use crate::simd::available;
-use crate::testing::{hard_values, lengths, shapes, tables, Random, Weights, BLOCKSIZES};
+use crate::testing::{
+    hard_values, lengths, shapes, tables, Random, Weights, BLOCKSIZES, LINE, PLACES,
+};
 
 /// Scales of every kind: of both signs, tiny, huge, zero.
 fn scales(seed: u64, count: usize) -> Vec<f32> {
@@ -22,13 +24,22 @@ fn check(seed: u64, scales: &[f32], table: &[f32; 16], blocksize: usize, len: us
         Weights::F16(exact.iter().map(|&x| oracle::to_f16(x)).collect()),
         Weights::Bf16(exact.iter().map(|&x| oracle::to_bf16(x)).collect()),
     ];
+    let places = PLACES.map(|place| (Stores::Streaming, place));
     for &bodies in available() {
         let engine = Engine::new(bodies, 1);
-        for (mut found, expected) in Weights::room(len).into_iter().zip(&expected) {
-            dequantize_4bit(engine, &packed, scales, table, blocksize, found.values_mut()).unwrap();
-            let (found, expected) = (found.bits(), expected.bits());
-            let wrong = found.iter().zip(&expected).position(|(f, e)| f != e);
-            assert_eq!(wrong, None, "{} value, {len} values by {blocksize}", bodies.name());
+        for (stores, place) in places.into_iter().chain([(Stores::Cached, 0)]) {
+            for (mut room, expected) in Weights::room(len + LINE).into_iter().zip(&expected) {
+                let untouched = room.bits();
+                let (before, values) = room.place(place, len);
+                dequantize_4bit(engine, &packed, scales, table, blocksize, values, stores).unwrap();
+                let (found, expected) = (room.bits(), expected.bits());
+                let (front, rest) = found.split_at(before);
+                let (found, behind) = rest.split_at(len);
+                let wrong = found.iter().zip(&expected).position(|(f, e)| f != e);
+                let name = bodies.name();
+                assert_eq!(wrong, None, "{name} value, {len} by {blocksize}, {stores:?} {place}");
+                assert_eq!([front, behind].concat(), untouched[len..], "written outside");
+            }
         }
     }
 }
@@ -95,7 +106,8 @@ fn bodies_agree_on_the_bits_of_nan() {
     let absmax = [f32::from_bits(0xffbf_ffff), f32::from_bits(0x7f80_0001)];
     let run = |bodies, mut found: Weights| {
         let engine = Engine::new(bodies, 1);
-        dequantize_4bit(engine, &packed, &absmax, &NF4, 32, found.values_mut()).unwrap();
+        dequantize_4bit(engine, &packed, &absmax, &NF4, 32, found.values_mut(), Stores::Cached)
+            .unwrap();
         match found {
             Weights::F32(v) => v.iter().map(|x| x.to_bits()).collect::<Vec<u32>>(),
             Weights::F16(v) => v.iter().map(|x| x.to_bits().into()).collect(),
@@ -119,7 +131,16 @@ fn the_callers_float_environment_does_not_matter() {
         for room in Weights::room(250) {
             let run = || {
                 let mut found = room.clone();
-                dequantize_4bit(engine, &packed, &absmax, &NF4, 32, found.values_mut()).unwrap();
+                dequantize_4bit(
+                    engine,
+                    &packed,
+                    &absmax,
+                    &NF4,
+                    32,
+                    found.values_mut(),
+                    Stores::Cached,
+                )
+                .unwrap();
                 found.bits()
             };
             assert!(run() == flushing_subnormals(run), "{}", bodies.name());
@@ -136,7 +157,16 @@ fn any_number_of_threads() {
         for room in Weights::room(len) {
             let run = |threads| {
                 let (mut found, engine) = (room.clone(), Engine::new(bodies, threads));
-                dequantize_4bit(engine, &packed, &absmax, &fp4(), 64, found.values_mut()).unwrap();
+                dequantize_4bit(
+                    engine,
+                    &packed,
+                    &absmax,
+                    &fp4(),
+                    64,
+                    found.values_mut(),
+                    Stores::Cached,
+                )
+                .unwrap();
                 found.bits()
             };
             let alone = run(1);
@@ -153,7 +183,7 @@ fn wrong_sizes_and_tables_are_refused() {
     let run = |table: &[f32; 16], packed: usize, absmax: usize| {
         let (packed, absmax) = (vec![0; packed], vec![0.0; absmax]);
         let values = ValuesMut::F32(&mut [0.0; 65]);
-        dequantize_4bit(engine, &packed, &absmax, table, 64, values)
+        dequantize_4bit(engine, &packed, &absmax, table, 64, values, Stores::Cached)
     };
     assert_eq!(run(&NF4, 33, 2), Ok(()));
     let error = run(&NF4, 34, 2).unwrap_err();

@@ -5,32 +5,55 @@ use std::arch::x86_64::*;
 use half::{bf16, f16};
 
 use crate::dequantize_int8::step;
-use crate::values::ValuesMut;
-use crate::x86::avx2::{load_half, load_quarter, round_to_bf16, store, store_half};
-use crate::x86::prefetch;
+use crate::values::{Stores, ValuesMut};
+use crate::x86::avx2::{load_half, load_quarter, round_to_bf16, write, write_half};
+use crate::x86::{end_stream, prefetch};
 
 /// How far ahead codes are fetched, in bytes.
 const AHEAD: usize = 4096;
 
 /// Dequantizes whole blocks.
 #[target_feature(enable = "avx2,f16c")]
-pub(crate) fn dequantize(codes: &[i8], absmax: &[f32], blocksize: usize, values: ValuesMut<'_>) {
+pub(crate) fn dequantize(
+    codes: &[i8],
+    absmax: &[f32],
+    blocksize: usize,
+    stores: Stores,
+    values: ValuesMut<'_>,
+) {
+    match stores {
+        Stores::Cached => blocks::<false>(codes, absmax, blocksize, values),
+        Stores::Streaming => {
+            blocks::<true>(codes, absmax, blocksize, values);
+            end_stream();
+        }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+fn blocks<const STREAM: bool>(
+    codes: &[i8],
+    absmax: &[f32],
+    blocksize: usize,
+    values: ValuesMut<'_>,
+) {
     let step = |absmax| _mm256_set1_ps(step(absmax));
     let inputs = codes.chunks_exact(blocksize).zip(absmax);
     match values {
         ValuesMut::F32(values) => {
             for (block, (codes, &absmax)) in values.chunks_exact_mut(blocksize).zip(inputs) {
-                decode_f32(block, codes, step(absmax));
+                decode_f32::<STREAM>(block, codes, step(absmax));
             }
         }
         ValuesMut::F16(values) => {
             for (block, (codes, &absmax)) in values.chunks_exact_mut(blocksize).zip(inputs) {
-                decode_f16(block, codes, step(absmax));
+                decode_f16::<STREAM>(block, codes, step(absmax));
             }
         }
         ValuesMut::Bf16(values) => {
             for (block, (codes, &absmax)) in values.chunks_exact_mut(blocksize).zip(inputs) {
-                decode_bf16(block, codes, step(absmax));
+                decode_bf16::<STREAM>(block, codes, step(absmax));
             }
         }
     }
@@ -38,20 +61,20 @@ pub(crate) fn dequantize(codes: &[i8], absmax: &[f32], blocksize: usize, values:
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn decode_f32(block: &mut [f32], codes: &[i8], step: __m256) {
+fn decode_f32<const STREAM: bool>(block: &mut [f32], codes: &[i8], step: __m256) {
     prefetch(codes, AHEAD);
     for (values, codes) in block.as_chunks_mut::<8>().0.iter_mut().zip(codes.as_chunks().0) {
-        store(values, _mm256_castps_si256(product(codes, step)));
+        write::<STREAM, _, _>(values, _mm256_castps_si256(product(codes, step)));
     }
 }
 
 #[inline]
 #[target_feature(enable = "avx2,f16c")]
-fn decode_f16(block: &mut [f16], codes: &[i8], step: __m256) {
+fn decode_f16<const STREAM: bool>(block: &mut [f16], codes: &[i8], step: __m256) {
     prefetch(codes, AHEAD);
     for (values, codes) in block.as_chunks_mut::<8>().0.iter_mut().zip(codes.as_chunks().0) {
         let halves = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(product(codes, step));
-        store_half(values, halves);
+        write_half::<STREAM, _, _>(values, halves);
     }
 }
 
@@ -65,7 +88,7 @@ fn product(codes: &[i8; 8], step: __m256) -> __m256 {
 /// Even and odd values apart, so that one shift and one blend bring 16 of them together.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn decode_bf16(block: &mut [bf16], codes: &[i8], step: __m256) {
+fn decode_bf16<const STREAM: bool>(block: &mut [bf16], codes: &[i8], step: __m256) {
     prefetch(codes, AHEAD);
     for (values, codes) in block.as_chunks_mut::<16>().0.iter_mut().zip(codes.as_chunks().0) {
         let pairs = _mm256_cvtepi8_epi16(load_half::<_, 16>(codes));
@@ -74,6 +97,6 @@ fn decode_bf16(block: &mut [bf16], codes: &[i8], step: __m256) {
         let even = round_to_bf16(_mm256_mul_ps(_mm256_cvtepi32_ps(even), step));
         let odd = round_to_bf16(_mm256_mul_ps(_mm256_cvtepi32_ps(odd), step));
         let even = _mm256_srli_epi32::<16>(even);
-        store(values, _mm256_blend_epi16::<0xaa>(even, odd));
+        write::<STREAM, _, _>(values, _mm256_blend_epi16::<0xaa>(even, odd));
     }
 }

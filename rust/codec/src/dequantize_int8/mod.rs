@@ -14,7 +14,7 @@ use crate::float_env::in_default_float_env;
 use crate::layout::{check_len, check_row, num_blocks};
 use crate::parallel::{self, JOB};
 use crate::simd::{Bodies, Engine};
-use crate::values::{plain_nan, with_slice, ValuesMut};
+use crate::values::{plain_nan, with_slice, Stores, ValuesMut};
 
 /// fp32(1 / 127), bitsandbytes' constant.
 const STEP: f32 = 7.874015718698502e-3;
@@ -34,6 +34,7 @@ pub fn dequantize_int8(
     absmax: &[f32],
     blocksize: usize,
     values: ValuesMut<'_>,
+    stores: Stores,
 ) -> Result<(), CodecError> {
     check_row(blocksize)?;
     let len = values.len();
@@ -50,7 +51,7 @@ pub fn dequantize_int8(
     let inputs = codes.chunks(job).zip(absmax.chunks(count));
     parallel::for_each(whole, engine, inputs.zip(blocks.chunks(job)), |((q, a), v)| {
         if blocksize.is_multiple_of(STRIP) {
-            (engine.bodies.dequantize_int8)(q, a, blocksize, v);
+            (engine.bodies.dequantize_int8)(q, a, blocksize, stores, v);
         } else {
             dequantize_each(engine.bodies, q, a, blocksize, v);
         }
@@ -73,12 +74,13 @@ fn dequantize_each(
     values: ValuesMut<'_>,
 ) {
     let whole = blocksize / STRIP * STRIP;
+    let stores = Stores::Cached; // the end of a stream, which each call would wait for, costs more
     let inputs = codes.chunks_exact(blocksize).zip(absmax);
     for (values, (codes, absmax)) in values.chunks(blocksize).zip(inputs) {
         let (values, rest) = values.split_at(whole);
         let (codes, rest_codes) = codes.split_at(whole);
         if whole > 0 {
-            (bodies.dequantize_int8)(codes, std::slice::from_ref(absmax), whole, values);
+            (bodies.dequantize_int8)(codes, std::slice::from_ref(absmax), whole, stores, values);
         }
         with_slice!(rest, ValuesMut, v => scalar::dequantize_block(rest_codes, *absmax, v));
     }

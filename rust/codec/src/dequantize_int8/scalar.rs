@@ -1,13 +1,19 @@
 //! The reference body: plain Rust, any machine.
 
 use crate::dequantize_int8::step;
-use crate::values::{with_slice, Element, ValuesMut};
+use crate::values::{with_slice, Element, Stores, ValuesMut};
 
 /// Values that are computed and rounded together.
 const STRIP: usize = 32;
 
 /// Dequantizes whole blocks.
-pub(crate) fn dequantize(codes: &[i8], absmax: &[f32], blocksize: usize, values: ValuesMut<'_>) {
+pub(crate) fn dequantize(
+    codes: &[i8],
+    absmax: &[f32],
+    blocksize: usize,
+    _stores: Stores,
+    values: ValuesMut<'_>,
+) {
     with_slice!(values, ValuesMut, v => {
         let inputs = codes.chunks_exact(blocksize).zip(absmax);
         for (block, (codes, &absmax)) in v.chunks_exact_mut(blocksize).zip(inputs) {

@@ -6,7 +6,9 @@ use super::*;
 use crate::float_env::flushing_subnormals;
 use crate::oracle;
 use crate::simd::available;
-use crate::testing::{hard_values, lengths, row_shapes, shapes, Random, Weights, BLOCKSIZES, ROWS};
+use crate::testing::{
+    hard_values, lengths, row_shapes, shapes, Random, Weights, BLOCKSIZES, LINE, PLACES, ROWS,
+};
 
 fn codes(seed: u64, len: usize) -> Vec<i8> {
     Random(seed).bytes(len).into_iter().map(|byte| byte as i8).collect() // -128 too
@@ -19,14 +21,23 @@ fn check(codes: &[i8], scales: &[f32], blocksize: usize) {
         Weights::F16(exact.iter().map(|&x| oracle::to_f16(x)).collect()),
         Weights::Bf16(exact.iter().map(|&x| oracle::to_bf16(x)).collect()),
     ];
+    let len = codes.len();
+    let places = PLACES.map(|place| (Stores::Streaming, place));
     for &bodies in available() {
         let engine = Engine::new(bodies, 1);
-        for (mut found, expected) in Weights::room(codes.len()).into_iter().zip(&expected) {
-            dequantize_int8(engine, codes, scales, blocksize, found.values_mut()).unwrap();
-            let (found, expected) = (found.bits(), expected.bits());
-            let wrong = found.iter().zip(&expected).position(|(f, e)| f != e);
-            let len = codes.len();
-            assert_eq!(wrong, None, "{} value, {len} values by {blocksize}", bodies.name());
+        for (stores, place) in places.into_iter().chain([(Stores::Cached, 0)]) {
+            for (mut room, expected) in Weights::room(len + LINE).into_iter().zip(&expected) {
+                let untouched = room.bits();
+                let (before, values) = room.place(place, len);
+                dequantize_int8(engine, codes, scales, blocksize, values, stores).unwrap();
+                let (found, expected) = (room.bits(), expected.bits());
+                let (front, rest) = found.split_at(before);
+                let (found, behind) = rest.split_at(len);
+                let wrong = found.iter().zip(&expected).position(|(f, e)| f != e);
+                let name = bodies.name();
+                assert_eq!(wrong, None, "{name} value, {len} by {blocksize}, {stores:?} {place}");
+                assert_eq!([front, behind].concat(), untouched[len..], "written outside");
+            }
         }
     }
 }
@@ -75,7 +86,8 @@ fn bodies_agree_on_the_bits_of_nan() {
     let absmax = [f32::from_bits(0xffbf_ffff), f32::from_bits(0x7f80_0001)];
     for &bodies in available() {
         let (mut found, engine) = ([0.0_f32; 64], Engine::new(bodies, 1));
-        dequantize_int8(engine, &codes, &absmax, 32, ValuesMut::F32(&mut found)).unwrap();
+        dequantize_int8(engine, &codes, &absmax, 32, ValuesMut::F32(&mut found), Stores::Cached)
+            .unwrap();
         assert_eq!(found.map(f32::to_bits)[0], 0xffff_0000, "{}", bodies.name());
         assert_eq!(found.map(f32::to_bits)[63], 0x7fc0_0000, "{}", bodies.name());
     }
@@ -90,7 +102,8 @@ fn the_callers_float_environment_does_not_matter() {
         for room in Weights::room(250) {
             let run = || {
                 let mut found = room.clone();
-                dequantize_int8(engine, &codes, &absmax, 32, found.values_mut()).unwrap();
+                dequantize_int8(engine, &codes, &absmax, 32, found.values_mut(), Stores::Cached)
+                    .unwrap();
                 found.bits()
             };
             assert!(run() == flushing_subnormals(run), "{}", bodies.name());
@@ -107,7 +120,15 @@ fn any_number_of_threads() {
         for &bodies in available() {
             let run = |threads| {
                 let (mut found, engine) = (room.clone(), Engine::new(bodies, threads));
-                dequantize_int8(engine, &codes, &absmax, blocksize, found.values_mut()).unwrap();
+                dequantize_int8(
+                    engine,
+                    &codes,
+                    &absmax,
+                    blocksize,
+                    found.values_mut(),
+                    Stores::Cached,
+                )
+                .unwrap();
                 found.bits()
             };
             let alone = run(1);
@@ -123,10 +144,13 @@ fn wrong_sizes_are_refused() {
     let engine = Engine::detect().unwrap();
     let run = |codes: usize, absmax: usize| {
         let (codes, absmax) = (vec![0; codes], vec![0.0; absmax]);
-        dequantize_int8(engine, &codes, &absmax, 64, ValuesMut::F32(&mut [0.0; 65]))
+        dequantize_int8(engine, &codes, &absmax, 64, ValuesMut::F32(&mut [0.0; 65]), Stores::Cached)
     };
     assert_eq!(run(65, 2), Ok(()));
-    assert_eq!(dequantize_int8(engine, &[], &[], 0, ValuesMut::F32(&mut [])), Err(CodecError::Row));
+    assert_eq!(
+        dequantize_int8(engine, &[], &[], 0, ValuesMut::F32(&mut []), Stores::Cached),
+        Err(CodecError::Row)
+    );
     assert!(matches!(run(64, 2), Err(CodecError::Length { what: "packed", .. })));
     assert!(matches!(run(65, 1), Err(CodecError::Length { what: "absmax", .. })));
 }

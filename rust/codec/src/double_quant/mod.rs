@@ -9,7 +9,12 @@
 //! absmax'    = fp32(fp32(table[code] * nested) + offset)
 //! ```
 
-mod search;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx2;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512;
+pub(crate) mod scalar;
+pub(crate) mod search;
 #[cfg(test)]
 mod tests;
 
@@ -64,15 +69,13 @@ pub fn quantize_absmax(
         codes.chunks_mut(ENCODE_JOB).zip(nested.chunks_mut(ENCODE_JOB / NESTED_BLOCKSIZE));
     let jobs = absmax.chunks(ENCODE_JOB).zip(outputs);
     parallel::for_each(work(len, ENCODE_JOB), engine, jobs, |(absmax, (codes, nested))| {
-        let groups = absmax.chunks(NESTED_BLOCKSIZE);
-        let outputs = codes.chunks_mut(NESTED_BLOCKSIZE).zip(nested);
-        let mut survive = true;
-        for (group, (codes, nested)) in groups.zip(outputs) {
-            let (scale, survives) = quantize_group(group, offset, table, &search, codes);
-            *nested = scale;
-            survive &= survives;
-        }
-        if !survive {
+        let whole = absmax.len() / NESTED_BLOCKSIZE * NESTED_BLOCKSIZE;
+        let (groups, tail) = absmax.split_at(whole);
+        let (codes, tail_codes) = codes.split_at_mut(whole);
+        let (nested, tail_nested) = nested.split_at_mut(whole / NESTED_BLOCKSIZE);
+        let groups = (engine.bodies.quantize_scales)(groups, offset, &search, codes, nested);
+        let tail = scalar::quantize(tail, offset, &search, tail_codes, tail_nested);
+        if !(groups && tail) {
             safe.store(false, Ordering::Relaxed);
         }
     })?;
@@ -128,7 +131,7 @@ fn offset(engine: Engine, absmax: &[f32]) -> Result<f32, CodecError> {
     let jobs = absmax.chunks(DECODE_JOB).zip(sums.chunks_mut(DECODE_JOB / NESTED_BLOCKSIZE));
     parallel::for_each(work(absmax.len(), DECODE_JOB), engine, jobs, |(absmax, sums)| {
         group_sums(absmax, sums);
-        if absmax.iter().any(|&a| a < 0.0) {
+        if absmax.iter().copied().fold(0.0, f32::min) < 0.0 {
             negative.store(true, Ordering::Relaxed);
         }
     })?;
@@ -143,51 +146,23 @@ fn offset(engine: Engine, absmax: &[f32]) -> Result<f32, CodecError> {
 
 /// Writes the sum of each group.
 fn group_sums(absmax: &[f32], sums: &mut [f64]) {
-    // Four groups side by side: each sum is a chain of additions that must wait for each other.
-    let fours = absmax.as_chunks::<{ 4 * NESTED_BLOCKSIZE }>().0;
-    let (sums_of_fours, rest_sums) = sums.split_at_mut(4 * fours.len());
-    for (four, sums) in fours.iter().zip(sums_of_fours.as_chunks_mut::<4>().0) {
-        let groups = four.as_chunks::<NESTED_BLOCKSIZE>().0;
-        *sums = [0.0; 4];
+    // Groups side by side: each sum is a chain of additions that must wait for each other.
+    const SIDE: usize = 8;
+    let sides = absmax.as_chunks::<{ SIDE * NESTED_BLOCKSIZE }>().0;
+    let (sums_of_sides, rest_sums) = sums.split_at_mut(SIDE * sides.len());
+    for (side, sums) in sides.iter().zip(sums_of_sides.as_chunks_mut::<SIDE>().0) {
+        let groups = side.as_chunks::<NESTED_BLOCKSIZE>().0;
+        *sums = [0.0; SIDE];
         for i in 0..NESTED_BLOCKSIZE {
             for (sum, group) in sums.iter_mut().zip(groups) {
                 *sum += f64::from(group[i]);
             }
         }
     }
-    let rest = absmax[fours.len() * 4 * NESTED_BLOCKSIZE..].chunks(NESTED_BLOCKSIZE);
+    let rest = absmax[sides.len() * SIDE * NESTED_BLOCKSIZE..].chunks(NESTED_BLOCKSIZE);
     for (group, sum) in rest.zip(rest_sums) {
         *sum = group.iter().fold(0.0, |sum, &a| sum + f64::from(a));
     }
-}
-
-/// Writes the codes of a group of scales; returns their second-level scale, and whether they
-/// survive.
-fn quantize_group(
-    group: &[f32],
-    offset: f32,
-    table: &[f32; 256],
-    search: &Search,
-    codes: &mut [u8],
-) -> (f32, bool) {
-    // Magnitudes as integers, where NaN is the largest and cannot hide.
-    let magnitude = |a: &f32| (a - offset).abs().to_bits() as i32;
-    let nested = f32::from_bits(group.iter().map(magnitude).fold(0, i32::max) as u32);
-
-    let mut normalised = [0.0; NESTED_BLOCKSIZE];
-    for (normalised, a) in normalised.iter_mut().zip(group) {
-        *normalised = (a - offset) / nested;
-    }
-    for (code, &normalised) in codes.iter_mut().zip(&normalised) {
-        // NaN: zero by zero, or a scale that is not finite.
-        *code = search.count_below(if normalised.is_nan() { 0.0 } else { normalised });
-    }
-    let survive = group.iter().zip(codes).fold(true, |all, (&a, &mut code)| {
-        let decoded = decode(table, code, nested, offset);
-        // Within 1/8 of a scale that is not zero lie only values of its sign.
-        all & (a == 0.0 || (decoded - a).abs() <= a.abs() / 8.0)
-    });
-    (nested, survive)
 }
 
 /// The bounds between 256 ascending values.
@@ -197,5 +172,5 @@ fn prepare(table: &[f32; 256]) -> Result<Search, CodecError> {
         return Err(CodecError::TableNotAscending { index });
     }
     let bounds: [f32; 255] = core::array::from_fn(|i| (table[i] + table[i + 1]) / 2.0);
-    Ok(Search::new(&bounds))
+    Ok(Search::new(table, &bounds))
 }

@@ -50,7 +50,16 @@ impl Owned {
         };
         let engine = Engine::new(available()[0], 1);
         let values: ValuesMut<'_> = out.values_mut();
-        dequantize_4bit(engine, &self.packed, &self.absmax, &NF4, self.blocksize, values).unwrap();
+        dequantize_4bit(
+            engine,
+            &self.packed,
+            &self.absmax,
+            &NF4,
+            self.blocksize,
+            values,
+            crate::Stores::Cached,
+        )
+        .unwrap();
         out.widened().into_iter().map(f64::from).collect()
     }
 }

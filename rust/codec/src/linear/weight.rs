@@ -9,7 +9,7 @@ use crate::double_quant::{decode, NESTED_BLOCKSIZE};
 use crate::error::CodecError;
 use crate::layout::{check_blocksize, check_len, check_row, num_blocks, packed_len};
 use crate::simd::{Bodies, Engine};
-use crate::values::{with_slice, Element, ValuesMut};
+use crate::values::{with_slice, Element, Stores, ValuesMut};
 
 /// The codes of a weight, row by row.
 #[derive(Clone, Copy, Debug)]
@@ -149,10 +149,10 @@ impl Weight<'_> {
         let done = match self.codes {
             Codes::FourBit { packed, table } => {
                 let packed = &packed[range.start / 2..range.end.div_ceil(2)];
-                dequantize_4bit(engine, packed, scales, table, self.blocksize, out)
+                dequantize_4bit(engine, packed, scales, table, self.blocksize, out, Stores::Cached)
             }
             Codes::Int8(codes) => {
-                dequantize_int8(engine, &codes[range], scales, self.blocksize, out)
+                dequantize_int8(engine, &codes[range], scales, self.blocksize, out, Stores::Cached)
             }
         };
         done.expect("the parts were checked, and nobody interrupts");

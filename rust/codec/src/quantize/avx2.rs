@@ -20,7 +20,7 @@ use crate::x86::avx2::{
     all_finite, bf16_lanes, clamp_to_one, f16_lanes, lanes, load, load_bf16, load_f16, load_f32,
     magnitudes_16_bit, magnitudes_f32, max_of_each, store,
 };
-use crate::x86::{prefetch, Plain};
+use crate::x86::{prefetch_l2, Plain};
 
 /// Blocks whose scales are computed together.
 const GROUP: usize = 8;
@@ -28,7 +28,7 @@ const GROUP: usize = 8;
 const STRIP: usize = 64;
 const HALF: usize = STRIP / 2;
 /// How far ahead values are fetched, in bytes: hardware prefetch stops at each page.
-const AHEAD: usize = 4096;
+const AHEAD: usize = 16384;
 
 /// The input and the outputs of one call.
 struct Task<'a, T> {
@@ -160,7 +160,7 @@ fn blocks<T: Element + Plain, const EVEN_ODD: bool>(
         let (bytes, rest_bytes) = packed.as_chunks_mut::<HALF>();
         for (i, (strip, bytes)) in strips.iter().zip(bytes).enumerate() {
             for line in 0..size_of_val(strip) / 64 {
-                prefetch(strip, AHEAD + 64 * line);
+                prefetch_l2(strip, AHEAD + 64 * line);
             }
             let x = load(strip);
             let factor = |half| _mm256_set1_ps(inverse[(half >> halves_per_block) % GROUP]);

@@ -13,14 +13,14 @@ use crate::x86::avx2::{
     all_finite, bf16_lanes, f16_lanes, lanes, load_bf16, load_f16, load_f32, magnitudes_16_bit,
     magnitudes_f32, max_of_each, store,
 };
-use crate::x86::{prefetch, Plain};
+use crate::x86::{prefetch_l2, Plain};
 
 /// Blocks whose scales are computed together.
 const GROUP: usize = 8;
 /// Values that are packed together: the smallest block.
 pub(crate) const STRIP: usize = 32;
 /// How far ahead values are fetched, in bytes: hardware prefetch stops at each page.
-pub(crate) const AHEAD: usize = 4096;
+pub(crate) const AHEAD: usize = 16384;
 
 /// The input and the outputs of one call.
 struct Task<'a, T> {
@@ -96,7 +96,7 @@ fn blocks<T: Element + Plain>(
             let factor = _mm256_set1_ps(factor);
             for (strip, bytes) in strips.iter().zip(bytes) {
                 for line in 0..size_of_val(strip) / 64 {
-                    prefetch(strip, AHEAD + 64 * line);
+                    prefetch_l2(strip, AHEAD + 64 * line);
                 }
                 let codes = load(strip).map(|x| _mm256_cvtps_epi32(_mm256_mul_ps(x, factor)));
                 store(bytes, pack(codes));

@@ -13,7 +13,7 @@ use crate::x86::avx512::{
     all_finite, bf16_lanes, f16_lanes, lanes, load_bf16, load_f16, load_f32, magnitudes_16_bit,
     magnitudes_f32, max_of_each, store,
 };
-use crate::x86::{prefetch, Plain};
+use crate::x86::{prefetch_l2, Plain};
 
 /// Blocks whose scales are computed together.
 const GROUP: usize = 16;
@@ -21,7 +21,7 @@ const GROUP: usize = 16;
 pub(crate) const STRIP: usize = 64;
 const HALF: usize = STRIP / 2;
 /// How far ahead values are fetched, in bytes: hardware prefetch stops at each page.
-pub(crate) const AHEAD: usize = 8192;
+pub(crate) const AHEAD: usize = 16384;
 
 /// The input and the outputs of one call.
 struct Task<'a, T> {
@@ -95,7 +95,7 @@ fn blocks<T: Element + Plain>(
         let (bytes, rest_bytes) = codes.as_chunks_mut::<STRIP>();
         for (i, (strip, bytes)) in strips.iter().zip(bytes).enumerate() {
             for line in 0..size_of_val(strip) / 64 {
-                prefetch(strip, AHEAD + 64 * line);
+                prefetch_l2(strip, AHEAD + 64 * line);
             }
             let x = load(strip);
             let factor = |half| _mm512_set1_ps(factors[(half >> halves_per_block) % GROUP]);

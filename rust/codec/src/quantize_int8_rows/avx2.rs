@@ -9,7 +9,7 @@ use crate::quantize_int8::avx2::{
 use crate::quantize_int8_rows::{factor, scalar};
 use crate::values::{Element, Values};
 use crate::x86::avx2::{bf16_lanes, f16_lanes, lanes, magnitudes_16_bit, magnitudes_f32, store};
-use crate::x86::{prefetch, Plain};
+use crate::x86::{prefetch_l2, Plain};
 
 /// Quantizes one row of any length; gives its absmax.
 #[target_feature(enable = "avx2,f16c")]
@@ -63,7 +63,7 @@ fn row<T: Element + Plain>(
     let code = |x| _mm256_cvtps_epi32(_mm256_mul_ps(x, factor));
     for (strip, bytes) in strips.iter().zip(bytes) {
         for line in 0..size_of_val(strip) / 64 {
-            prefetch(strip, AHEAD + 64 * line);
+            prefetch_l2(strip, AHEAD + 64 * line);
         }
         store(bytes, pack(load(strip).map(code)));
     }

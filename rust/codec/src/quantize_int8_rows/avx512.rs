@@ -9,7 +9,7 @@ use crate::quantize_int8::avx512::{
 use crate::quantize_int8_rows::{factor, scalar};
 use crate::values::{Element, Values};
 use crate::x86::avx512::{bf16_lanes, f16_lanes, lanes, magnitudes_16_bit, magnitudes_f32, store};
-use crate::x86::{prefetch, Plain};
+use crate::x86::{prefetch_l2, Plain};
 
 /// Quantizes one row of any length; gives its absmax.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi")]
@@ -63,7 +63,7 @@ fn row<T: Element + Plain>(
     let code = |x| _mm512_cvtps_epi32(_mm512_mul_ps(x, factor));
     for (strip, bytes) in strips.iter().zip(bytes) {
         for line in 0..size_of_val(strip) / 64 {
-            prefetch(strip, AHEAD + 64 * line);
+            prefetch_l2(strip, AHEAD + 64 * line);
         }
         store(bytes, pack(load(strip).map(code)));
     }

@@ -76,6 +76,44 @@ pub(crate) fn store_half<T: Plain, const N: usize>(to: &mut [T; N], from: __m128
     unsafe { _mm_storeu_si128(to.as_mut_ptr().cast(), from) }
 }
 
+/// Writes 32 bytes, past the caches if `STREAM` (then see [`crate::x86::end_stream`]).
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(crate) fn write<const STREAM: bool, T: Plain, const N: usize>(to: &mut [T; N], from: __m256i) {
+    const { assert!(size_of::<[T; N]>() == 32) }
+    let at = to.as_mut_ptr();
+    if !STREAM || cfg!(miri) || !at.addr().is_multiple_of(16) {
+        store(to, from);
+    } else if at.addr().is_multiple_of(32) {
+        // SAFETY: the array is 32 bytes long and, as was just seen, aligned to them.
+        unsafe { _mm256_stream_si256(at.cast(), from) }
+    } else {
+        let (low, high) = (_mm256_castsi256_si128(from), _mm256_extracti128_si256::<1>(from));
+        let at = at.cast::<__m128i>();
+        // SAFETY: the first half of the array's 32 bytes, which are aligned to 16.
+        unsafe { _mm_stream_si128(at, low) }
+        // SAFETY: the second half.
+        unsafe { _mm_stream_si128(at.wrapping_add(1), high) }
+    }
+}
+
+/// Writes 16 bytes, past the caches if `STREAM` (then see [`crate::x86::end_stream`]).
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(crate) fn write_half<const STREAM: bool, T: Plain, const N: usize>(
+    to: &mut [T; N],
+    from: __m128i,
+) {
+    const { assert!(size_of::<[T; N]>() == 16) }
+    let at = to.as_mut_ptr();
+    if !STREAM || cfg!(miri) || !at.addr().is_multiple_of(16) {
+        store_half(to, from);
+    } else {
+        // SAFETY: the array is 16 bytes long and, as was just seen, aligned to them.
+        unsafe { _mm_stream_si128(at.cast(), from) }
+    }
+}
+
 /// The largest magnitudes of a block, as the bits of floats, in 8 lanes.
 #[inline]
 #[target_feature(enable = "avx2")]

@@ -43,7 +43,7 @@ pub(crate) fn load_bf16(from: &[bf16; 32]) -> [__m512; 2] {
     [_mm512_castsi512_ps(even), _mm512_castsi512_ps(odd)]
 }
 
-/// Writes 64 bytes .
+/// Writes 64 bytes.
 #[inline]
 #[target_feature(enable = "avx512f")]
 pub(crate) fn store<T: Plain, const N: usize>(to: &mut [T; N], from: __m512i) {
@@ -52,13 +52,50 @@ pub(crate) fn store<T: Plain, const N: usize>(to: &mut [T; N], from: __m512i) {
     unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), from) }
 }
 
-/// Writes 32 bytes .
+/// Writes 32 bytes.
 #[inline]
 #[target_feature(enable = "avx512f")]
 pub(crate) fn store_half<T: Plain, const N: usize>(to: &mut [T; N], from: __m256i) {
     const { assert!(size_of::<[T; N]>() == 32) }
     // SAFETY: the array is 32 bytes long; the store takes any alignment.
     unsafe { _mm256_storeu_si256(to.as_mut_ptr().cast(), from) }
+}
+
+/// Writes 64 bytes, past the caches if `STREAM` (then see [`crate::x86::end_stream`]).
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(crate) fn write<const STREAM: bool, T: Plain, const N: usize>(to: &mut [T; N], from: __m512i) {
+    const { assert!(size_of::<[T; N]>() == 64) }
+    let at = to.as_mut_ptr();
+    if !STREAM || cfg!(miri) || !at.addr().is_multiple_of(16) {
+        store(to, from);
+    } else if at.addr().is_multiple_of(64) {
+        // SAFETY: the array is 64 bytes long and, as was just seen, aligned to them.
+        unsafe { _mm512_stream_si512(at.cast(), from) }
+    } else {
+        // What NumPy allocates is aligned to 16 bytes only.
+        let quarters = [
+            _mm512_castsi512_si128(from),
+            _mm512_extracti32x4_epi32::<1>(from),
+            _mm512_extracti32x4_epi32::<2>(from),
+            _mm512_extracti32x4_epi32::<3>(from),
+        ];
+        for (i, quarter) in quarters.into_iter().enumerate() {
+            let at = at.cast::<__m128i>().wrapping_add(i);
+            // SAFETY: quarter `i` of the array's 64 bytes, which are aligned to 16.
+            unsafe { _mm_stream_si128(at, quarter) }
+        }
+    }
+}
+
+/// Writes 32 bytes, past the caches if `STREAM` (then see [`crate::x86::end_stream`]).
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(crate) fn write_half<const STREAM: bool, T: Plain, const N: usize>(
+    to: &mut [T; N],
+    from: __m256i,
+) {
+    crate::x86::avx2::write::<STREAM, T, N>(to, from);
 }
 
 /// The largest magnitudes of a block, as the bits of floats, in 16 lanes.

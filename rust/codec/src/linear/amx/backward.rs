@@ -12,6 +12,7 @@ use crate::error::CodecError;
 use crate::linear::amx::decode::PairDecoder;
 use crate::linear::amx::tiles::{Tiles, LINES, TOKENS};
 use crate::linear::amx::transpose::write_interleaved;
+use crate::linear::amx::work;
 use crate::linear::scratch::{Line, Scratch};
 use crate::linear::strips::{self, Strip};
 use crate::linear::weight::{Codes, Weight};
@@ -55,7 +56,7 @@ pub(crate) unsafe fn backward(
         1024.. => 2 * BLOCK,
         _ => BLOCK,
     };
-    let work = weight.rows * weight.cols * tokens.div_ceil(16);
+    let work = work(weight, tokens);
     let jobs = strips::split(dx, weight.cols, width).into_iter();
     parallel::for_each(work, engine, jobs, |strip: Strip<'_, bf16>| {
         let width = strip.columns.len();

@@ -13,6 +13,7 @@ use crate::linear::amx::decode::{chunk_at, Decoder, CHUNK, CHUNK_BYTES, TILES_PE
 use crate::linear::amx::pack::{Order, Packed, CHUNK_LINES};
 use crate::linear::amx::tiles::{Tiles, LINES, TOKENS};
 use crate::linear::amx::transpose::write_transposed;
+use crate::linear::amx::work;
 use crate::linear::epilogue::Epilogue;
 use crate::linear::scratch::{Line, Scratch};
 use crate::linear::strips;
@@ -53,7 +54,7 @@ pub(crate) unsafe fn forward(
         (true, 1024..) => 128,
         _ => 64,
     };
-    let work = weight.rows * weight.cols * tokens.div_ceil(16);
+    let work = work(weight, tokens);
     let jobs = strips::split(y, weight.rows, width).into_iter();
     parallel::for_each(work, engine, jobs, |strip| {
         let (rows, width) = (strip.columns.clone(), strip.columns.len());

@@ -18,6 +18,7 @@ use crate::linear::amx::decode::{chunk_at, ByteDecoder, CHUNK, CHUNK_BYTES};
 use crate::linear::amx::forward::{Nibbles, FEW, PAIR};
 use crate::linear::amx::tiles::{Tiles, LINES, TOKENS};
 use crate::linear::amx::transpose::{transpose, write_transposed};
+use crate::linear::amx::work;
 use crate::linear::epilogue::Epilogue;
 use crate::linear::forward::widened;
 use crate::linear::scratch::{Line, Scratch};
@@ -56,7 +57,7 @@ pub(crate) unsafe fn forward<T: Element>(
         (true, 1024..) => 128,
         _ => 64,
     };
-    let work = weight.rows * weight.cols * tokens.div_ceil(32);
+    let work = work(weight, tokens);
     let jobs = strips::split(y, weight.rows, width).into_iter();
     parallel::for_each(work, engine, jobs, |strip| {
         let rows = strip.columns.clone();

@@ -25,3 +25,11 @@ pub(crate) use int8::forward as forward_int8;
 #[cfg(test)]
 mod tests;
 pub(crate) use tiles::granted;
+
+use crate::linear::weight::Weight;
+
+/// The work of a product in values to quantize, in which threads are counted: a weight costs as
+/// much as 28 products to read and decode.
+fn work(weight: &Weight<'_>, tokens: usize) -> usize {
+    weight.rows.saturating_mul(weight.cols).saturating_mul(tokens + 28) / 100
+}
