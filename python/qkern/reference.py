@@ -125,18 +125,18 @@ def _search_in_bytes(u: Tensor, fmt: QuantFormat, ascending: Tensor) -> tuple[Te
 
 def _byte_trials(fmt: QuantFormat, ascending: Tensor) -> list[float]:
     """Twelve trial scales; magnitudes only where the table is symmetric."""
-    rank = (fmt.blocksize > 128) + (fmt.blocksize > 512)
     if torch.equal(ascending, -ascending.flip(0)):
         return [
             [0.78, 0.82, 0.86, 0.9, 0.94, 0.98, 1.04, 1.14, 1.28, 1.34, 1.4, 1.46],
             [0.66, 0.72, 0.76, 0.78, 0.8, 0.82, 0.86, 0.9, 0.96, 1.34, 1.4, 1.52],
             [0.5, 0.54, 0.58, 0.64, 0.66, 0.7, 0.74, 0.78, 0.84, 0.88, 1.36, 1.52],
-        ][rank]
+        ][sum(fmt.blocksize > largest for largest in (128, 512))]
     multiples = [
         [0.9, 0.96, 1.02, 1.08, 1.3, 1.38],
+        [0.86, 0.92, 0.98, 1.02, 1.06, 1.32],
         [0.8, 0.86, 0.9, 0.94, 1.02, 1.3],
         [0.62, 0.7, 0.76, 0.82, 0.9, 1.3],
-    ][rank]
+    ][sum(fmt.blocksize > largest for largest in (64, 128, 512))]
     return [sign * multiple for multiple in multiples for sign in (1, -1)]
 
 
