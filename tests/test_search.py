@@ -88,6 +88,19 @@ def test_every_body_finds_no_more_error_than_the_reference(body: str, quant_type
             assert torch.equal(recoded, ours.packed), f"{body} {name} {blocksize}"
 
 
+@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_every_body_finds_the_scales_of_the_reference(body: str, quant_type: str) -> None:
+    for blocksize in BLOCKSIZES:
+        fmt = QuantFormat(quant_type, blocksize, double_quant=False)
+        values = torch.randn(40 * blocksize + 172)
+        scales = np.empty(fmt.num_blocks(values.numel()), np.float32)
+        code = codec.code_array(quant_type)
+        _native.search_scales(values.numpy(), "float32", code, blocksize, scales, simd=body)
+        expected = reference.search_scales(values, fmt)
+        torch.testing.assert_close(torch.from_numpy(scales), expected, rtol=1e-5, atol=0)
+
+
 def test_codes_are_chosen_against_the_scales_as_they_are_decoded() -> None:
     w = torch.randn(128, 128)
     q = qkern.quantize(w, method="search")

@@ -8,6 +8,7 @@ Shapes: ``n`` values, ``b = ceil(n / blocksize)`` blocks, ``g = ceil(b / 256)`` 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -65,7 +66,7 @@ def search_scales(values: Tensor, fmt: QuantFormat, importance: Tensor | None = 
 
     For a trial scale t, c are the table's values nearest to x / t. The best scale for these codes
     is ``sum(w x c) / sum(w c c)``, and ``sum(w x c)^2 / sum(w c c)`` what it explains of
-    ``sum(w x x)``. Trials are multiples of the absmax: eight fixed ones, then four near the best.
+    ``sum(w x x)``. Trials are multiples of the absmax. No block gets a larger error than by it.
 
     Args:
         values: any shape.
@@ -75,32 +76,19 @@ def search_scales(values: Tensor, fmt: QuantFormat, importance: Tensor | None = 
     x = values.detach().reshape(-1).float()
     absmax = _block_absmax(x, fmt.blocksize)  # (b,)
     usable = (absmax >= SEARCHED_ABSMAX_FLOOR) & absmax.isfinite()
-    u = _blocks(x, fmt.blocksize) / torch.where(usable, absmax, torch.ones_like(absmax))[:, None]
-    w = torch.ones_like(x)
+    inverse = 1.0 / torch.where(usable, absmax, torch.ones_like(absmax))
+    u = _blocks(x, fmt.blocksize) * torch.where(usable, inverse, 0.0)[:, None]  # (b, blocksize)
+    ascending = torch.sort(_code_tensor(fmt, x.device)).values
+    weights = None
     if importance is not None:
         weights = importance.to(x) / importance.max().clamp_min(torch.finfo(torch.float32).tiny)
+    if weights is None or bool((weights == 1).all()):
+        found, gains = _search_in_bytes(u, fmt, ascending)
+    else:
         w = weights.expand(values.shape).reshape(-1) if values.dim() else weights.reshape(-1)
-    w = _blocks(w, fmt.blocksize)  # (b, blocksize); 0 beyond the end
-    ascending = torch.sort(_code_tensor(fmt, x.device)).values
-    bounds = (ascending[:-1] + ascending[1:]) / 2
-
-    def compare(best: Tensor, trial: Tensor) -> Tensor:  # (3, b), (b,) or (1,) to (3, b)
-        c = ascending[torch.bucketize((u / trial[:, None]).clamp(-1, 1), bounds)]
-        xc, cc = (w * u * c).sum(1), (w * c * c).sum(1)
-        found = torch.stack([xc * xc / cc, trial.expand_as(xc), xc / cc])
-        return torch.where(found[0] > best[0], found, best)
-
-    none = torch.stack([torch.full_like(absmax, -torch.inf), absmax * 0 + 1, absmax * 0 + 1])
-    best = none
-    for multiple in _trials(fmt, ascending):
-        best = compare(best, x.new_tensor([multiple]))
-    middle = best[1]
-    for near in (1.02, 0.98, 1.04, 0.96):
-        best = compare(best, middle * near)
-    c = ascending[torch.bucketize(u.clamp(-1, 1), bounds)]
-    explained = (w * (2 * u - c) * c).sum(1)  # by the absmax itself
-    gains = best[0] - explained > 1e-5 * (w * c * c).sum(1)
-    scales = absmax * best[2]
+        w = _blocks(w, fmt.blocksize)  # (b, blocksize); 0 beyond the end
+        found, gains = _search_weighted(u, w, fmt, ascending)
+    scales = absmax * found
     fits = scales.abs() * ascending.abs().max() <= torch.finfo(values.dtype).max
     scales = torch.where(usable & gains & fits, scales, absmax)
     if x.numel() % fmt.blocksize:
@@ -108,8 +96,88 @@ def search_scales(values: Tensor, fmt: QuantFormat, importance: Tensor | None = 
     return scales
 
 
+def _search_in_bytes(u: Tensor, fmt: QuantFormat, ascending: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales (b,) of u (b, blocksize), and which of them are better than 1.
+
+    Trials in integers: values times 127, c looked up by every second of these magnitudes. Then
+    least squares once more, and the errors, in fp32.
+    """
+    q = (u.nan_to_num() * 127).round().int()
+    slot = q.abs() // 2
+    best = torch.stack([torch.ones_like(u[:, 0])] * 2 + [-torch.ones_like(u[:, 0])])  # (3, b)
+    for trial in _byte_trials(fmt, ascending):
+        above, below = (_looked_up(ascending, t) for t in (trial, -trial))
+        c = torch.where(q < 0, below[slot], above[slot])
+        qc = (q.abs() * c).sum(1).float() * math.copysign(1, trial)
+        cc = (c * c).sum(1).float()
+        better = qc * qc * best[1] > best[2] * cc
+        best = torch.where(better, torch.stack([qc, cc, qc * qc]), best)
+    found = best[0] / best[1]
+    v = u * (1 / found)[:, None]
+    c = _nearest(ascending, v)
+    d = v - c
+    more = (d * c).sum(1) / (c * c).sum(1)
+    error = found * found * ((d * d).sum(1) - more * (d * c).sum(1))
+    by_absmax = (u - _nearest(ascending, u)).square().sum(1)
+    gains = error * (1 + 1 / 512) + fmt.blocksize * 1e-10 < by_absmax
+    return found + found * more, gains
+
+
+def _byte_trials(fmt: QuantFormat, ascending: Tensor) -> list[float]:
+    """Twelve trial scales; magnitudes only where the table is symmetric."""
+    if torch.equal(ascending, -ascending.flip(0)):
+        return [
+            [0.78, 0.82, 0.86, 0.9, 0.94, 0.98, 1.04, 1.14, 1.28, 1.34, 1.4, 1.46],
+            [0.66, 0.72, 0.76, 0.78, 0.8, 0.82, 0.86, 0.9, 0.96, 1.34, 1.4, 1.52],
+            [0.5, 0.54, 0.58, 0.64, 0.66, 0.7, 0.74, 0.78, 0.84, 0.88, 1.36, 1.52],
+        ][sum(fmt.blocksize > largest for largest in (128, 512))]
+    multiples = [
+        [0.9, 0.96, 1.02, 1.08, 1.3, 1.38],
+        [0.86, 0.92, 0.98, 1.02, 1.06, 1.32],
+        [0.8, 0.86, 0.9, 0.94, 1.02, 1.3],
+        [0.62, 0.7, 0.76, 0.82, 0.9, 1.3],
+    ][sum(fmt.blocksize > largest for largest in (64, 128, 512))]
+    return [sign * multiple for multiple in multiples for sign in (1, -1)]
+
+
+def _looked_up(ascending: Tensor, trial: float) -> Tensor:
+    """127 |c| (64,) of values ``(2 i + 0.5) / 127``; of four in a row at most two differ."""
+    u = (2 * torch.arange(64, device=ascending.device) + 0.5) / 127 / trial
+    bins = (_nearest(ascending, u) * 127).abs().round().int().reshape(-1, 4)
+    low, high = bins[:, :1], bins[:, 3:]
+    return torch.where((bins == low) | (bins - low < high - bins), low, high).reshape(-1)
+
+
+def _nearest(ascending: Tensor, u: Tensor) -> Tensor:
+    bounds = (ascending[:-1] + ascending[1:]) / 2
+    return ascending[torch.bucketize(u.clamp(-1, 1), bounds)]
+
+
+def _search_weighted(
+    u: Tensor, w: Tensor, fmt: QuantFormat, ascending: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As ``_search_in_bytes``, in fp32 with weights w (b, blocksize): eight trials, four nearby."""
+
+    def compare(best: Tensor, trial: Tensor) -> Tensor:  # (3, b), (b,) or (1,) to (3, b)
+        c = _nearest(ascending, u / trial[:, None])
+        xc, cc = (w * u * c).sum(1), (w * c * c).sum(1)
+        found = torch.stack([xc * xc / cc, trial.expand_as(xc), xc / cc])
+        return torch.where(found[0] > best[0], found, best)
+
+    one = torch.ones_like(u[:, 0])
+    best = torch.stack([-torch.inf * one, one, one])
+    for multiple in _trials(fmt, ascending):
+        best = compare(best, u.new_tensor([multiple]))
+    middle = best[1]
+    for near in (1.02, 0.98, 1.04, 0.96):
+        best = compare(best, middle * near)
+    c = _nearest(ascending, u)
+    explained = (w * (2 * u - c) * c).sum(1)  # by the absmax itself
+    return best[2], best[0] - explained > 1e-5 * (w * c * c).sum(1)
+
+
 def _trials(fmt: QuantFormat, ascending: Tensor) -> tuple[float, ...]:
-    """The first trial scales, as multiples of the absmax; no sign where the table is symmetric."""
+    """The first trials with weights, multiples of the absmax; no sign if the table is symmetric."""
     small = fmt.blocksize <= 128
     if torch.equal(ascending, -ascending.flip(0)):
         if small:

@@ -9,7 +9,7 @@ use crate::double_quant::search::Search as ScaleSearch;
 use crate::error::CodecError;
 use crate::linear::{dense, Epilogue, Weight};
 use crate::quantize_int8_rows;
-use crate::search::{self, Importance};
+use crate::search::{self, Way};
 use crate::values::{Stores, Values, ValuesMut};
 use crate::{dequantize, dequantize_int8, double_quant, quantize, quantize_int8};
 
@@ -47,8 +47,8 @@ pub struct Bodies {
 type QuantizeFn = fn(Values<'_>, &Codebook, usize, &mut [u8], &mut [f32]) -> bool;
 /// Values, codes, block size, scales -> packed.
 type EncodeFn = fn(Values<'_>, &Codebook, usize, &[f32], &mut [u8]);
-/// Values, codes, block size, importance -> scales, and whether all values were finite.
-type SearchFn = fn(Values<'_>, &Codebook, usize, Option<Importance<'_>>, &mut [f32]) -> bool;
+/// Values, codes, block size, way -> scales, and whether all values were finite.
+type SearchFn = fn(Values<'_>, &Codebook, usize, Way<'_>, &mut [f32]) -> bool;
 /// Packed, absmax, table, block size, how to write -> values.
 type DequantizeFn = fn(&[u8], &[f32], &[f32; 16], usize, Stores, ValuesMut<'_>);
 /// Values, block size -> codes, absmax, and whether all values were finite.
@@ -191,7 +191,8 @@ mod x86 {
             && has!("avx512bw")
             && has!("avx512dq")
             && has!("avx512vl")
-            && has!("avx512vbmi");
+            && has!("avx512vbmi")
+            && has!("avx512vnni");
         let amx = avx512 && has!("avx512bf16") && amx::granted();
         let all = [amx.then_some(&AMX), avx512.then_some(&AVX512), avx2.then_some(&AVX2)];
         all.into_iter().flatten()
@@ -216,7 +217,7 @@ mod x86 {
         // SAFETY: as above.
         encode_4bit: |v, c, b, s, p| unsafe { quantize::avx512::encode(v, c, b, s, p) },
         // SAFETY: as above.
-        search_scales: |v, c, b, i, s| unsafe { search::avx512::search(v, c, b, i, s) },
+        search_scales: |v, c, b, w, s| unsafe { search::avx512::search(v, c, b, w, s) },
         // SAFETY: as above.
         dequantize_4bit: |p, a, t, b, s, v| unsafe {
             dequantize::avx512::dequantize(p, a, t, b, s, v);
@@ -253,7 +254,7 @@ mod x86 {
         // SAFETY: as above.
         encode_4bit: |v, c, b, s, p| unsafe { quantize::avx2::encode(v, c, b, s, p) },
         // SAFETY: as above.
-        search_scales: |v, c, b, i, s| unsafe { search::avx2::search(v, c, b, i, s) },
+        search_scales: |v, c, b, w, s| unsafe { search::avx2::search(v, c, b, w, s) },
         // SAFETY: as above.
         dequantize_4bit: |p, a, t, b, s, v| unsafe {
             dequantize::avx2::dequantize(p, a, t, b, s, v);

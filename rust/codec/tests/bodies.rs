@@ -161,7 +161,8 @@ fn encode<T: Dtype>(
     let (values, len) = (T::values(input), input.len());
     let (blocks, code) = (num_blocks(len, blocksize), Codebook::new(&NF4).unwrap());
     let columns = (1..=40).rev().find(|n| len.is_multiple_of(*n)).unwrap();
-    let weights = Guarded::new(&vec![0.5; columns], f32::NAN, (before + 3, behind));
+    let weights: Vec<f32> = (1..=columns).map(|i| i as f32).collect();
+    let weights = Guarded::new(&weights, f32::NAN, (before + 3, behind));
     for importance in [None, Some(weights.get())] {
         let mut scales = Guarded::room(blocks, f32::MAX, (before + 2, behind));
         let (to, refuse) = (scales.get_mut(), NonFinite::Error);

@@ -7,7 +7,8 @@ use std::arch::x86_64::*;
 
 use crate::codebook::Codebook;
 use crate::quantize::scalar::absmax_from_bits;
-use crate::search::{search_blocks, Importance, Sums, ROUND};
+use crate::search::general::{search_blocks, Sums, ROUND};
+use crate::search::{bytes, Way};
 use crate::values::{with_slice, Values};
 use crate::x86::avx2::{lanes, load_f32, magnitudes_f32, max_of_each};
 
@@ -19,9 +20,13 @@ pub(crate) fn search(
     values: Values<'_>,
     code: &Codebook,
     blocksize: usize,
-    importance: Option<Importance<'_>>,
+    way: Way<'_>,
     scales: &mut [f32],
 ) -> bool {
+    let importance = match way {
+        Way::General(importance) => importance,
+        Way::Bytes(plan) => return bytes::avx2::search(values, code, plan, blocksize, scales),
+    };
     let absmax = |x: &[f32]| {
         let maxima = max_of_each(&[magnitudes_f32(x); LANES]);
         absmax_from_bits(_mm256_extract_epi32::<0>(maxima) as u32)
@@ -55,7 +60,7 @@ fn sums(x: &[f32], weights: &[f32], inverses: [f32; ROUND], tree: &Tree) -> Sums
 }
 
 /// Nearest value by a binary search over any 15 ascending bounds.
-struct Tree {
+pub(crate) struct Tree {
     middle: __m256,
     /// The bounds that the other steps look at; lane `-i & 7` for partial index `i`.
     steps: [__m256; 3],
@@ -66,7 +71,7 @@ struct Tree {
 impl Tree {
     #[inline]
     #[target_feature(enable = "avx2")]
-    fn new(code: &Codebook) -> Self {
+    pub(crate) fn new(code: &Codebook) -> Self {
         let bounds = code.bounds();
         // A comparison gives -1, so that a partial index comes out negated.
         let table = |of: &dyn Fn(usize) -> f32| {
@@ -84,7 +89,7 @@ impl Tree {
 
     #[inline]
     #[target_feature(enable = "avx2")]
-    fn nearest(&self, u: __m256) -> __m256 {
+    pub(crate) fn nearest(&self, u: __m256) -> __m256 {
         let above = |bound| _mm256_cmp_ps::<_CMP_GT_OQ>(u, bound);
         let [second, third, last] = self.steps;
         let mut minus = _mm256_castps_si256(above(self.middle));

@@ -8,21 +8,26 @@ use std::arch::x86_64::*;
 
 use crate::codebook::{Codebook, UniformBins};
 use crate::quantize::scalar::absmax_from_bits;
-use crate::search::{search_blocks, Importance, Sums, ROUND};
+use crate::search::general::{search_blocks, Sums, ROUND};
+use crate::search::{bytes, Way};
 use crate::values::{with_slice, Values};
 use crate::x86::avx512::{clamp_to_one, lanes, load_f32, magnitudes_f32};
 
 const LANES: usize = 16;
 
 /// Finds the scales of whole blocks; tells whether all values were finite.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
 pub(crate) fn search(
     values: Values<'_>,
     code: &Codebook,
     blocksize: usize,
-    importance: Option<Importance<'_>>,
+    way: Way<'_>,
     scales: &mut [f32],
 ) -> bool {
+    let importance = match way {
+        Way::General(importance) => importance,
+        Way::Bytes(plan) => return bytes::avx512::search(values, code, plan, blocksize, scales),
+    };
     let absmax = |x: &[f32]| absmax_from_bits(_mm512_reduce_max_epu32(magnitudes_f32(x)));
     if let Some(bins) = code.uniform() {
         let bins = Bins::new(bins, code.sorted());
@@ -103,7 +108,7 @@ fn sum_each(uc: [__m512; ROUND], cc: [__m512; ROUND]) -> Sums {
 }
 
 /// Nearest value by uniform binning.
-struct Bins {
+pub(crate) struct Bins {
     scale: __m512,
     threshold: [__m512; 2],
     below: [__m512; 2],
@@ -113,7 +118,7 @@ struct Bins {
 impl Bins {
     #[inline]
     #[target_feature(enable = "avx512f")]
-    fn new(bins: &UniformBins, sorted: &[f32; 16]) -> Self {
+    pub(crate) fn new(bins: &UniformBins, sorted: &[f32; 16]) -> Self {
         let value = |slot: usize, more: usize| sorted[(bins.base[slot] as usize + more).min(15)];
         let table = |of: &dyn Fn(usize) -> f32| {
             [0, LANES].map(|first| load_f32(&core::array::from_fn(|lane| of(first + lane))))
@@ -128,8 +133,14 @@ impl Bins {
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512dq")]
-    fn nearest(&self, u: __m512) -> __m512 {
-        let u = clamp_to_one(u);
+    pub(crate) fn nearest(&self, u: __m512) -> __m512 {
+        self.nearest_within_one(clamp_to_one(u))
+    }
+
+    /// For values that are within 1 but for some ulps.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512dq")]
+    pub(crate) fn nearest_within_one(&self, u: __m512) -> __m512 {
         let magic = _mm512_set1_ps(UniformBins::MAGIC);
         let bin = _mm512_castps_si512(_mm512_fmadd_ps(u, self.scale, magic));
         let threshold = _mm512_permutex2var_ps(self.threshold[0], bin, self.threshold[1]);
@@ -141,7 +152,7 @@ impl Bins {
 }
 
 /// Nearest value by a binary search over any 15 ascending bounds.
-struct Tree {
+pub(crate) struct Tree {
     middle: __m512,
     /// `bounds[j + 3]`, `bounds[j + 1]` and `bounds[j]` in lane `j`: what each step looks at.
     steps: [__m512; 3],
@@ -151,7 +162,7 @@ struct Tree {
 impl Tree {
     #[inline]
     #[target_feature(enable = "avx512f")]
-    fn new(code: &Codebook) -> Self {
+    pub(crate) fn new(code: &Codebook) -> Self {
         let bounds = code.bounds();
         let from = |first: usize| {
             load_f32(&core::array::from_fn(|j| bounds.get(first + j).copied().unwrap_or(0.0)))
@@ -165,7 +176,7 @@ impl Tree {
 
     #[inline]
     #[target_feature(enable = "avx512f")]
-    fn nearest(&self, u: __m512) -> __m512 {
+    pub(crate) fn nearest(&self, u: __m512) -> __m512 {
         let above = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(u, self.middle);
         let mut index = _mm512_maskz_set1_epi32(above, 8);
         for (step, bounds) in [4, 2, 1].into_iter().zip(self.steps) {

@@ -2,7 +2,8 @@
 
 use crate::codebook::Codebook;
 use crate::quantize::scalar::block_absmax;
-use crate::search::{search_blocks, Importance, Sums};
+use crate::search::general::{search_blocks, Sums};
+use crate::search::{bytes, Way};
 use crate::values::{with_slice, Values};
 
 /// Values that are coded together.
@@ -13,9 +14,17 @@ pub(crate) fn search(
     values: Values<'_>,
     code: &Codebook,
     blocksize: usize,
-    importance: Option<Importance<'_>>,
+    way: Way<'_>,
     scales: &mut [f32],
 ) -> bool {
+    let importance = match way {
+        Way::General(importance) => importance,
+        Way::Bytes(plan) => {
+            return with_slice!(values, Values, v => {
+                bytes::scalar::search(v, code, plan, blocksize, scales)
+            })
+        }
+    };
     let steps = Steps::new(code);
     with_slice!(values, Values, v => {
         search_blocks(v, code, blocksize, importance, scales, block_absmax, |x, w, inverses| {
@@ -28,29 +37,36 @@ pub(crate) fn search(
     })
 }
 
-/// The table as a staircase: its lowest value, then where it rises and by how much.
-struct Steps {
+/// The table as a staircase: its lowest value, then where it rises and to what.
+pub(crate) struct Steps {
     lowest: f32,
     rises: [(f32, f32); 15],
 }
 
 impl Steps {
-    fn new(code: &Codebook) -> Self {
+    pub(crate) fn new(code: &Codebook) -> Self {
         let sorted = code.sorted();
-        let rises = core::array::from_fn(|i| (code.bounds()[i], sorted[i + 1] - sorted[i]));
+        let rises = core::array::from_fn(|i| (code.bounds()[i], sorted[i + 1]));
         Self { lowest: sorted[0], rises }
+    }
+
+    /// The values nearest to `u`.
+    #[inline(always)]
+    pub(crate) fn nearest<const N: usize>(&self, u: [f32; N]) -> [f32; N] {
+        let mut c = [self.lowest; N];
+        for (bound, value) in self.rises {
+            for (c, u) in c.iter_mut().zip(u) {
+                *c = if u > bound { value } else { *c };
+            }
+        }
+        c
     }
 
     fn sums(&self, x: &[f32], weights: &[f32], inverse: f32) -> (f32, f32) {
         let (mut uc, mut cc) = ([0.0; STRIP], [0.0; STRIP]);
         let mut add = |x: &[f32; STRIP], w: &[f32; STRIP]| {
             let u = x.map(|x| x * inverse);
-            let mut c = [self.lowest; STRIP];
-            for (bound, rise) in self.rises {
-                for (c, u) in c.iter_mut().zip(u) {
-                    *c += if u > bound { rise } else { 0.0 };
-                }
-            }
+            let c = self.nearest(u);
             for i in 0..STRIP {
                 uc[i] += w[i] * u[i] * c[i];
                 cc[i] += w[i] * c[i] * c[i];

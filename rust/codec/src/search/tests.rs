@@ -76,6 +76,19 @@ proptest! {
     }
 
     #[test]
+    fn every_body_finds_the_same_scales((seed, blocksize, len) in shapes(), table in 0..2_usize) {
+        let table = tables()[table];
+        for weights in Weights::all(&hard_values(seed, len, blocksize)) {
+            let mut found = available().iter().map(|bodies| {
+                let scales = searched(Engine::new(bodies, 1), &weights, &table, blocksize, None).1;
+                scales.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+            });
+            let first = found.next().unwrap();
+            prop_assert!(found.all(|scales| scales == first));
+        }
+    }
+
+    #[test]
     fn nor_by_weighted_errors((seed, blocksize, rows) in shapes(), columns in 1..200_usize) {
         let mut random = Random(seed);
         let scale = 10.0_f32.powi(random.below(60) as i32 - 30);
@@ -169,6 +182,22 @@ fn equal_importance_changes_nothing() {
         let engine = Engine::new(bodies, 1);
         let found = searched(engine, &weights, &NF4, 64, None);
         assert_eq!(searched(engine, &weights, &NF4, 64, Some(&[3.0; 96])), found);
+    }
+}
+
+#[test]
+fn every_body_finds_the_same_scales_of_ordinary_values() {
+    let values = gaussian(1 << 14);
+    for table in [NF4, fp4()] {
+        for blocksize in BLOCKSIZES {
+            for weights in Weights::all(&values) {
+                let run =
+                    |bodies| searched(Engine::new(bodies, 1), &weights, &table, blocksize, None);
+                let expected = run(available()[0]);
+                assert!(expected.1.iter().filter(|s| **s < 0.0).count() > 0 || table != NF4);
+                assert!(available().iter().all(|bodies| run(bodies) == expected));
+            }
+        }
     }
 }
 

@@ -58,6 +58,13 @@ pub(crate) fn load_bf16(from: &[bf16; 16]) -> [__m256; 2] {
     [_mm256_castsi256_ps(even), _mm256_castsi256_ps(odd)]
 }
 
+/// Reads 8 bfloat16 values as floats, exactly, in order.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(crate) fn load_bf16_in_order(from: &[bf16; 8]) -> __m256 {
+    bf16_lanes(_mm256_cvtepu16_epi32(load_half(from)))
+}
+
 /// Writes 32 bytes.
 #[inline]
 #[target_feature(enable = "avx2")]
@@ -197,6 +204,26 @@ pub(crate) fn max_of_each(vectors: &[__m256i; 8]) -> __m256i {
         _mm256_permute2x128_si256::<0x20>(a, b),
         _mm256_permute2x128_si256::<0x31>(a, b),
     )
+}
+
+/// Lane `i` of the result is the sum of the lanes of vector `i`.
+///
+/// Of each 128-bit lane `(0 + 2) + (1 + 3)`, then of both.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(crate) fn sum_of_each(vectors: &[__m256; 8]) -> __m256 {
+    // As `max_of_each`.
+    let halves: [__m256; 4] = core::array::from_fn(|i| {
+        let (a, b) = (vectors[2 * i], vectors[2 * i + 1]);
+        _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b))
+    });
+    let quarters: [__m256; 2] = core::array::from_fn(|i| {
+        let [a, b] = [halves[2 * i], halves[2 * i + 1]].map(|v| _mm256_castps_pd(v));
+        let (low, high) = (_mm256_unpacklo_pd(a, b), _mm256_unpackhi_pd(a, b));
+        _mm256_add_ps(_mm256_castpd_ps(low), _mm256_castpd_ps(high))
+    });
+    let [a, b] = quarters;
+    _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b))
 }
 
 /// Rounds to bfloat16, ties to even, in the high half of each lane; the low half is undefined.

@@ -1,6 +1,6 @@
 //! Vectors of 64 bytes.
 //!
-//! AVX-512 here means F, BW, DQ, VL and VBMI: Ice Lake, Zen 4 and later.
+//! AVX-512 here means F, BW, DQ, VL, VBMI and VNNI: Ice Lake, Zen 4 and later.
 
 use std::arch::x86_64::*;
 
@@ -41,6 +41,15 @@ pub(crate) fn load_bf16(from: &[bf16; 32]) -> [__m512; 2] {
     let even = _mm512_slli_epi32::<16>(pairs);
     let odd = _mm512_and_si512(pairs, _mm512_set1_epi32(0xffff_0000_u32 as i32));
     [_mm512_castsi512_ps(even), _mm512_castsi512_ps(odd)]
+}
+
+/// Reads 16 bfloat16 values as floats, exactly, in order.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(crate) fn load_bf16_in_order(from: &[bf16; 16]) -> __m512 {
+    // SAFETY: the array is 32 bytes long; the load takes any alignment.
+    let halves = unsafe { _mm256_loadu_si256(from.as_ptr().cast()) };
+    bf16_lanes(_mm512_cvtepu16_epi32(halves))
 }
 
 /// Writes 64 bytes.
@@ -182,6 +191,30 @@ pub(crate) fn max_of_each(vectors: &[__m512i; 16]) -> __m512i {
 #[target_feature(enable = "avx512f")]
 fn max_of_lanes(a: __m512i, b: __m512i) -> __m512i {
     _mm512_max_epu32(_mm512_shuffle_i32x4::<0x88>(a, b), _mm512_shuffle_i32x4::<0xdd>(a, b))
+}
+
+/// Lane `i` of the result is the sum of the lanes of vector `i`.
+///
+/// Of each 128-bit lane `(0 + 2) + (1 + 3)`; of these the same by neighbours, `(0 + 1) + (2 + 3)`.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(crate) fn sum_of_each(vectors: &[__m512; 16]) -> __m512 {
+    // As `max_of_each`.
+    let halves: [__m512; 8] = core::array::from_fn(|i| {
+        let (a, b) = (vectors[2 * i], vectors[2 * i + 1]);
+        _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b))
+    });
+    let quarters: [__m512; 4] = core::array::from_fn(|i| {
+        let [a, b] = [halves[2 * i], halves[2 * i + 1]].map(|v| _mm512_castps_pd(v));
+        let (low, high) = (_mm512_unpacklo_pd(a, b), _mm512_unpackhi_pd(a, b));
+        _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high))
+    });
+    let sum_of_lanes = |a, b| {
+        let (even, odd) = (_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b));
+        _mm512_add_ps(even, odd)
+    };
+    let (a, b) = (sum_of_lanes(quarters[0], quarters[1]), sum_of_lanes(quarters[2], quarters[3]));
+    sum_of_lanes(a, b)
 }
 
 /// Rounds to bfloat16, ties to even, in the high half of each lane; the low half is undefined.
