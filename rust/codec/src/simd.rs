@@ -12,7 +12,7 @@ use crate::{dequantize, dequantize_int8, quantize, quantize_int8, quantize_int8_
 const VARIABLE: &str = "QKERN_SIMD";
 
 /// Every name that a body has, on any machine, best first.
-const KNOWN: [&str; 3] = ["avx512", "avx2", "scalar"];
+const KNOWN: [&str; 4] = ["avx512", "avx2", "neon", "scalar"];
 
 /// The operations of one instruction set. All take whole blocks only, `quantize_int8_row` one row
 /// of any length.
@@ -44,7 +44,7 @@ type DequantizeInt8Fn = fn(&[i8], &[f32], usize, ValuesMut<'_>);
 type QuantizeInt8RowFn = fn(Values<'_>, &mut [i8]) -> f32;
 
 impl Bodies {
-    /// `"scalar"`, `"avx2"` or `"avx512"`.
+    /// `"avx512"`, `"avx2"`, `"neon"` or `"scalar"`.
     pub fn name(&self) -> &'static str {
         self.name
     }
@@ -115,7 +115,7 @@ pub fn available() -> &'static [&'static Bodies] {
 }
 
 /// No instruction set of this architecture has bodies.
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 fn native() -> impl Iterator<Item = &'static Bodies> {
     std::iter::empty()
 }
@@ -191,6 +191,42 @@ mod x86 {
     };
 }
 
+#[cfg(target_arch = "aarch64")]
+use arm::available as native;
+
+#[cfg(target_arch = "aarch64")]
+#[allow(unsafe_code)]
+mod arm {
+    use super::{
+        dequantize, dequantize_int8, quantize, quantize_int8, quantize_int8_rows, search, Bodies,
+    };
+    use std::arch::is_aarch64_feature_detected as has;
+
+    /// The only way to the table below, which is what makes its calls sound.
+    pub(super) fn available() -> impl Iterator<Item = &'static Bodies> {
+        // Bytes are taken for parts of numbers.
+        let neon = has!("neon") && cfg!(target_endian = "little");
+        neon.then_some(&NEON).into_iter()
+    }
+
+    static NEON: Bodies = Bodies {
+        name: "neon",
+        // SAFETY: handed out by `available` only, where the feature was found.
+        quantize_4bit: |v, c, b, p, a| unsafe { quantize::neon::quantize(v, c, b, p, a) },
+        // SAFETY: as above.
+        encode_4bit: |v, c, b, s, p| unsafe { quantize::neon::encode(v, c, b, s, p) },
+        search_scales: search::scalar::search,
+        // SAFETY: as above.
+        dequantize_4bit: |p, a, t, b, v| unsafe { dequantize::neon::dequantize(p, a, t, b, v) },
+        // SAFETY: as above.
+        quantize_int8: |v, b, q, a| unsafe { quantize_int8::neon::quantize(v, b, q, a) },
+        // SAFETY: as above.
+        dequantize_int8: |q, a, b, v| unsafe { dequantize_int8::neon::dequantize(q, a, b, v) },
+        // SAFETY: as above.
+        quantize_int8_row: |v, q| unsafe { quantize_int8_rows::neon::quantize(v, q) },
+    };
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -214,7 +250,7 @@ mod tests {
     fn other_names_are_refused_with_the_choice_there_is() {
         let error = Bodies::named("sse2", VARIABLE).unwrap_err().to_string();
         assert!(error.starts_with("QKERN_SIMD names the SIMD body \"sse2\""), "{error}");
-        assert!(error.ends_with("allowed are avx512, avx2, scalar"), "{error}");
+        assert!(error.ends_with("allowed are avx512, avx2, neon, scalar"), "{error}");
         for name in KNOWN {
             if !available().iter().any(|bodies| bodies.name() == name) {
                 let error = Bodies::named(name, VARIABLE).unwrap_err().to_string();
