@@ -19,54 +19,43 @@ fn apart<R>(work: impl FnOnce() -> R) -> R {
 
 /// Puts the environment back that it found.
 struct Guard {
-    #[cfg(target_arch = "x86_64")]
-    found: u32,
+    found: control::Register,
 }
 
-#[cfg(not(target_arch = "x86_64"))]
 impl Guard {
     fn enter() -> Self {
-        Self {}
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-impl Guard {
-    fn enter() -> Self {
-        let found = mxcsr::read();
-        if found & mxcsr::MODES != 0 {
-            mxcsr::write(mxcsr::DEFAULT);
+        let found = control::read();
+        if found & control::MODES != 0 {
+            control::write(control::DEFAULT);
         }
         Self { found }
     }
 }
 
-#[cfg(target_arch = "x86_64")]
 impl Drop for Guard {
     fn drop(&mut self) {
-        if self.found & mxcsr::MODES != 0 {
-            mxcsr::write(self.found);
+        if self.found & control::MODES != 0 {
+            control::write(self.found);
         }
     }
 }
 
-/// The control register of SSE and AVX. Miri, which runs no inline assembly, has its default only.
-#[cfg(target_arch = "x86_64")]
-mod mxcsr {
+/// MXCSR, the control register of SSE and AVX.
+#[cfg(all(target_arch = "x86_64", not(miri)))]
+mod control {
     use std::arch::asm;
 
+    pub(super) type Register = u32;
+
     /// All exceptions masked, round to nearest even, no flushing of subnormals.
-    pub(super) const DEFAULT: u32 = 0x1f80;
+    pub(super) const DEFAULT: Register = 0x1f80;
     /// The bits that change results: flush to zero, rounding, denormals are zero.
-    pub(super) const MODES: u32 = 0xe040;
+    pub(super) const MODES: Register = 0xe040;
     /// Flush to zero and denormals are zero.
     #[cfg(test)]
-    pub(super) const FLUSH: u32 = 0x8040;
+    pub(super) const FLUSH: Register = 0x8040;
 
-    pub(super) fn read() -> u32 {
-        if cfg!(miri) {
-            return DEFAULT;
-        }
+    pub(super) fn read() -> Register {
         let mut value = 0_u32;
         // SAFETY: stores the register to a local variable.
         unsafe {
@@ -75,10 +64,7 @@ mod mxcsr {
         value
     }
 
-    pub(super) fn write(value: u32) {
-        if cfg!(miri) {
-            return;
-        }
+    pub(super) fn write(value: Register) {
         // SAFETY: `value` is the default or was read from the register, so no reserved bit is set.
         unsafe {
             asm!("ldmxcsr [{}]", in(reg) &raw const value, options(nostack, preserves_flags));
@@ -86,18 +72,63 @@ mod mxcsr {
     }
 }
 
+/// FPCR, the control register of scalar floats and NEON.
+#[cfg(all(target_arch = "aarch64", not(miri)))]
+mod control {
+    use std::arch::asm;
+
+    pub(super) type Register = u64;
+
+    /// No traps, round to nearest even, no flushing of subnormals, NaN keeps its payload.
+    pub(super) const DEFAULT: Register = 0;
+    /// The bits that change results: flush inputs, the alternate behaviour of NaN and of other
+    /// elements (0 to 2), flush half precision (19), rounding (22 and 23), flush to zero (24), one
+    /// NaN for all (25), half precision without infinity (26).
+    pub(super) const MODES: Register = 0x07c8_0007;
+    /// Flush to zero: inputs and results.
+    #[cfg(test)]
+    pub(super) const FLUSH: Register = 1 << 24;
+
+    pub(super) fn read() -> Register {
+        let value;
+        // SAFETY: copies the register.
+        unsafe { asm!("mrs {}, fpcr", out(reg) value, options(nostack, preserves_flags)) }
+        value
+    }
+
+    pub(super) fn write(value: Register) {
+        // SAFETY: `value` is the default or was read from the register, so no reserved bit is set.
+        unsafe { asm!("msr fpcr, {}", in(reg) value, options(nostack, preserves_flags)) }
+    }
+}
+
+/// No register to change: other processors, and Miri, which runs no inline assembly.
+#[cfg(any(miri, not(any(target_arch = "x86_64", target_arch = "aarch64"))))]
+mod control {
+    pub(super) type Register = u32;
+
+    pub(super) const DEFAULT: Register = 0;
+    pub(super) const MODES: Register = 0;
+    #[cfg(test)]
+    pub(super) const FLUSH: Register = 0;
+
+    pub(super) fn read() -> Register {
+        DEFAULT
+    }
+
+    pub(super) fn write(_: Register) {}
+}
+
 /// Runs `work` as if another library had told the processor to flush subnormals to zero.
 #[cfg(test)]
 pub(crate) fn flushing_subnormals<R>(work: impl FnOnce() -> R) -> R {
-    #[cfg(target_arch = "x86_64")]
-    mxcsr::write(mxcsr::DEFAULT | mxcsr::FLUSH);
+    control::write(control::DEFAULT | control::FLUSH);
     let result = apart(work);
-    #[cfg(target_arch = "x86_64")]
-    mxcsr::write(mxcsr::DEFAULT);
+    control::write(control::DEFAULT);
     result
 }
 
-#[cfg(all(test, target_arch = "x86_64"))]
+#[cfg(test)]
 mod tests {
     use super::*;
     use std::hint::black_box;
@@ -108,11 +139,26 @@ mod tests {
     }
 
     #[test]
-    #[cfg_attr(miri, ignore = "there is no control register")]
+    #[cfg_attr(
+        any(miri, not(any(target_arch = "x86_64", target_arch = "aarch64"))),
+        ignore = "there is no control register"
+    )]
     fn subnormals_count_inside_and_the_old_mode_returns() {
         let [outside, inside, after] =
             flushing_subnormals(|| [tiny(), in_default_float_env(tiny), tiny()]);
         assert_eq!([outside, after], [0.0, 0.0]);
         assert_eq!(inside, 5e-40);
+    }
+
+    #[test]
+    #[cfg(all(target_arch = "aarch64", not(miri)))]
+    fn half_precision_has_its_infinity_inside() {
+        use half::f16;
+
+        let infinity = || black_box(f16::INFINITY).to_f32();
+        control::write(1 << 26);
+        let inside = in_default_float_env(infinity);
+        control::write(control::DEFAULT);
+        assert_eq!(inside, f32::INFINITY);
     }
 }

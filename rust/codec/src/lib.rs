@@ -32,8 +32,8 @@
 //! ```
 
 #![deny(missing_docs)]
-#![cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // what only SIMD bodies use
-#![deny(unsafe_code)] // but for `x86`, the table of bodies and the float environment
+#![cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // what only some SIMD bodies use
+#![deny(unsafe_code)] // but for loads and stores, the table of bodies and the float environment
 
 mod codebook;
 mod dequantize;
@@ -45,9 +45,14 @@ mod features;
 mod float_env;
 mod layout;
 mod linear;
+#[cfg(target_arch = "aarch64")]
+#[allow(unsafe_code)]
+mod neon;
 #[cfg(test)]
 mod oracle;
 mod parallel;
+#[allow(unsafe_code)]
+mod plain;
 mod pool;
 mod quantize;
 mod quantize_int8;

@@ -17,7 +17,7 @@ use crate::{dequantize, dequantize_int8, double_quant, quantize, quantize_int8};
 const VARIABLE: &str = "QKERN_SIMD";
 
 /// Every name that a body has, on any machine, best first.
-const KNOWN: [&str; 4] = ["amx", "avx512", "avx2", "scalar"];
+const KNOWN: [&str; 5] = ["amx", "avx512", "avx2", "neon", "scalar"];
 
 /// The operations of one instruction set. All take whole blocks only, `quantize_int8_row` one row
 /// of any length.
@@ -73,7 +73,7 @@ type ForwardInt8Fn =
 type QuantizeScalesFn = fn(&[f32], f32, &ScaleSearch, &mut [u8], &mut [f32]) -> bool;
 
 impl Bodies {
-    /// `"scalar"`, `"avx2"`, `"avx512"` or `"amx"`.
+    /// `"amx"`, `"avx512"`, `"avx2"`, `"neon"` or `"scalar"`.
     pub fn name(&self) -> &'static str {
         self.name
     }
@@ -144,12 +144,14 @@ pub fn available() -> &'static [&'static Bodies] {
 }
 
 /// No instruction set of this architecture has bodies.
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 fn native() -> impl Iterator<Item = &'static Bodies> {
     std::iter::empty()
 }
 
-static SCALAR: Bodies = Bodies {
+static SCALAR: Bodies = SCALAR_BODIES;
+
+const SCALAR_BODIES: Bodies = Bodies {
     name: "scalar",
     quantize_4bit: quantize::scalar::quantize,
     encode_4bit: quantize::scalar::encode,
@@ -282,6 +284,43 @@ mod x86 {
     };
 }
 
+#[cfg(target_arch = "aarch64")]
+use arm::available as native;
+
+#[cfg(target_arch = "aarch64")]
+#[allow(unsafe_code)]
+mod arm {
+    use super::{
+        dequantize, dequantize_int8, quantize, quantize_int8, quantize_int8_rows, Bodies,
+        SCALAR_BODIES,
+    };
+    use std::arch::is_aarch64_feature_detected as has;
+
+    /// The only way to the table below, which is what makes its calls sound.
+    pub(super) fn available() -> impl Iterator<Item = &'static Bodies> {
+        // Bytes are taken for parts of numbers.
+        let neon = has!("neon") && cfg!(target_endian = "little");
+        neon.then_some(&NEON).into_iter()
+    }
+
+    static NEON: Bodies = Bodies {
+        name: "neon",
+        // SAFETY: handed out by `available` only, where the feature was found.
+        quantize_4bit: |v, c, b, p, a| unsafe { quantize::neon::quantize(v, c, b, p, a) },
+        // SAFETY: as above.
+        encode_4bit: |v, c, b, s, p| unsafe { quantize::neon::encode(v, c, b, s, p) },
+        // SAFETY: as above.
+        dequantize_4bit: |p, a, t, b, _, v| unsafe { dequantize::neon::dequantize(p, a, t, b, v) },
+        // SAFETY: as above.
+        quantize_int8: |v, b, q, a| unsafe { quantize_int8::neon::quantize(v, b, q, a) },
+        // SAFETY: as above.
+        dequantize_int8: |q, a, b, _, v| unsafe { dequantize_int8::neon::dequantize(q, a, b, v) },
+        // SAFETY: as above.
+        quantize_int8_row: |v, q| unsafe { quantize_int8_rows::neon::quantize(v, q) },
+        ..SCALAR_BODIES
+    };
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -305,7 +344,7 @@ mod tests {
     fn other_names_are_refused_with_the_choice_there_is() {
         let error = Bodies::named("sse2", VARIABLE).unwrap_err().to_string();
         assert!(error.starts_with("QKERN_SIMD names the SIMD body \"sse2\""), "{error}");
-        assert!(error.ends_with("allowed are amx, avx512, avx2, scalar"), "{error}");
+        assert!(error.ends_with("allowed are amx, avx512, avx2, neon, scalar"), "{error}");
         for name in KNOWN {
             if !available().iter().any(|bodies| bodies.name() == name) {
                 let error = Bodies::named(name, VARIABLE).unwrap_err().to_string();

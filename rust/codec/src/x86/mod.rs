@@ -3,23 +3,7 @@
 pub(crate) mod avx2;
 pub(crate) mod avx512;
 
-use half::{bf16, f16};
-
-/// Numbers without gaps.
-///
-/// # Safety
-/// Any bytes must be a value, and every value must have all its bytes set.
-pub(crate) unsafe trait Plain: Copy {}
-
-macro_rules! impl_plain {
-    ($($type:ty),*) => {
-        $(
-            // SAFETY: a number, or a transparent wrapper of one.
-            unsafe impl Plain for $type {}
-        )*
-    };
-}
-impl_plain!(u8, i8, u32, f32, f16, bf16);
+pub(crate) use crate::plain::Plain;
 
 /// Fetches the cache line `ahead` bytes after a slice's start into L1; there may be none.
 #[inline(always)]

@@ -1,0 +1,177 @@
+//! What the NEON bodies of several operations share: loads, stores, maxima, conversions.
+//!
+//! Vectors of 16 bytes. NEON is part of every 64-bit ARM processor that runs a system with a
+//! standard library.
+
+use std::arch::aarch64::*;
+use std::arch::asm;
+
+use half::{bf16, f16};
+
+pub(crate) use crate::plain::Plain;
+use crate::quantize::scalar::absmax_from_bits;
+
+/// Values that are packed together: the smallest block.
+pub(crate) const STRIP: usize = 32;
+
+/// Fetches the cache line `ahead` bytes after a slice's start into L1; there may be none.
+#[inline(always)]
+pub(crate) fn prefetch<T>(from: &[T], ahead: usize) {
+    let address = from.as_ptr().cast::<u8>().wrapping_add(ahead);
+    // SAFETY: a prefetch reads nothing that the program sees and never faults.
+    unsafe {
+        asm!("prfm pldl1keep, [{}]", in(reg) address, options(nostack, preserves_flags, readonly));
+    }
+}
+
+/// Reads 16 bytes.
+#[inline]
+#[target_feature(enable = "neon")]
+pub(crate) fn load<T: Plain, const N: usize>(from: &[T; N]) -> uint8x16_t {
+    const { assert!(size_of::<[T; N]>() == 16) }
+    // SAFETY: the array is 16 bytes long; the load takes any alignment.
+    unsafe { vld1q_u8(from.as_ptr().cast()) }
+}
+
+/// Writes 16 bytes.
+#[inline]
+#[target_feature(enable = "neon")]
+pub(crate) fn store<T: Plain, const N: usize>(to: &mut [T; N], from: uint8x16_t) {
+    const { assert!(size_of::<[T; N]>() == 16) }
+    // SAFETY: the array is 16 bytes long; the store takes any alignment.
+    unsafe { vst1q_u8(to.as_mut_ptr().cast(), from) }
+}
+
+/// Reads 4 floats.
+#[inline]
+#[target_feature(enable = "neon")]
+pub(crate) fn load_f32(from: &[f32; 4]) -> float32x4_t {
+    vreinterpretq_f32_u8(load(from))
+}
+
+/// Reads a strip of floats.
+#[inline]
+#[target_feature(enable = "neon")]
+pub(crate) fn strip_f32(strip: &[f32; STRIP]) -> [float32x4_t; 8] {
+    core::array::from_fn(|i| load_f32(&strip.as_chunks().0[i]))
+}
+
+/// Reads a strip of half-precision values as floats, exactly.
+#[inline]
+#[target_feature(enable = "neon")]
+pub(crate) fn strip_f16(strip: &[f16; STRIP]) -> [float32x4_t; 8] {
+    core::array::from_fn(|i| {
+        let halves = vreinterpretq_u16_u8(load::<_, 8>(&strip.as_chunks().0[i / 2]));
+        widen_f16(if i % 2 == 0 { vget_low_u16(halves) } else { vget_high_u16(halves) })
+    })
+}
+
+/// Reads a strip of bfloat16 values as floats, exactly.
+#[inline]
+#[target_feature(enable = "neon")]
+pub(crate) fn strip_bf16(strip: &[bf16; STRIP]) -> [float32x4_t; 8] {
+    core::array::from_fn(|i| {
+        let halves = vreinterpretq_u16_u8(load::<_, 8>(&strip.as_chunks().0[i / 2]));
+        let wide = if i % 2 == 0 {
+            vshll_n_u16::<16>(vget_low_u16(halves))
+        } else {
+            vshll_high_n_u16::<16>(halves)
+        };
+        vreinterpretq_f32_u32(wide)
+    })
+}
+
+/// The largest magnitude of whole strips; the canonical NaN if there is one.
+#[inline]
+#[target_feature(enable = "neon")]
+pub(crate) fn absmax_f32(strips: &[f32]) -> f32 {
+    let no_sign = vdupq_n_u32(0x7fff_ffff);
+    let maxima = strips.as_chunks::<16>().0.iter().fold([vdupq_n_u32(0); 4], |maxima, line| {
+        core::array::from_fn(|i| {
+            let bits = vreinterpretq_u32_u8(load::<_, 4>(&line.as_chunks().0[i]));
+            vmaxq_u32(maxima[i], vandq_u32(bits, no_sign))
+        })
+    });
+    let [a, b, c, d] = maxima;
+    absmax_from_bits(vmaxvq_u32(vmaxq_u32(vmaxq_u32(a, b), vmaxq_u32(c, d))))
+}
+
+/// The largest magnitude of whole strips; the canonical NaN if there is one.
+#[inline]
+#[target_feature(enable = "neon")]
+pub(crate) fn absmax_f16(strips: &[f16]) -> f32 {
+    let wide = widen_f16(vdup_n_u16(largest_16_bit(strips)));
+    absmax_from_bits(vgetq_lane_u32::<0>(vreinterpretq_u32_f32(wide)))
+}
+
+/// The largest magnitude of whole strips; the canonical NaN if there is one.
+#[inline]
+#[target_feature(enable = "neon")]
+pub(crate) fn absmax_bf16(strips: &[bf16]) -> f32 {
+    absmax_from_bits(u32::from(largest_16_bit(strips)) << 16)
+}
+
+/// The bits of the largest magnitude of 16-bit floats.
+#[inline]
+#[target_feature(enable = "neon")]
+fn largest_16_bit<T: Plain>(strips: &[T]) -> u16 {
+    let no_sign = vdupq_n_u16(0x7fff);
+    let maxima = strips.as_chunks::<STRIP>().0.iter().fold([vdupq_n_u16(0); 4], |maxima, line| {
+        core::array::from_fn(|i| {
+            let bits = vreinterpretq_u16_u8(load::<_, 8>(&line.as_chunks().0[i]));
+            vmaxq_u16(maxima[i], vandq_u16(bits, no_sign))
+        })
+    });
+    let [a, b, c, d] = maxima;
+    vmaxvq_u16(vmaxq_u16(vmaxq_u16(a, b), vmaxq_u16(c, d)))
+}
+
+/// Widens half precision, exactly. The intrinsic is newer than the oldest Rust that must do.
+#[inline]
+#[target_feature(enable = "neon")]
+fn widen_f16(halves: uint16x4_t) -> float32x4_t {
+    let floats;
+    // SAFETY: converts registers; part of NEON.
+    unsafe {
+        asm!(
+            "fcvtl {0:v}.4s, {1:v}.4h",
+            out(vreg) floats,
+            in(vreg) halves,
+            options(pure, nomem, nostack),
+        );
+    }
+    floats
+}
+
+/// Rounds 8 values to half precision, ties to even.
+#[inline]
+#[target_feature(enable = "neon")]
+pub(crate) fn narrow_f16(low: float32x4_t, high: float32x4_t) -> uint8x16_t {
+    let halves;
+    // SAFETY: converts registers; part of NEON.
+    unsafe {
+        asm!(
+            "fcvtn {0:v}.4h, {1:v}.4s",
+            "fcvtn2 {0:v}.8h, {2:v}.4s",
+            out(vreg) halves,
+            in(vreg) low,
+            in(vreg) high,
+            options(pure, nomem, nostack),
+        );
+    }
+    halves
+}
+
+/// Rounds 8 values to bfloat16, ties to even.
+///
+/// A NaN must have a zero low half (see [`crate::values::plain_nan`]).
+#[inline]
+#[target_feature(enable = "neon")]
+pub(crate) fn narrow_bf16(low: float32x4_t, high: float32x4_t) -> uint8x16_t {
+    let rounded = |x| {
+        let bits = vreinterpretq_u32_f32(x);
+        let odd = vandq_u32(vshrq_n_u32::<16>(bits), vdupq_n_u32(1));
+        vreinterpretq_u16_u32(vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff))))
+    };
+    vreinterpretq_u8_u16(vuzp2q_u16(rounded(low), rounded(high))) // the high halves
+}
