@@ -2,14 +2,12 @@
 
 use crate::error::CodecError;
 use crate::layout::check_len;
-use crate::linear::strips::{self, Strip};
+use crate::linear::dense::tokens::turn;
+use crate::linear::strips::Strip;
 use crate::linear::weight::Weight;
-use crate::parallel;
+use crate::linear::{dense, lora};
 use crate::simd::{Bodies, Engine};
 use crate::values::{with_slice, Element, Values, ValuesMut};
-
-/// Rows of W that a thread takes at a time.
-const STRIP: usize = 64;
 
 /// A low-rank adapter: `scaling * (x A^T) B^T` is added to the product.
 #[derive(Clone, Copy, Debug)]
@@ -74,39 +72,28 @@ pub fn linear(
     if let Some(bias) = bias {
         check_len("bias", bias.len(), weight.rows, (weight.rows, "out-features"))?;
     }
-    let x = widened(x);
-    let epilogue = Epilogue::new(engine, &x, weight, bias, lora)?;
-    with_slice!(y, ValuesMut, y => strips_of(engine, &x, weight, &epilogue, y))
+    if weight.rows == 0 {
+        return Ok(());
+    }
+    with_slice!(y, ValuesMut, y => by_panels(engine, x, weight, bias, lora, y))
 }
 
-/// The values as floats.
-fn widened(values: Values<'_>) -> Vec<f32> {
-    let mut floats = vec![0.0; values.len()];
-    with_slice!(values, Values, v => Element::widen(v, &mut floats));
-    floats
-}
-
-/// Computes strip by strip, in parallel.
-fn strips_of<T: Element>(
+/// By decoded panels, some tokens at a time.
+fn by_panels<T: Element>(
     engine: Engine,
-    x: &[f32],
+    x: Values<'_>,
     weight: &Weight<'_>,
-    epilogue: &Epilogue<'_>,
+    bias: Option<&[f32]>,
+    lora: Option<Lora<'_>>,
     y: &mut [T],
 ) -> Result<(), CodecError> {
-    let tokens = y.len().checked_div(weight.rows).unwrap_or(0);
-    let work = weight.rows * weight.cols * tokens.div_ceil(4);
-    let jobs = strips::split(y, weight.rows, STRIP).into_iter();
-    parallel::for_each(work, engine, jobs, |strip: Strip<'_, T>| {
-        let rows = strip.columns.clone();
-        let mut sums = vec![0.0; tokens * rows.len()];
-        let mut panel = vec![T::ZERO; rows.len() * weight.cols];
-        weight.dequantize_rows(engine.bodies, rows, T::values_mut(&mut panel));
-        let mut room = vec![0.0; panel.len()];
-        let panel = T::widened(&panel, &mut room);
-        (engine.bodies.matmul_nt)(x, panel, weight.cols, &mut sums);
-        epilogue.finish(engine.bodies, strip, &mut sums);
-    })
+    for (block, y) in y.chunks_mut(dense::forward::TOKENS * weight.rows).enumerate() {
+        let first = block * dense::forward::TOKENS * weight.cols;
+        let x = x.range(first..first + y.len() / weight.rows * weight.cols);
+        let epilogue = Epilogue::new(engine, x, weight, bias, lora)?;
+        dense::forward::run(engine, x, weight, &epilogue, y)?;
+    }
+    Ok(())
 }
 
 /// What is added to the product before it is rounded.
@@ -119,19 +106,14 @@ pub(crate) struct Epilogue<'a> {
 impl<'a> Epilogue<'a> {
     pub(crate) fn new(
         engine: Engine,
-        x: &[f32],
+        x: Values<'_>,
         weight: &Weight<'_>,
         bias: Option<&'a [f32]>,
         lora: Option<Lora<'a>>,
     ) -> Result<Self, CodecError> {
         let lora = lora.filter(|lora| lora.rank > 0 && weight.cols > 0);
-        let lora = lora.map(|Lora { a, b, rank, scaling }| {
-            let tokens = x.len() / weight.cols;
-            let mut h = vec![0.0; tokens * rank];
-            (engine.bodies.matmul_nt)(x, a, weight.cols, &mut h);
-            h.iter_mut().for_each(|h| *h *= scaling);
-            (h, b, rank)
-        });
+        let lora = lora.map(|lora| Ok((lora::down(engine, x, lora)?, lora.b, lora.rank)));
+        let lora = lora.transpose()?;
         Ok(Self { bias, lora })
     }
 
@@ -145,8 +127,8 @@ impl<'a> Epilogue<'a> {
         let width = strip.columns.len();
         if let Some((h, b, rank)) = &self.lora {
             let b = &b[strip.columns.start * rank..strip.columns.end * rank];
-            let transposed: Vec<f32> =
-                (0..*rank).flat_map(|r| b.iter().skip(r).step_by(*rank).copied()).collect();
+            let mut transposed = vec![0.0; b.len()];
+            turn(bodies, (b, *rank), (&mut transposed, width), (width, *rank));
             (bodies.matmul_nn)(h, &transposed, width, sums);
         }
         for (row, sums) in strip.rows.into_iter().zip(sums.chunks_mut(width.max(1))) {

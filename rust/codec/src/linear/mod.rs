@@ -15,12 +15,19 @@
 //! Sums run over K in an order that depends on the shape and the body alone: the same bytes come
 //! out for any number of threads.
 
+mod backward;
 pub(crate) mod dense;
 mod forward;
+#[cfg(test)]
+mod gradient_tests;
+mod lora;
+mod pieces;
 mod strips;
 #[cfg(test)]
 mod tests;
 mod weight;
 
+pub use backward::linear_backward;
 pub use forward::{linear, Compute, Lora};
+pub use lora::lora_gradients;
 pub use weight::{Codes, Scales, Weight};

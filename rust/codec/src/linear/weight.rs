@@ -112,6 +112,7 @@ impl Weight<'_> {
         self.cols.is_multiple_of(self.blocksize)
     }
 
+    #[allow(dead_code)] // the panels are pieces; whole rows are for bodies of their own
     /// Writes the values of some rows, in the dtype of `out`, rounded once.
     pub(crate) fn dequantize_rows(
         &self,
@@ -138,7 +139,7 @@ impl Weight<'_> {
     }
 
     /// Writes the values of whole blocks (the last may end with the tensor).
-    fn dequantize_range(
+    pub(crate) fn dequantize_range(
         &self,
         bodies: &'static Bodies,
         range: Range<usize>,
