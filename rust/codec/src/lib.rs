@@ -73,7 +73,7 @@ pub use double_quant::{dequantize_absmax, quantize_absmax, NestedScales, NESTED_
 pub use error::CodecError;
 pub use features::cpu_features;
 pub use layout::{num_blocks, packed_len, MAX_BLOCKSIZE, MIN_BLOCKSIZE};
-pub use linear::{linear, Codes, Compute, Lora, Scales, Weight};
+pub use linear::{linear, linear_backward, lora_gradients, Codes, Compute, Lora, Scales, Weight};
 #[doc(hidden)]
 pub use parallel::panic_in_a_job;
 #[doc(hidden)]

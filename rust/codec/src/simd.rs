@@ -7,7 +7,7 @@ use half::bf16;
 use crate::codebook::Codebook;
 use crate::double_quant::search::Search as ScaleSearch;
 use crate::error::CodecError;
-use crate::linear::{dense, Epilogue, Weight};
+use crate::linear::{dense, Adapter, Epilogue, Weight};
 use crate::quantize_int8_rows;
 use crate::search::{self, Way};
 use crate::values::{Stores, Values, ValuesMut};
@@ -35,7 +35,8 @@ pub struct Bodies {
     pub(crate) matmul_nn: MatmulFn,
     pub(crate) round: RoundFn,
     /// Products of bfloat16 with instructions of their own.
-    pub(crate) forward_bf16: Option<ForwardFn>,
+    pub(crate) forward_bf16: Option<ForwardBf16Fn>,
+    pub(crate) backward_bf16: Option<BackwardBf16Fn>,
     /// Products of bytes with instructions of their own.
     pub(crate) forward_int8: Option<ForwardInt8Fn>,
     pub(crate) transpose: fn(&mut [[f32; 16]; 16]),
@@ -64,8 +65,11 @@ type MatmulFn = fn(&[f32], &[f32], usize, &mut [f32]);
 /// Floats -> as many values of a dtype.
 type RoundFn = fn(&[f32], ValuesMut<'_>);
 /// As [`crate::linear()`], arguments checked, for two tokens or more.
-type ForwardFn =
-    fn(Engine, &[bf16], &Weight<'_>, &Epilogue<'_>, &mut [bf16]) -> Result<(), CodecError>;
+type ForwardBf16Fn =
+    fn(Engine, &[bf16], &Weight<'_>, &Epilogue<'_>, ValuesMut<'_>) -> Result<(), CodecError>;
+/// As [`crate::linear_backward`], arguments checked, for two tokens or more.
+type BackwardBf16Fn =
+    fn(Engine, &[bf16], &Weight<'_>, Option<Adapter<'_>>, ValuesMut<'_>) -> Result<(), CodecError>;
 /// As [`crate::linear()`] for [`crate::Compute::Int8`], for any dtype.
 type ForwardInt8Fn =
     fn(Engine, Values<'_>, &Weight<'_>, &Epilogue<'_>, ValuesMut<'_>) -> Result<(), CodecError>;
@@ -164,6 +168,7 @@ const SCALAR_BODIES: Bodies = Bodies {
     matmul_nn: dense::scalar::nn,
     round: dense::scalar::round,
     forward_bf16: None,
+    backward_bf16: None,
     forward_int8: None,
     transpose: dense::scalar::transpose,
     widen: dense::scalar::widen,
@@ -203,8 +208,14 @@ mod x86 {
     /// AVX-512, and tiles for products of bfloat16.
     static AMX: Bodies = Bodies {
         name: "amx",
-        // SAFETY: as above.
-        forward_bf16: Some(|e, x, w, l, y| unsafe { amx::forward(e, x, w, l, y) }),
+        forward_bf16: Some(|e, x, w, l, y| {
+            // SAFETY: as above.
+            with_slice!(y, ValuesMut, y => unsafe { amx::forward(e, x, w, l, y) })
+        }),
+        backward_bf16: Some(|e, g, w, l, x| {
+            // SAFETY: as above.
+            with_slice!(x, ValuesMut, x => unsafe { amx::backward(e, g, w, l, x) })
+        }),
         forward_int8: Some(|e, x, w, l, y| {
             // SAFETY: as above.
             with_slice!(y, ValuesMut, y => unsafe { amx::forward_int8(e, x, w, l, y) })
@@ -235,6 +246,7 @@ mod x86 {
         // SAFETY: as above.
         round: |f, v| unsafe { dense::avx512::round(f, v) },
         forward_bf16: None,
+        backward_bf16: None,
         forward_int8: None,
         // SAFETY: as above.
         matmul_nt: |x, w, k, s| unsafe { dense::avx512::nt(x, w, k, s) },
@@ -271,6 +283,7 @@ mod x86 {
         quantize_int8_row: |v, q| unsafe { quantize_int8_rows::avx2::quantize(v, q) },
         round: dense::scalar::round,
         forward_bf16: None,
+        backward_bf16: None,
         forward_int8: None,
         // SAFETY: as above.
         matmul_nt: |x, w, k, s| unsafe { dense::avx2::nt(x, w, k, s) },

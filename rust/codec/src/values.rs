@@ -1,5 +1,6 @@
 //! Weights in one of the three dtypes that have a codec.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use half::slice::HalfFloatSliceExt;
@@ -97,6 +98,11 @@ impl<'a> Values<'a> {
             Self::F16(v) => pair(v.split_at(mid), Values::F16),
             Self::Bf16(v) => pair(v.split_at(mid), Values::Bf16),
         }
+    }
+
+    /// The values at these places.
+    pub(crate) fn range(self, places: Range<usize>) -> Self {
+        self.split_at(places.end).0.split_at(places.start).1
     }
 
     /// Consecutive pieces of `size` values, the last of which may be shorter.
@@ -200,8 +206,12 @@ pub(crate) trait Element: Copy + Send + Sync {
     fn widen(from: &[Self], to: &mut [f32]);
     /// The slice as floats, in `room` if they are not floats yet.
     fn widened<'a>(from: &'a [Self], room: &'a mut [f32]) -> &'a [f32];
+    /// The slice itself, if it is of this dtype.
+    fn floats(slice: &mut [f32]) -> Option<&mut [Self]>;
     /// Rounds a slice to nearest, ties to even.
     fn narrow(from: &[f32], to: &mut [Self]);
+    /// The slice with its dtype.
+    fn values(slice: &[Self]) -> Values<'_>;
     /// The slice with its dtype.
     fn values_mut(slice: &mut [Self]) -> ValuesMut<'_>;
 }
@@ -218,8 +228,14 @@ impl Element for f32 {
     fn widened<'a>(from: &'a [Self], _: &'a mut [f32]) -> &'a [f32] {
         from
     }
+    fn floats(slice: &mut [f32]) -> Option<&mut [Self]> {
+        Some(slice)
+    }
     fn narrow(from: &[f32], to: &mut [Self]) {
         to.copy_from_slice(from);
+    }
+    fn values(slice: &[Self]) -> Values<'_> {
+        Values::F32(slice)
     }
     fn values_mut(slice: &mut [Self]) -> ValuesMut<'_> {
         ValuesMut::F32(slice)
@@ -242,8 +258,14 @@ macro_rules! impl_element {
                 Self::widen(from, room);
                 room
             }
+            fn floats(_: &mut [f32]) -> Option<&mut [Self]> {
+                None
+            }
             fn narrow(from: &[f32], to: &mut [Self]) {
                 to.convert_from_f32_slice(from);
+            }
+            fn values(slice: &[Self]) -> Values<'_> {
+                Values::$kind(slice)
             }
             fn values_mut(slice: &mut [Self]) -> ValuesMut<'_> {
                 ValuesMut::$kind(slice)

@@ -2,7 +2,10 @@
 
 use std::ops::Range;
 
-use crate::linear::forward::{widened, Lora};
+use crate::error::CodecError;
+use crate::linear::dense::tokens::turn;
+use crate::linear::forward::Lora;
+use crate::linear::lora;
 use crate::linear::scratch::Scratch;
 use crate::linear::strips::Strip;
 use crate::linear::weight::Weight;
@@ -32,27 +35,22 @@ impl<'a> Epilogue<'a> {
         weight: &Weight<'_>,
         bias: Option<&'a [f32]>,
         lora: Option<Lora<'a>>,
-    ) -> Self {
-        let bodies = engine.bodies;
+    ) -> Result<Self, CodecError> {
         let lora = lora.filter(|lora| lora.rank > 0 && weight.cols > 0);
-        let lora = lora.map(|Lora { a, b, rank, scaling }| {
-            let mut h = vec![0.0; x.len() / weight.cols * rank];
-            (bodies.matmul_nt)(&widened(bodies, x), a, weight.cols, &mut h);
-            h.iter_mut().for_each(|h| *h *= scaling);
-            LowRank { h, b, rank }
-        });
-        Self { bodies, bias, lora }
+        let low_rank = |lora: Lora<'a>| {
+            let h = lora::down(engine, x, lora)?;
+            Ok(LowRank { h, b: lora.b, rank: lora.rank })
+        };
+        let lora = lora.map(low_rank).transpose()?;
+        Ok(Self { bodies: engine.bodies, bias, lora })
     }
 
     /// The share of some columns of y.
     pub(crate) fn of(&self, columns: Range<usize>) -> StripEpilogue<'_> {
         let low_rank = self.lora.as_ref().map(|LowRank { h, b, rank }| {
             let b = &b[columns.start * rank..columns.end * rank];
-            let mut turned = Scratch::new(b.len());
-            for (r, turned) in turned.chunks_exact_mut(columns.len().max(1)).enumerate() {
-                let column = b.iter().skip(r).step_by(*rank);
-                turned.iter_mut().zip(column).for_each(|(to, from)| *to = *from);
-            }
+            let (mut turned, width) = (Scratch::new(b.len()), columns.len());
+            turn(self.bodies, (b, *rank), (&mut turned, width), (width, *rank));
             (&h[..], turned, *rank)
         });
         let bias = self.bias.map(|bias| &bias[columns.clone()]);

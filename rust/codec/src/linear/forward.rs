@@ -2,16 +2,12 @@
 
 use crate::error::CodecError;
 use crate::layout::check_len;
+use crate::linear::dense;
 use crate::linear::epilogue::Epilogue;
 use crate::linear::scratch::Scratch;
-use crate::linear::strips::{self, Strip};
 use crate::linear::weight::Weight;
-use crate::parallel;
 use crate::simd::{Bodies, Engine};
 use crate::values::{with_slice, Element, Values, ValuesMut};
-
-/// Rows of W that a thread takes at a time.
-const STRIP: usize = 64;
 
 /// A low-rank adapter: `scaling * (x A^T) B^T` is added to the product.
 #[derive(Clone, Copy, Debug)]
@@ -63,7 +59,7 @@ pub fn linear(
     bias: Option<&[f32]>,
     lora: Option<Lora<'_>>,
     compute: Compute,
-    mut y: ValuesMut<'_>,
+    y: ValuesMut<'_>,
 ) -> Result<(), CodecError> {
     weight.check()?;
     lora.map_or(Ok(()), |lora| lora.check(weight))?;
@@ -75,22 +71,24 @@ pub fn linear(
     if let Some(bias) = bias {
         check_len("bias", bias.len(), weight.rows, (weight.rows, "out-features"))?;
     }
-    let epilogue = Epilogue::new(engine, x, weight, bias, lora);
-    #[cfg(target_arch = "x86_64")]
-    if let (Values::Bf16(x), ValuesMut::Bf16(y), Some(forward)) =
-        (x, &mut y, engine.bodies.forward_bf16)
-    {
-        if compute == Compute::Exact && tokens > 1 && weight.cols > 0 {
-            return forward(engine, x, weight, &epilogue, y);
+    if weight.rows == 0 {
+        return Ok(());
+    }
+    if tokens > 1 && weight.cols > 0 {
+        let bodies = engine.bodies;
+        match (compute, x, bodies.forward_bf16, bodies.forward_int8) {
+            (Compute::Exact, Values::Bf16(values), Some(forward), _) => {
+                let epilogue = Epilogue::new(engine, x, weight, bias, lora)?;
+                return forward(engine, values, weight, &epilogue, y);
+            }
+            (Compute::Int8, _, _, Some(forward)) => {
+                let epilogue = Epilogue::new(engine, x, weight, bias, lora)?;
+                return forward(engine, x, weight, &epilogue, y);
+            }
+            _ => {}
         }
     }
-    if let (Compute::Int8, Some(forward)) = (compute, engine.bodies.forward_int8) {
-        if tokens > 1 && weight.cols > 0 {
-            return forward(engine, x, weight, &epilogue, y);
-        }
-    }
-    let x = widened(engine.bodies, x);
-    with_slice!(y, ValuesMut, y => strips_of(engine, &x, weight, &epilogue, y))
+    with_slice!(y, ValuesMut, y => by_panels(engine, x, weight, bias, lora, y))
 }
 
 /// The values as floats.
@@ -100,25 +98,20 @@ pub(crate) fn widened(bodies: &'static Bodies, values: Values<'_>) -> Scratch<f3
     floats
 }
 
-/// Computes strip by strip, in parallel.
-fn strips_of<T: Element>(
+/// By decoded panels, some tokens at a time.
+fn by_panels<T: Element>(
     engine: Engine,
-    x: &[f32],
+    x: Values<'_>,
     weight: &Weight<'_>,
-    epilogue: &Epilogue<'_>,
+    bias: Option<&[f32]>,
+    lora: Option<Lora<'_>>,
     y: &mut [T],
 ) -> Result<(), CodecError> {
-    let tokens = y.len().checked_div(weight.rows).unwrap_or(0);
-    let work = weight.rows * weight.cols * tokens.div_ceil(4);
-    let jobs = strips::split(y, weight.rows, STRIP).into_iter();
-    parallel::for_each(work, engine, jobs, |strip: Strip<'_, T>| {
-        let rows = strip.columns.clone();
-        let mut sums = vec![0.0; tokens * rows.len()];
-        let mut panel = vec![T::ZERO; rows.len() * weight.cols];
-        weight.dequantize_rows(engine.bodies, rows, T::values_mut(&mut panel));
-        let mut room = vec![0.0; panel.len()];
-        let panel = T::widened(&panel, &mut room);
-        (engine.bodies.matmul_nt)(x, panel, weight.cols, &mut sums);
-        epilogue.finish(strip, &mut sums);
-    })
+    for (block, y) in y.chunks_mut(dense::forward::TOKENS * weight.rows).enumerate() {
+        let first = block * dense::forward::TOKENS * weight.cols;
+        let x = x.range(first..first + y.len() / weight.rows * weight.cols);
+        let epilogue = Epilogue::new(engine, x, weight, bias, lora)?;
+        dense::forward::run(engine, x, weight, &epilogue, y)?;
+    }
+    Ok(())
 }

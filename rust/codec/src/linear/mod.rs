@@ -18,15 +18,23 @@
 #[cfg(target_arch = "x86_64")]
 #[allow(unsafe_code)]
 pub(crate) mod amx;
+mod backward;
 pub(crate) mod dense;
 mod epilogue;
 mod forward;
+#[cfg(test)]
+mod gradient_tests;
+mod lora;
+mod pieces;
 mod scratch;
 mod strips;
 #[cfg(test)]
 pub(crate) mod tests;
 mod weight;
 
+pub use backward::linear_backward;
+pub(crate) use backward::Adapter;
 pub(crate) use epilogue::Epilogue;
 pub use forward::{linear, Compute, Lora};
+pub use lora::lora_gradients;
 pub use weight::{Codes, Scales, Weight};

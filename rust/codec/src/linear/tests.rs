@@ -64,7 +64,7 @@ impl Owned {
     }
 }
 
-fn random(seed: u64, len: usize) -> Vec<f32> {
+pub(super) fn random(seed: u64, len: usize) -> Vec<f32> {
     let mut random = Random(seed);
     (0..len).map(|_| random.unit()).collect()
 }
@@ -127,7 +127,7 @@ const SHAPES: [(usize, usize, usize); 9] = [
 fn every_body_multiplies_what_dequantize_gives() {
     for (i, (rows, cols, blocksize)) in SHAPES.into_iter().enumerate() {
         let w = Owned::new(i as u64, rows, cols, blocksize);
-        for tokens in [1, 2, 3, 15, 16, 17, 31, 33, 64, 70] {
+        for tokens in [1, 2, 3, 8, 9, 15, 16, 17, 25, 31, 33, 64, 70] {
             for x in Weights::all(&random(99 + i as u64, tokens * cols)) {
                 // half an ulp of the output, and the rounding of sums
                 let tolerance = match x {

@@ -112,6 +112,15 @@ impl Weight<'_> {
         self.cols.is_multiple_of(self.blocksize)
     }
 
+    #[allow(dead_code)] // the panels are pieces; whole rows are for bodies of their own
+    /// Whether codes have 4 bits, and each 64 of a row from its first on have one scale.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+    pub(crate) fn chunks_have_scales(&self) -> bool {
+        matches!(self.codes, Codes::FourBit { .. })
+            && self.rows_are_blocks()
+            && self.blocksize.is_multiple_of(64)
+    }
+
     /// Writes the values of some rows, in the dtype of `out`, rounded once.
     pub(crate) fn dequantize_rows(
         &self,
@@ -138,7 +147,7 @@ impl Weight<'_> {
     }
 
     /// Writes the values of whole blocks (the last may end with the tensor).
-    fn dequantize_range(
+    pub(crate) fn dequantize_range(
         &self,
         bodies: &'static Bodies,
         range: Range<usize>,

@@ -13,11 +13,13 @@ use crate::linear::amx::decode::PairDecoder;
 use crate::linear::amx::tiles::{Tiles, LINES, TOKENS};
 use crate::linear::amx::transpose::write_interleaved;
 use crate::linear::amx::work;
+use crate::linear::backward::{copy_columns, Adapter};
 use crate::linear::scratch::{Line, Scratch};
 use crate::linear::strips::{self, Strip};
 use crate::linear::weight::{Codes, Weight};
 use crate::parallel;
 use crate::simd::Engine;
+use crate::values::Element;
 
 /// Columns that are decoded together: the smallest block that has one scale.
 const BLOCK: usize = 64;
@@ -28,26 +30,19 @@ const DEPTH: usize = 2 * LINES;
 /// Tiles of rows in a panel.
 const PANEL: usize = 16;
 
-/// Whether [`backward`] can multiply a weight: 4-bit codes in rows of whole blocks.
-pub(crate) fn fits(weight: &Weight<'_>) -> bool {
-    matches!(weight.codes, Codes::FourBit { .. })
-        && weight.rows_are_blocks()
-        && weight.blocksize.is_multiple_of(BLOCK)
-}
-
-/// Computes `dY W` for a weight that [`fits`]; `finish` gets each strip of dX with its sums.
+/// Writes `dX = dY W`, and the adapter's part, for 4-bit codes whose chunks have one scale.
 ///
 /// # Errors
 /// [`CodecError::Interrupted`].
 ///
 /// # Safety
 /// The tiles must have been granted.
-pub(crate) unsafe fn backward(
+pub(crate) unsafe fn backward<T: Element>(
     engine: Engine,
     grad: &[bf16],
     weight: &Weight<'_>,
-    finish: &(dyn Fn(Strip<'_, bf16>, &mut [f32]) + Sync),
-    dx: &mut [bf16],
+    adapter: Option<Adapter<'_>>,
+    dx: &mut [T],
 ) -> Result<(), CodecError> {
     let tokens = dx.len() / weight.cols;
     let grad = Packed::new(engine, grad, weight.rows)?;
@@ -58,12 +53,26 @@ pub(crate) unsafe fn backward(
     };
     let work = work(weight, tokens);
     let jobs = strips::split(dx, weight.cols, width).into_iter();
-    parallel::for_each(work, engine, jobs, |strip: Strip<'_, bf16>| {
-        let width = strip.columns.len();
-        let mut sums = Scratch::<f32>::new(tokens * width);
+    parallel::for_each(work, engine, jobs, |strip: Strip<'_, T>| {
+        let (columns, bodies) = (strip.columns.clone(), engine.bodies);
+        let width = columns.len();
+        let low_rank = adapter.map(|(g, a, rank)| {
+            let mut room = Scratch::<f32>::new(rank * width);
+            copy_columns(a, weight.cols, &columns, &mut room);
+            (g, room, rank)
+        });
+        let mut rows = strip.rows.into_iter();
+        let mut finish = |first: usize, sums: &mut [f32]| {
+            if let Some((g, a, rank)) = &low_rank {
+                let g = &g[first * rank..][..sums.len() / width * rank];
+                (bodies.matmul_nn)(g, a, width, sums);
+            }
+            for (sums, row) in sums.chunks_exact(width).zip(&mut rows) {
+                (bodies.round)(sums, T::values_mut(row));
+            }
+        };
         // SAFETY: the caller vouches for the tiles; all such processors have the vectors.
-        unsafe { strip_sums(&grad, weight, strip.columns.clone(), tokens, &mut sums) };
-        finish(strip, &mut sums);
+        unsafe { strip_sums(&grad, weight, columns, tokens, &mut finish) };
     })
 }
 
@@ -106,14 +115,15 @@ impl Packed {
     }
 }
 
-/// Sums over some columns, (tokens, columns).
+/// Sums over some columns; `finish` takes the first token and the sums of each 32, (tokens,
+/// columns).
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 unsafe fn strip_sums(
     grad: &Packed,
     weight: &Weight<'_>,
     columns: Range<usize>,
     tokens: usize,
-    sums: &mut [f32],
+    finish: &mut dyn FnMut(usize, &mut [f32]),
 ) {
     let (width, groups) = (columns.len(), tokens.div_ceil(2 * TOKENS));
     let blocks = width / BLOCK;
@@ -122,6 +132,7 @@ unsafe fn strip_sums(
     let parts = grad.depth.div_ceil(PANEL);
     let kept = if parts > 1 { groups * blocks * 8 * LINES } else { 0 };
     let mut partial = Scratch::<Line>::new(kept);
+    let mut sums = Scratch::<f32>::new(2 * TOKENS * width);
     // SAFETY: the caller vouches for the tiles.
     let tiles = unsafe { Tiles::configure() };
     for part in 0..parts {
@@ -148,8 +159,12 @@ unsafe fn strip_sums(
                     }
                 }
                 if part + 1 == parts {
-                    write_interleaved(&last, sums, width, group * 2 * TOKENS, block * BLOCK);
+                    write_interleaved(&last, &mut sums, width, block * BLOCK);
                 }
+            }
+            if part + 1 == parts {
+                let first = group * 2 * TOKENS;
+                finish(first, &mut sums[..(tokens - first).min(2 * TOKENS) * width]);
             }
         }
     }

@@ -20,7 +20,7 @@ use crate::linear::strips;
 use crate::linear::weight::{Codes, Weight};
 use crate::parallel;
 use crate::simd::{Bodies, Engine};
-use crate::values::ValuesMut;
+use crate::values::{Element, ValuesMut};
 use crate::x86::prefetch_l2;
 
 /// Tokens that are multiplied while codes are decoded.
@@ -37,12 +37,12 @@ pub(super) const PAIR: usize = 2 * LINES;
 ///
 /// # Safety
 /// The tiles must have been granted.
-pub(crate) unsafe fn forward(
+pub(crate) unsafe fn forward<T: Element>(
     engine: Engine,
     x: &[bf16],
     weight: &Weight<'_>,
     epilogue: &Epilogue<'_>,
-    y: &mut [bf16],
+    y: &mut [T],
 ) -> Result<(), CodecError> {
     let tokens = y.len() / weight.rows;
     let nibbles = Nibbles::of(weight);

@@ -19,7 +19,7 @@ mod pack;
 mod tiles;
 mod transpose;
 
-pub(crate) use backward::{backward, fits};
+pub(crate) use backward::backward;
 pub(crate) use forward::forward;
 pub(crate) use int8::forward as forward_int8;
 #[cfg(test)]

@@ -75,7 +75,7 @@ fn transpose_lanes([a, b, c, d]: [__m512i; 4]) -> [__m512i; 4] {
     ]
 }
 
-/// Writes 64 columns of up to 32 tokens, whose tiles hold every fourth column.
+/// Writes 64 columns of 32 tokens, (tokens, width), whose tiles hold every fourth column.
 ///
 /// Of tiles `j` and `j + 1` (`j` 0, then 2), those of 16 tokens, then those of the next 16, follow
 /// each other; lane `w` of tile `j` is column `4 w + (j ^ 1)`.
@@ -85,10 +85,9 @@ pub(crate) fn write_interleaved(
     tiles: &[Line; 8 * LINES],
     sums: &mut [f32],
     width: usize,
-    first_token: usize,
     column: usize,
 ) {
-    let rows = sums.chunks_exact_mut(width).skip(first_token).take(2 * TOKENS);
+    let rows = sums.chunks_exact_mut(width).take(2 * TOKENS);
     for (token, row) in rows.enumerate() {
         let (half, line) = (token / TOKENS, token % TOKENS);
         let tile = |j: usize| load(&tiles[(j / 2 * 4 + 2 * half + j % 2) * LINES + line].0);

@@ -1,5 +1,6 @@
 //! AVX2 and FMA: 12 sums in registers for `nn`, up to 12 for `nt`.
 
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 use crate::values::{Element, Values};
@@ -10,8 +11,8 @@ const LANES: usize = 8;
 
 /// `sums += x w`, (m, k) by (k, n).
 ///
-/// Strips of 16 columns by 6 rows, so that a value of x is fetched once for two products; what
-/// is left of 8 columns or fewer by 12 rows. Fewer rows are taken by halves.
+/// Strips of 16 columns by 6 rows, so that a value of x is fetched once for two products.
+/// Fewer rows are taken by halves; columns that are left of the strips, 8 at a time.
 #[target_feature(enable = "avx2,fma")]
 pub(crate) fn nn(x: &[f32], w: &[f32], n: usize, sums: &mut [f32]) {
     if n == 0 || w.is_empty() {
@@ -84,8 +85,6 @@ impl Tile<'_> {
     unsafe fn one(self, rows: usize, sums: &mut [f32]) -> usize {
         match rows {
             // SAFETY: passed on.
-            12.. => unsafe { self.run::<12, 1>(sums) },
-            // SAFETY: passed on.
             6.. => unsafe { self.run::<6, 1>(sums) },
             // SAFETY: passed on.
             3.. => unsafe { self.run::<3, 1>(sums) },
@@ -113,10 +112,7 @@ impl Tile<'_> {
             }
             for (r, tile) in tile.iter_mut().enumerate() {
                 // SAFETY: value k of row r of x, of which there are R.
-                let value = _mm256_set1_ps(unsafe { *x.add(r * self.k + k) });
-                for (sum, row) in tile.iter_mut().zip(row) {
-                    *sum = _mm256_fmadd_ps(value, row, *sum);
-                }
+                unsafe { add_product(x.add(r * self.k), k, row, tile) };
             }
         }
         let sums = sums.as_mut_ptr();
@@ -131,6 +127,60 @@ impl Tile<'_> {
             }
         }
         R
+    }
+}
+
+/// Adds to `sums` the products of value `k` of a row of x.
+///
+/// By hand, since the compiler fetches the values of all rows first, which leaves no registers
+/// for the sums. Miri knows no inline assembly.
+///
+/// # Safety
+/// The value must be there.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn add_product<const V: usize>(
+    x: *const f32,
+    k: usize,
+    row: [__m256; V],
+    sums: &mut [__m256; V],
+) {
+    if cfg!(miri) {
+        // SAFETY: the caller's promise.
+        let value = _mm256_set1_ps(unsafe { *x.add(k) });
+        return sums.iter_mut().zip(row).for_each(|(s, w)| *s = _mm256_fmadd_ps(value, w, *s));
+    }
+    match (row.as_slice(), sums.as_mut_slice()) {
+        // SAFETY: it reads the one value.
+        ([row], [sum]) => unsafe {
+            asm!(
+                "vbroadcastss {value}, dword ptr [{x} + 4 * {k}]",
+                "vfmadd231ps {sum}, {row}, {value}",
+                x = in(reg) x,
+                k = in(reg) k,
+                row = in(ymm_reg) *row,
+                sum = inout(ymm_reg) *sum,
+                value = out(ymm_reg) _,
+                options(pure, readonly, nostack, preserves_flags),
+            );
+        },
+        // SAFETY: as above.
+        ([row0, row1], [sum0, sum1]) => unsafe {
+            asm!(
+                "vbroadcastss {value}, dword ptr [{x} + 4 * {k}]",
+                "vfmadd231ps {sum0}, {row0}, {value}",
+                "vfmadd231ps {sum1}, {row1}, {value}",
+                x = in(reg) x,
+                k = in(reg) k,
+                row0 = in(ymm_reg) *row0,
+                row1 = in(ymm_reg) *row1,
+                sum0 = inout(ymm_reg) *sum0,
+                sum1 = inout(ymm_reg) *sum1,
+                value = out(ymm_reg) _,
+                options(pure, readonly, nostack, preserves_flags),
+            );
+        },
+        _ => unreachable!("a strip is one vector or two"),
     }
 }
 

@@ -1,5 +1,6 @@
 //! AVX-512: 28 sums in registers for `nn`, up to 24 for `nt`.
 
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 use crate::values::{Element, Values, ValuesMut};
@@ -10,8 +11,8 @@ const LANES: usize = 16;
 
 /// `sums += x w`, (m, k) by (k, n).
 ///
-/// Strips of 32 columns by 14 rows, so that a value of x is fetched once for two products; what
-/// is left of 16 columns or fewer by 28 rows. Fewer rows are taken in powers of two.
+/// Strips of 32 columns by 14 rows, so that a value of x is fetched once for two products.
+/// Fewer rows are taken in powers of two; columns that are left of the strips, 16 at a time.
 #[target_feature(enable = "avx512f")]
 pub(crate) fn nn(x: &[f32], w: &[f32], n: usize, sums: &mut [f32]) {
     if n == 0 || w.is_empty() {
@@ -84,8 +85,6 @@ impl Tile<'_> {
     unsafe fn one(self, rows: usize, sums: &mut [f32]) -> usize {
         match rows {
             // SAFETY: passed on.
-            28.. => unsafe { self.run::<28, 1>(sums) },
-            // SAFETY: passed on.
             14.. => unsafe { self.run::<14, 1>(sums) },
             // SAFETY: passed on.
             8.. => unsafe { self.run::<8, 1>(sums) },
@@ -117,10 +116,7 @@ impl Tile<'_> {
             }
             for (r, tile) in tile.iter_mut().enumerate() {
                 // SAFETY: value k of row r of x, of which there are R.
-                let value = _mm512_set1_ps(unsafe { *x.add(r * self.k + k) });
-                for (sum, row) in tile.iter_mut().zip(row) {
-                    *sum = _mm512_fmadd_ps(value, row, *sum);
-                }
+                unsafe { add_product(x.add(r * self.k), k, row, tile) };
             }
         }
         let sums = sums.as_mut_ptr();
@@ -135,6 +131,53 @@ impl Tile<'_> {
             }
         }
         R
+    }
+}
+
+/// Adds to `sums` the products of value `k` of a row of x.
+///
+/// By hand, since the compiler fetches the values of all rows first, which leaves no registers
+/// for the sums.
+///
+/// # Safety
+/// The value must be there.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn add_product<const V: usize>(
+    x: *const f32,
+    k: usize,
+    row: [__m512; V],
+    sums: &mut [__m512; V],
+) {
+    match (row.as_slice(), sums.as_mut_slice()) {
+        // SAFETY: it reads the one value.
+        ([row], [sum]) => unsafe {
+            asm!(
+                "vfmadd231ps {sum}, {row}, dword ptr [{x} + 4 * {k}]{{1to16}}",
+                x = in(reg) x,
+                k = in(reg) k,
+                row = in(zmm_reg) *row,
+                sum = inout(zmm_reg) *sum,
+                options(pure, readonly, nostack, preserves_flags),
+            );
+        },
+        // SAFETY: as above.
+        ([row0, row1], [sum0, sum1]) => unsafe {
+            asm!(
+                "vbroadcastss {value}, dword ptr [{x} + 4 * {k}]",
+                "vfmadd231ps {sum0}, {row0}, {value}",
+                "vfmadd231ps {sum1}, {row1}, {value}",
+                x = in(reg) x,
+                k = in(reg) k,
+                row0 = in(zmm_reg) *row0,
+                row1 = in(zmm_reg) *row1,
+                sum0 = inout(zmm_reg) *sum0,
+                sum1 = inout(zmm_reg) *sum1,
+                value = out(zmm_reg) _,
+                options(pure, readonly, nostack, preserves_flags),
+            );
+        },
+        _ => unreachable!("a strip is one vector or two"),
     }
 }
 

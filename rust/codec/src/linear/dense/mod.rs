@@ -11,8 +11,7 @@
 //!
 //! `nt` is for few rows of x: a tile of dot products along k, both matrices as they lie. `nn` is
 //! for many: a tile of sums stays in registers, a row of w meets one value of each row of x.
-//! [`tokens`] lays out x so that a product with many rows of W is an `nn`; [`forward`] and
-//! [`columns`] run the two over all of a weight.
+//! [`tokens`] lays out x so that a product with many rows of W is an `nn`.
 
 #[cfg(target_arch = "x86_64")]
 #[allow(unsafe_code)]
@@ -20,6 +19,8 @@ pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 #[allow(unsafe_code)]
 pub(crate) mod avx512;
+pub(crate) mod forward;
 pub(crate) mod scalar;
 #[cfg(test)]
 mod tests;
+pub(crate) mod tokens;

@@ -1,0 +1,151 @@
+//! `dX = dY W + G A`.
+
+use std::ops::Range;
+
+use crate::error::CodecError;
+use crate::layout::check_len;
+use crate::linear::dense::forward::{with_scratch, TOKENS};
+use crate::linear::forward::Lora;
+use crate::linear::lora::thin;
+use crate::linear::pieces::cut;
+use crate::linear::strips::{self, Strip};
+use crate::linear::weight::Weight;
+use crate::parallel;
+use crate::simd::Engine;
+use crate::values::{with_slice, Element, Values, ValuesMut};
+
+/// Columns of dX that a thread takes at a time; where rows share blocks, both ends of a piece of
+/// a row decode in vain, so pieces are longer.
+const STRIP: usize = 128;
+const LONG_STRIP: usize = 512;
+
+/// Rows of W in a panel.
+const ROWS: usize = 240;
+
+/// Writes `dX = dY W`, and the adapter's part if there is one.
+///
+/// `grad` is dY, (M, `weight.rows`), and `dx` (M, `weight.cols`). W is what `dequantize` gives in
+/// the dtype of `dx`, which is best that of `grad`: the weight that the forward multiplied.
+///
+/// # Errors
+/// [`CodecError::Length`], [`CodecError::Shape`], [`CodecError::Blocksize`],
+/// [`CodecError::TableNotFinite`] and [`CodecError::Interrupted`].
+pub fn linear_backward(
+    engine: Engine,
+    grad: Values<'_>,
+    weight: &Weight<'_>,
+    lora: Option<Lora<'_>>,
+    dx: ValuesMut<'_>,
+) -> Result<(), CodecError> {
+    weight.check()?;
+    lora.map_or(Ok(()), |lora| lora.check(weight))?;
+    let tokens = dx.len().checked_div(weight.cols).unwrap_or(0);
+    check_len("dx", dx.len(), tokens * weight.cols, (tokens, "tokens"))?;
+    if weight.cols > 0 {
+        check_len("grad", grad.len(), tokens * weight.rows, (tokens, "tokens"))?;
+    }
+    let lora = lora.filter(|lora| lora.rank > 0 && tokens > 0);
+    let g = |lora: Lora<'_>| thin(engine, grad, lora.b, lora.rank, lora.scaling);
+    let g = lora.map(g).transpose()?.unwrap_or_default();
+    let adapter = lora.map(|lora| (g.as_slice(), lora.a, lora.rank));
+    if let (Values::Bf16(grad), Some(backward)) = (grad, engine.bodies.backward_bf16) {
+        if tokens > 1 && weight.rows > 0 && weight.chunks_have_scales() {
+            return backward(engine, grad, weight, adapter, dx);
+        }
+    }
+    with_slice!(dx, ValuesMut, dx => dense(engine, grad, weight, adapter, dx))
+}
+
+/// G, A and the rank.
+pub(crate) type Adapter<'a> = (&'a [f32], &'a [f32], usize);
+
+/// By decoded panels, some tokens at a time.
+fn dense<T: Element>(
+    engine: Engine,
+    grad: Values<'_>,
+    weight: &Weight<'_>,
+    adapter: Option<Adapter<'_>>,
+    dx: &mut [T],
+) -> Result<(), CodecError> {
+    let Weight { rows, cols, .. } = *weight;
+    for (block, dx) in dx.chunks_mut((TOKENS * cols).max(1)).enumerate() {
+        let tokens = block * TOKENS..block * TOKENS + dx.len() / cols;
+        let grad = Grad::new(engine, grad.range(tokens.start * rows..tokens.end * rows), rows)?;
+        let adapter =
+            adapter.map(|(g, a, rank)| (&g[tokens.start * rank..tokens.end * rank], a, rank));
+        let work = rows.saturating_mul(cols).saturating_mul(tokens.len().div_ceil(4));
+        let width = if weight.rows_are_blocks() { STRIP.max(weight.unit()) } else { LONG_STRIP };
+        let jobs = strips::split(dx, cols, width / weight.unit() * weight.unit()).into_iter();
+        parallel::for_each(work, engine, jobs, |strip: Strip<'_, T>| {
+            multiply(engine, &grad, weight, adapter, strip);
+        })?;
+    }
+    Ok(())
+}
+
+/// dY as floats, by pieces of columns.
+struct Grad {
+    pieces: Vec<Range<usize>>,
+    floats: Vec<f32>,
+}
+
+impl Grad {
+    fn new(engine: Engine, grad: Values<'_>, cols: usize) -> Result<Self, CodecError> {
+        let tokens = grad.len().checked_div(cols).unwrap_or(0);
+        let mut floats = vec![0.0; grad.len()];
+        let pieces = cut(cols, ROWS, 16);
+        let mut jobs = Vec::new();
+        let mut rest = &mut floats[..];
+        for piece in &pieces {
+            let (to, others) = rest.split_at_mut(tokens * piece.len());
+            jobs.push((piece.clone(), to));
+            rest = others;
+        }
+        parallel::for_each(grad.len(), engine, jobs.into_iter(), |(columns, to)| {
+            for (token, row) in to.chunks_exact_mut(columns.len()).enumerate() {
+                let values = token * cols + columns.start..token * cols + columns.end;
+                (engine.bodies.widen)(grad.range(values), row);
+            }
+        })?;
+        Ok(Self { pieces, floats })
+    }
+}
+
+/// The sums of some columns, panel by panel of W's rows; then dX.
+fn multiply<T: Element>(
+    engine: Engine,
+    grad: &Grad,
+    weight: &Weight<'_>,
+    adapter: Option<Adapter<'_>>,
+    strip: Strip<'_, T>,
+) {
+    let (bodies, columns) = (engine.bodies, strip.columns.clone());
+    let (tokens, width) = (strip.rows.len(), columns.len());
+    let height = grad.pieces.iter().map(ExactSizeIterator::len).max().unwrap_or(0);
+    let height = height.max(adapter.map_or(0, |(_, _, rank)| rank));
+    with_scratch((height + tokens) * width, |scratch| {
+        let (panel, sums) = scratch.split_at_mut(height * width);
+        sums.fill(0.0);
+        for rows in &grad.pieces {
+            let panel = &mut panel[..rows.len() * width];
+            weight.widened_piece::<T>(bodies, rows.clone(), columns.clone(), panel);
+            let grad = &grad.floats[rows.start * tokens..rows.end * tokens];
+            (bodies.matmul_nn)(grad, panel, width, sums);
+        }
+        if let Some((g, a, rank)) = adapter {
+            let panel = &mut panel[..rank * width];
+            copy_columns(a, weight.cols, &columns, panel);
+            (bodies.matmul_nn)(g, panel, width, sums);
+        }
+        for (row, sums) in strip.rows.into_iter().zip(sums.chunks_exact(width)) {
+            T::narrow(sums, row);
+        }
+    });
+}
+
+/// Some columns of a matrix.
+pub(crate) fn copy_columns(from: &[f32], cols: usize, columns: &Range<usize>, to: &mut [f32]) {
+    for (to, from) in to.chunks_exact_mut(columns.len()).zip(from.chunks_exact(cols)) {
+        to.copy_from_slice(&from[columns.clone()]);
+    }
+}

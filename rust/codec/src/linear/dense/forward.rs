@@ -1,0 +1,115 @@
+//! `y = x W^T` by decoded panels: sums of 16 or 32 tokens by the rows of a strip.
+
+use std::cell::RefCell;
+
+use crate::error::CodecError;
+use crate::linear::dense::tokens::{turn, Tokens};
+use crate::linear::epilogue::Epilogue;
+use crate::linear::pieces::cut;
+use crate::linear::strips::{self, Strip};
+use crate::linear::weight::Weight;
+use crate::parallel;
+use crate::simd::Engine;
+use crate::values::{Element, Values};
+
+/// Tokens that one decoded panel is multiplied with: what bounds all scratch.
+pub(crate) const TOKENS: usize = 512;
+
+/// Rows of W that a thread takes at a time: whole tiles of the AVX-512 body.
+const STRIP: usize = 8 * 14;
+
+/// Columns of a panel: with a strip's rows it is a fourth of a small second-level cache.
+const COLUMNS: usize = 1024;
+
+/// Rows of a panel for few tokens: it stays in the first-level cache.
+const FEW_ROWS: usize = 12;
+
+thread_local! {
+    /// Panel and sums, kept between jobs and calls: fresh memory costs more than the work on it.
+    static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Runs `work` with this many floats, of any value.
+pub(crate) fn with_scratch<R>(len: usize, work: impl FnOnce(&mut [f32]) -> R) -> R {
+    SCRATCH.with_borrow_mut(|scratch| {
+        if scratch.len() < len {
+            scratch.resize(len, 0.0);
+        }
+        work(&mut scratch[..len])
+    })
+}
+
+/// Writes `y` for up to [`TOKENS`] tokens of `x`, strip by strip.
+pub(crate) fn run<T: Element>(
+    engine: Engine,
+    x: Values<'_>,
+    weight: &Weight<'_>,
+    epilogue: &Epilogue<'_>,
+    y: &mut [T],
+) -> Result<(), CodecError> {
+    let count = y.len().checked_div(weight.rows).unwrap_or(0);
+    let tokens =
+        Tokens::new(engine, x, (count, weight.cols), cut(weight.cols, COLUMNS, weight.unit()))?;
+    let work = weight.rows.saturating_mul(weight.cols).saturating_mul(count.div_ceil(4));
+    let jobs = strips::split(y, weight.rows, STRIP).into_iter();
+    parallel::for_each(work, engine, jobs, |strip: Strip<'_, T>| {
+        multiply(engine, &tokens, count, weight, epilogue, strip);
+    })
+}
+
+/// The sums of a strip, turned by slivers, and what `nt` adds up, by panels; then the strip.
+fn multiply<T: Element>(
+    engine: Engine,
+    tokens: &Tokens,
+    count: usize,
+    weight: &Weight<'_>,
+    epilogue: &Epilogue<'_>,
+    strip: Strip<'_, T>,
+) {
+    let bodies = engine.bodies;
+    let rows = strip.columns.clone();
+    let height = if tokens.slivers.is_empty() { FEW_ROWS } else { STRIP };
+    let width = tokens.slivers.iter().map(|(_, width)| width).sum::<usize>();
+    let columns = tokens.pieces.iter().map(ExactSizeIterator::len).max().unwrap_or(0);
+    let (panel_len, rest) = (height * columns, tokens.rest.len());
+    let lens = [panel_len, width * rows.len(), rest * rows.len(), count * rows.len()];
+    with_scratch(lens.iter().sum(), |scratch| {
+        let (panel, scratch) = scratch.split_at_mut(lens[0]);
+        let (turned, scratch) = scratch.split_at_mut(lens[1]);
+        let (dots, sums) = scratch.split_at_mut(lens[2]);
+        turned.fill(0.0);
+        dots.fill(0.0);
+        for (i, columns) in tokens.pieces.iter().enumerate() {
+            for start in rows.clone().step_by(height) {
+                let part = start..(start + height).min(rows.end);
+                let panel = &mut panel[..part.len() * columns.len()];
+                weight.widened_piece::<T>(bodies, part.clone(), columns.clone(), panel);
+                let (slivers, few) = tokens.piece(i);
+                let mut turned = &mut turned[..];
+                for (sliver, (_, width)) in slivers.zip(&tokens.slivers) {
+                    let (sums, others) = turned.split_at_mut(width * rows.len());
+                    (bodies.matmul_nn)(panel, sliver, *width, &mut sums[..part.len() * width]);
+                    turned = others;
+                }
+                let place = (start - rows.start) * rest;
+                let dots = &mut dots[place..place + part.len() * rest];
+                (bodies.matmul_nt)(few, panel, columns.len(), dots);
+            }
+        }
+        let mut turned = &*turned;
+        for (tokens, width) in &tokens.slivers {
+            let (from, others) = turned.split_at(width * rows.len());
+            let to = &mut sums[tokens.start * rows.len()..tokens.end * rows.len()];
+            turn(bodies, (from, *width), (to, rows.len()), (rows.len(), tokens.len()));
+            turned = others;
+        }
+        let left = &mut sums[tokens.rest.start * rows.len()..];
+        for (panel, from) in dots.chunks(height * rest.max(1)).enumerate() {
+            let part = from.len() / rest;
+            for (row, from) in left.chunks_exact_mut(rows.len()).zip(from.chunks_exact(part)) {
+                row[panel * height..][..part].copy_from_slice(from);
+            }
+        }
+        epilogue.finish(strip, sums);
+    });
+}
