@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 pub const THREAD_PREFIX: &str = "qkern-";
 
 /// How long a thread looks out for work, or for the end of work, before it sleeps. Short: on a
-/// machine with less processors than threads, others wait for this one.
+/// machine with fewer processors than threads, others wait for this one.
 const LOOKOUT: Duration = Duration::from_micros(50);
 
 /// The threads of a process.
@@ -212,6 +212,55 @@ fn look_out(happened: impl Fn() -> bool) -> bool {
         }
         if start.elapsed() >= LOOKOUT {
             return false;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::AtomicUsize;
+
+    /// One call: how often its help ran, and that none does when it has returned.
+    fn call(pool: &Pool, wanted: usize) -> usize {
+        let (begun, ended) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        let help = || {
+            begun.fetch_add(1, Ordering::Relaxed);
+            thread::yield_now();
+            ended.fetch_add(1, Ordering::Relaxed);
+        };
+        pool.with_help(wanted, &help, thread::yield_now);
+        assert_eq!(begun.load(Ordering::Relaxed), ended.load(Ordering::Relaxed));
+        begun.into_inner()
+    }
+
+    #[test]
+    fn all_help_has_ended_when_a_call_returns() {
+        let pool = Pool::new();
+        thread::scope(|scope| {
+            for wanted in [0, 1, 2, 100] {
+                let pool = &pool;
+                scope.spawn(move || (0..500).for_each(|_| assert!(call(pool, wanted) <= wanted)));
+            }
+        });
+        let idle = |worker: &&Worker| worker.state.load(Ordering::Relaxed) == IDLE;
+        assert!(pool.workers.iter().all(idle), "every worker was given back");
+    }
+
+    #[test]
+    fn threads_without_work_sleep_and_wake_again() {
+        let pool = Pool::new();
+        for _ in 0..3 {
+            while pool.is_awake() {
+                thread::yield_now(); // the test would hang if they looked out for ever
+            }
+            let helped = AtomicBool::new(false);
+            let help = || helped.store(true, Ordering::Relaxed);
+            pool.with_help(1, &help, || {
+                while !helped.load(Ordering::Relaxed) {
+                    thread::yield_now(); // and here if none woke
+                }
+            });
         }
     }
 }
