@@ -141,8 +141,9 @@ def _byte_trials(fmt: QuantFormat, ascending: Tensor) -> list[float]:
 
 
 def _looked_up(ascending: Tensor, trial: float) -> Tensor:
-    """127 |c| (64,) of values ``(2 i + 0.5) / 127``; of four in a row at most two differ."""
+    """127 |c| (64,) of values 0 and ``(2 i + 0.5) / 127``; of four in a row at most two differ."""
     u = (2 * torch.arange(64, device=ascending.device) + 0.5) / 127 / trial
+    u[0] = 0
     bins = (_nearest(ascending, u) * 127).abs().round().int().reshape(-1, 4)
     low, high = bins[:, :1], bins[:, 3:]
     return torch.where((bins == low) | (bins - low < high - bins), low, high).reshape(-1)

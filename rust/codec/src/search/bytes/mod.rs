@@ -148,6 +148,7 @@ impl Side {
             }
             levels[index]
         });
+        values[0] = 0; // of the zeros, too, that fill a vector up
         let mut steps = Steps::default();
         for (bin, values) in values.chunks_mut(BIN).enumerate() {
             let (low, high) = (values[0], values[BIN - 1]);
