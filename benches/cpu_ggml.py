@@ -122,10 +122,11 @@ def ggml() -> _Ggml:
 # In a process of its own: what may die there must not take the bench along.
 _PROBE = """
 import torch, cpu_ggml
+from cpu_engines import Inputs
 from cpu_timing import QUICK
 w = torch.ones(256, 256)
 layer = cpu_ggml.with_ggml(w, QUICK, quant_type="Q4_0", buffer="AMX", probe=False)
-layer.engine(torch.ones(32, 256), w)
+layer.engine(Inputs(w, 32), 32)
 """
 
 

@@ -9,10 +9,9 @@ from typing import Any
 import cpu_engines
 import limits
 import torch
-from cpu_engines import Linear
+from cpu_engines import Inputs, Linear
 from cpu_peers import PEERS
 from cpu_timing import Effort, Engine, add_ratios, interleaved, random_weight
-from torch import Tensor
 
 Row = dict[str, Any]
 BASE = "torch bf16"
@@ -29,25 +28,21 @@ def read_limits(layers: Iterable[Linear]) -> list[Engine]:
     return []
 
 
-def rows_for(
-    layers: list[Linear], w: Tensor, M: int, effort: Effort, *, wall: bool = False
-) -> Iterator[Row]:
+def rows_for(layers: list[Linear], inputs: Inputs, M: int, effort: Effort) -> Iterator[Row]:
     """Each layer at M rows of x; the layers' errors come along."""
-    x = torch.randn(M, w.shape[1], generator=torch.Generator().manual_seed(M))
-    about = {"M": M, "N": w.shape[0], "K": w.shape[1]}
-    engines, failed = cpu_engines.engines(layers, x, w)
+    about = {"M": M, "N": inputs.exact.shape[0], "K": inputs.exact.shape[1]}
+    engines, failed = cpu_engines.engines(layers, inputs, M)
     for row in failed:
         yield about | row
-    rows = interleaved([*read_limits(layers), *engines], effort, wall=wall)
+    rows = interleaved([*read_limits(layers), *engines], effort)
     add_ratios(rows, BASE, f"times faster than {BASE}")
     add_ratios(rows, "qkern", "times faster than qkern")
-    statistic = "minimum" if wall else "median"
-    found = {row["engine"]: row[statistic] for row in rows}
+    found = {row["engine"]: row["median"] for row in rows}
     for row in rows:
         if row["engine"].startswith("qkern"):
-            row["share of read"] = found["limit: read"] / row[statistic]
+            row["share of read"] = found["limit: read"] / row["median"]
             fastest = min(found["limit: read"], found["limit: read, prefetched"])
-            row["share of fastest read"] = fastest / row[statistic]
+            row["share of fastest read"] = fastest / row["median"]
         yield about | row
 
 
@@ -58,8 +53,9 @@ def ladder(size: tuple[int, int], Ms: list[int], effort: Effort, *, peers: bool)
     layers, missing = cpu_engines.build(builders, w, effort)
     for row in missing:
         yield {"case": "linear", "dtype": "bf16", **row}
+    inputs = Inputs(w, max(Ms))
     for M in Ms:
-        for row in rows_for(layers, w, M, effort):
+        for row in rows_for(layers, inputs, M, effort):
             yield {"case": "linear", "dtype": "bf16", **row}
 
 
@@ -68,19 +64,20 @@ def exact(size: tuple[int, int], effort: Effort) -> Iterator[Row]:
     w = random_weight(*size)
     kinds = (cpu_engines.with_qkern, cpu_engines.with_torch)
     layers = [make(w, effort, dtype=torch.float32) for make in kinds]
-    for row in rows_for(layers, w, 1, effort):
+    for row in rows_for(layers, Inputs(w, 1), 1, effort):
         yield {"case": "linear", "dtype": "fp32", **row}
 
 
 def other_shapes(
-    case: str, sizes: Iterable[tuple[int, int]], Ms: Iterable[int], effort: Effort
+    case: str, sizes: Iterable[tuple[int, int]], Ms: list[int], effort: Effort
 ) -> Iterator[Row]:
     """qkern and torch alone."""
     for size in sizes:
         w = random_weight(*size)
         layers, _ = cpu_engines.build(cpu_engines.OWN, w, effort)
+        inputs = Inputs(w, max(Ms))
         for M in Ms:
-            for row in rows_for(layers, w, M, effort):
+            for row in rows_for(layers, inputs, M, effort):
                 yield {"case": case, "dtype": "bf16", **row}
 
 

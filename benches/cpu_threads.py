@@ -86,14 +86,13 @@ def linear_engines(
         "qkern fp32": partial(cpu_engines.with_qkern, dtype=torch.float32)
     }
     layers, _ = cpu_engines.build(builders, w, effort)
-    engines = []
+    engines, inputs = [], cpu_engines.Inputs(w, max(Ms))
     for M in Ms:
-        x = torch.randn(M, size[1], generator=torch.Generator().manual_seed(M))
         for layer in layers:
             exact = layer.dtype == torch.float32
             if exact and M > 1:
                 continue
-            engine = layer.engine(x, w)
+            engine = layer.engine(inputs, M)
             engine.name = f"{'qkern fp32' if exact else layer.name}, {size[0]}x{size[1]}, M={M}"
             engines.append(engine)
     return engines

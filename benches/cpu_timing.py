@@ -36,7 +36,7 @@ class Effort:
 
     repeats: int = 15
     min_time: float = 0.03
-    budget: float = 2.0
+    budget: float = 1.2
     rotate: int = 300 << 20
 
     def copies(self, nbytes: int) -> int:
@@ -120,7 +120,7 @@ def interleaved(
 
 def _summary(times: list[Seconds], *, wall: bool) -> dict[str, Any]:
     own = sorted(t[1 if wall else 0] for t in times)
-    quartiles = statistics.quantiles(own, n=4) if len(own) > 1 else own * 3
+    quartiles = statistics.quantiles(own, n=4, method="inclusive") if len(own) > 1 else own * 3
     summary = {
         "clock": "wall" if wall else "thread CPU",
         "median": statistics.median(own),
