@@ -26,7 +26,8 @@ export PYO3_PYTHON := $(abspath $(VENV_PYTHON))
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help install build sdist lint format test test-rust test-python test-large \
-	test-wheel demo bench-codec bench-methods bench-scales sanitize clean missing
+	test-wheel demo bench-codec bench-cpu bench-methods bench-scales \
+	sanitize clean missing
 
 help: ## show this help
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' \
@@ -76,6 +77,9 @@ demo: $(VENV)/.train ## fine-tune a small model on a laptop
 
 bench-codec: $(VENV)/.dev ## speed of host quantize and dequantize beside other packages
 	$(VENV_PYTHON) benches/bench_codec.py $(BENCH_ARGS)
+
+bench-cpu: $(VENV)/.dev ## layers, codec, a model beside other packages and the limits of memory
+	$(VENV_PYTHON) benches/bench_cpu.py $(BENCH_ARGS)
 
 bench-methods: $(VENV)/.dev ## what the search for scales gains over absmax, and what it costs
 	$(VENV_PYTHON) benches/bench_methods.py $(BENCH_ARGS)

@@ -126,7 +126,8 @@ def run(plan: Plan, sections: tuple[str, ...] = SECTIONS) -> list[Row]:
     effort = QUICK if plan.quick else Effort()
     rows = []
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore" if plan.peers else "default")  # peers' own
+        if plan.peers:  # their own, among themselves
+            warnings.simplefilter("ignore")
         for section in sections:
             start = time.perf_counter()
             for row in RUN[section](plan, effort):

@@ -128,8 +128,9 @@ def cases(size: tuple[int, int], *, quick: bool) -> dict[str, Builder]:
         "limits": memory_limits,
         "codec": partial(codec_engines, size=size),
         "linear": partial(linear_engines, size=size, Ms=Ms),
-        "train": partial(train_engines, size=size, M=Ms[-1]),
     }
+    if not quick:
+        found["train"] = partial(train_engines, size=size, M=Ms[-1])
     for s in small:
         found[f"linear, small, {s[0]}"] = partial(linear_engines, size=s, Ms=(1, 32))
     return found
