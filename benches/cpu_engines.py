@@ -54,6 +54,7 @@ class Linear:
         dtype: of x.
         tolerance: relative RMS error that it may have against x W^T in fp64.
         slow_above: largest M at which it is worth waiting for.
+        only: the M at which it is measured, if not at all.
         executor: the thread it must run on, if not the caller's.
         bind_with: makes one call for each copy, and what gives the last one's y; for packages whose
             calls are prepared for an x.
@@ -66,6 +67,7 @@ class Linear:
     dtype: torch.dtype
     tolerance: float
     slow_above: int = 1 << 20
+    only: tuple[int, ...] = ()
     executor: Executor | None = None
     bind_with: Callable[[Tensor], tuple[list[Callable[[], Any]], Callable[[], Tensor]]] | None = (
         None
@@ -171,6 +173,9 @@ def engines(
     for layer in layers:
         if layer.slow_above < M:
             failed.append(absent(layer.name, f"left out above M={layer.slow_above}: too slow"))
+            continue
+        if layer.only and M not in layer.only:
+            failed.append(absent(layer.name, f"measured at M in {layer.only} only"))
             continue
         try:
             ready.append(layer.engine(inputs, M))

@@ -76,6 +76,53 @@ def with_torchao_int4(w: Tensor, effort: Effort) -> Linear:
     return Linear("torchao int4", weights, _linear, dense, torch.bfloat16, 2e-2, slow_above=512)
 
 
+def with_torchao_int4_compiled(w: Tensor, effort: Effort) -> Linear:
+    """The same weight by ``torch.compile``, which has AMX kernels for it; compiled anew for each M.
+
+    The weight must be a constant of the compiled code: hence few copies, and few M.
+    """
+    from torch._inductor import config
+    from torchao.prototype.quantization.int4 import Int4OpaqueTensor
+
+    q = Int4OpaqueTensor.from_hp(w.bfloat16(), [1, 64])
+    dense = _linear(q, torch.eye(w.shape[1], dtype=torch.bfloat16)).float().mT.contiguous()
+
+    def bind(x: Tensor) -> tuple[list[Callable[[], Any]], Callable[[], Tensor]]:
+        torch._dynamo.reset()
+        options = {"max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"}
+        calls = []
+        with config.patch(freezing=True, **options), contextlib.redirect_stderr(io.StringIO()):
+            for _ in range(min(SLOW_COPIES, effort.copies(w.numel() // 2))):
+                layer = torch.compile(_Int4(q.qdata.clone(), q.scale_and_zero.clone()))
+                layer(x)
+                calls.append(partial(layer, x))
+        return calls, calls[-1]
+
+    return Linear(
+        "torchao int4, compiled",
+        [],
+        _linear,
+        dense,
+        torch.bfloat16,
+        2e-2,
+        only=(8, 32, 512),
+        bind_with=bind,
+    )
+
+
+class _Int4(nn.Module):
+    """torch's product with an int4 weight in groups of 64."""
+
+    def __init__(self, packed: Tensor, scales: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("packed", packed)
+        self.register_buffer("scales", scales)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.packed, 64, self.scales)
+        return y
+
+
 def with_torchao_int4_int8(w: Tensor, effort: Effort) -> Linear:
     """Int4 weights, int8 activations by row: the C++ kernels with AMX, where a build has them."""
     from torchao.prototype.quantization.int4 import Int4OpaqueTensor
@@ -209,6 +256,7 @@ _BUILDERS: Named = {
     "bitsandbytes eval": partial(with_bitsandbytes, packed_for_eval=True),
     "bitsandbytes train": partial(with_bitsandbytes, packed_for_eval=False),
     "torchao int4": with_torchao_int4,
+    "torchao int4, compiled": with_torchao_int4_compiled,
     "torchao int4, int8 activations": with_torchao_int4_int8,
     "torchao int8": partial(with_torchao_int8, dynamic=False),
     "torchao int8, int8 activations": partial(with_torchao_int8, dynamic=True),

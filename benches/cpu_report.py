@@ -227,6 +227,7 @@ def _short(key: str) -> str:
 
 # The lines of the picture; of ggml's kinds its fastest, and the one whose table is like NF4's.
 SHOWN = ("qkern", "qkern, int8 compute", "bitsandbytes eval", "bitsandbytes train", "torchao int4")
+SHOWN += ("torchao int4, compiled",)
 SHOWN += ("torchao int8, int8 activations", "oneDNN int8", "optimum-quanto qint8", "HQQ")
 SHOWN += ("ggml Q4_0 AMX", "ggml IQ4_NL CPU_REPACK")
 
