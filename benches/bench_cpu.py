@@ -17,6 +17,7 @@ model            a Llama of a billion parameters: decoding, a training step
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -32,7 +33,6 @@ sys.path.insert(0, str(HERE))
 
 Row = dict[str, Any]
 SECTIONS = ("limits", "codec", "linear", "train", "threads", "model")
-PEERS = ("torchao", "hqq", "optimum-quanto", "ggml-python")
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,9 @@ def threads_section(plan: Plan, effort: Any) -> Iterator[Row]:
 def model_section(plan: Plan, effort: Any) -> Iterator[Row]:
     import cpu_model
 
-    return cpu_model.run(cpu_model.TINY if plan.quick else cpu_model.Shape(), effort)
+    if plan.quick:
+        return cpu_model.run(cpu_model.TINY, effort)
+    return cpu_model.run(cpu_model.Shape(), dataclasses.replace(effort, repeats=5, budget=8.0))
 
 
 RUN: dict[str, Callable[[Plan, Any], Iterator[Row]]] = {
@@ -161,7 +163,6 @@ def save(rows: list[Row]) -> None:
 
     path = harness.save("cpu", rows)
     content = json.loads(path.read_text())
-    content["machine"]["packages"] |= {name: harness._version(name) for name in PEERS}
     content["goals"] = cpu_report.goals(rows)
     path.write_text(json.dumps(content, indent=1) + "\n")
     print(f"wrote {path}")

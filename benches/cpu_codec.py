@@ -81,8 +81,13 @@ def quantize_rows(w: Tensor, effort: Effort) -> Iterator[Row]:
         Engine("qkern, search", each(partial(qkern.quantize, method="search"), inputs)),
     ]
     for body in _native.available_simd():
-        run = forced_body(w, body)
-        engines.append(Engine(f"qkern, {body} forced", each(run, inputs)))
+        run, name = forced_body(w, body), f"qkern, {body} forced"
+        try:
+            run(inputs[0])
+        except (TypeError, ValueError) as error:  # a body of other operations alone
+            yield absent(name, error, case="quantize")
+            continue
+        engines.append(Engine(name, each(run, inputs)))
     try:
         bnb = bitsandbytes()
         check(w, bnb)

@@ -28,18 +28,21 @@ def read_limits(layers: Iterable[Linear]) -> list[Engine]:
     return []
 
 
-def rows_for(layers: list[Linear], inputs: Inputs, M: int, effort: Effort) -> Iterator[Row]:
-    """Each layer at M rows of x; the layers' errors come along."""
+def rows_for(
+    layers: list[Linear], inputs: Inputs, M: int, effort: Effort, *, bounded: bool = True
+) -> Iterator[Row]:
+    """Each layer at M rows of x, with its error; ``bounded``: beside the read of its weight."""
     about = {"M": M, "N": inputs.exact.shape[0], "K": inputs.exact.shape[1]}
     engines, failed = cpu_engines.engines(layers, inputs, M)
     for row in failed:
         yield about | row
-    rows = interleaved([*read_limits(layers), *engines], effort)
+    bounds = read_limits(layers) if bounded else []
+    rows = interleaved([*bounds, *engines], effort)
     add_ratios(rows, BASE, f"times faster than {BASE}")
     add_ratios(rows, "qkern", "times faster than qkern")
     found = {row["engine"]: row["median"] for row in rows}
     for row in rows:
-        if row["engine"].startswith("qkern"):
+        if bounds and row["engine"].startswith("qkern"):
             row["share of read"] = found["limit: read"] / row["median"]
             fastest = min(found["limit: read"], found["limit: read, prefetched"])
             row["share of fastest read"] = fastest / row["median"]
@@ -77,7 +80,7 @@ def other_shapes(
         layers, _ = cpu_engines.build(cpu_engines.OWN, w, effort)
         inputs = Inputs(w, max(Ms))
         for M in Ms:
-            for row in rows_for(layers, inputs, M, effort):
+            for row in rows_for(layers, inputs, M, effort, bounded=case == "linear"):
                 yield {"case": case, "dtype": "bf16", **row}
 
 

@@ -245,12 +245,13 @@ def plot(rows: Rows, path: Path) -> Path:
     key = "times faster than torch bf16"
     with mpl.rc_context({"svg.hashsalt": "qkern", "font.size": 10}):
         figure, axes = plt.subplots(figsize=(8, 5))
-        for name in SHOWN:
+        for drawn, name in enumerate(SHOWN):
             line = [r for r in found if r["engine"] == name and (r["N"], r["K"]) == size]
             points = sorted((row["M"], row[key]) for row in line if key in row)
             if points:
                 own = name.startswith("qkern")
-                style = {"linewidth": 2.5 if own else 1.2, "marker": "o" if own else "."}
+                style: Row = {"linewidth": 2.5 if own else 1.2, "marker": "o" if own else "."}
+                style |= {"color": f"C{drawn % 10}", "linestyle": "-" if drawn < 10 else "--"}
                 axes.plot(*zip(*points, strict=True), label=name, **style)
         axes.axhline(1.0, color="black", linewidth=1, label="torch bf16, unquantized")
         axes.set_xscale("log", base=2)

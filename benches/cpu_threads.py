@@ -6,6 +6,7 @@ has its size from the start. Wall time, minimum: a process that waits for a core
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -136,10 +137,8 @@ def cases(size: tuple[int, int], *, quick: bool) -> dict[str, Builder]:
     return found
 
 
-def serve(pipe: Connection, threads: int, cores: set[int]) -> None:
+def serve(pipe: Connection, threads: int) -> None:
     """The other end of ``Worker``."""
-    if cores:
-        os.sched_setaffinity(0, cores)
     import torch
 
     torch.set_num_threads(threads)
@@ -163,6 +162,25 @@ def serve(pipe: Connection, threads: int, cores: set[int]) -> None:
             pipe.send(error)
 
 
+@contextlib.contextmanager
+def _surroundings(threads: int, cores: set[int]) -> Iterator[None]:
+    """What a new process inherits: libraries look at it as soon as they are loaded."""
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
+    before = {name: os.environ[name] for name in names if name in os.environ}
+    mine = os.sched_getaffinity(0) if cores else set()
+    os.environ.update(dict.fromkeys(names, str(threads)))
+    if cores:
+        os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        for name in names:
+            del os.environ[name]
+        os.environ.update(before)
+        if cores:
+            os.sched_setaffinity(0, mine)
+
+
 class Worker:
     """A process with a fixed number of threads."""
 
@@ -170,15 +188,9 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         self.threads = threads
         self.pipe, theirs = context.Pipe()
-        names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
-        before = {name: os.environ.get(name) for name in names}
-        os.environ.update(dict.fromkeys(names, str(threads)))
-        try:
-            self.process = context.Process(target=serve, args=(theirs, threads, cores), daemon=True)
+        with _surroundings(threads, cores):
+            self.process = context.Process(target=serve, args=(theirs, threads), daemon=True)
             self.process.start()
-        finally:
-            for name, value in before.items():
-                os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
         theirs.close()
 
     def ask(self, *message: Any) -> Any:
