@@ -9,6 +9,7 @@ MATURIN ?= maturin>=1.9,<2# what `make build` installs to build with
 MATURIN_ARGS ?=# more arguments for `maturin build`
 DEMO_ARGS ?=# arguments of the demo
 BENCH_ARGS ?=# arguments of the bench
+PEERS ?=# 1: bench-cpu first installs the packages that it compares with, some minutes
 NIGHTLY ?= nightly# toolchain of `make sanitize`, with its components miri and rust-src
 
 VENV := .venv
@@ -26,7 +27,8 @@ export PYO3_PYTHON := $(abspath $(VENV_PYTHON))
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help install build sdist lint format test test-rust test-python test-large \
-	test-wheel demo bench-codec bench-methods bench-scales sanitize clean missing
+	test-wheel demo bench-codec bench-cpu bench-methods bench-scales \
+	sanitize clean missing
 
 help: ## show this help
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' \
@@ -77,6 +79,9 @@ demo: $(VENV)/.train ## fine-tune a small model on a laptop
 bench-codec: $(VENV)/.dev ## speed of host quantize and dequantize beside other packages
 	$(VENV_PYTHON) benches/bench_codec.py $(BENCH_ARGS)
 
+bench-cpu: $(VENV)/.dev $(if $(PEERS),$(VENV)/.peers) ## layers, codec, a model beside other packages and the limits of memory
+	$(VENV_PYTHON) benches/bench_cpu.py $(BENCH_ARGS)
+
 bench-methods: $(VENV)/.dev ## what the search for scales gains over absmax, and what it costs
 	$(VENV_PYTHON) benches/bench_methods.py $(BENCH_ARGS)
 
@@ -117,6 +122,10 @@ $(VENV)/.train: pyproject.toml $(NATIVE_SOURCES) $(NATIVE_MISSING) | $(VENV)/.ma
 $(VENV)/.dev: pyproject.toml $(NATIVE_SOURCES) $(NATIVE_MISSING) | $(VENV)/.made
 	$(call install_extras,lint$(comma)test)
 	@touch $(VENV)/.train $@
+
+$(VENV)/.peers: benches/requirements-peers.txt $(VENV)/.dev
+	$(PIP_INSTALL) -r $<
+	@touch $@
 
 $(VENV)/.maturin: | $(VENV)/.made
 	$(PIP_INSTALL) "$(MATURIN)"

@@ -18,6 +18,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "bitsandbytes", "torchao", "hqq", "numpy", "transformers")
+PACKAGES += ("optimum-quanto", "ggml-python")
 
 
 def interleaved(

@@ -33,7 +33,30 @@ def render() -> str:
         if row["engine"] == "bitsandbytes" or "scalar" in row["engine"]:
             continue
         lines.append(_line(row, theirs[row["case"], row["dtype"]]))
-    return "\n".join([*lines, "", *_small_rows(), "", *_methods()])
+    return "\n".join([*lines, "", *_small_rows(), "", *_methods(), *_cpu()])
+
+
+def _cpu() -> list[str]:
+    """Layers, codec and a model on the CPU, once they are measured."""
+    file = RESULTS / "cpu.json"
+    if not file.exists():
+        return []
+    content = json.loads(file.read_text())
+    machine = content["machine"]
+    packages = ", ".join(f"{name} {v}" for name, v in machine["packages"].items() if v)
+    lines = [
+        "",
+        f"`make bench-cpu` on {machine['cpu']} ({machine['simd']}; {packages}): NF4 in blocks of "
+        "64 with 8-bit scales, one thread and its CPU time unless two are named, weights out of "
+        "the caches; read and NT write are the limits of the same buffers in the same run.",
+        "",
+        "| CPU | measured |",
+        "|---|---|",
+    ]
+    measured = [row for row in content["goals"] if row["measured"] is not None]
+    lines += [f"| {row['goal']} | {row['measured']:.3g} |" for row in measured]
+    picture = "![times faster than the unquantized bf16 layer](benches/results/cpu_ladder.svg)"
+    return [*lines, "", picture] if (RESULTS / "cpu_ladder.svg").exists() else lines
 
 
 def _small_rows() -> list[str]:

@@ -8,8 +8,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
 
 BENCHES = Path(__file__).parents[1] / "benches"
 
@@ -54,6 +56,88 @@ def test_double_quant_bench_measures_each_package_or_names_it(
     for engine in bench.ENGINES:
         assert engine in text
         assert engine in rows or f"{engine} is left out" in text
+
+
+@pytest.fixture
+def cpu(load: Callable[[str], ModuleType]) -> Callable[..., list[dict[str, Any]]]:
+    """Run sections of the CPU bench, tiny, without other packages' layers."""
+    bench = load("bench_cpu")
+
+    def run(*sections: str) -> list[dict[str, Any]]:
+        plan = bench.Plan(quick=True, peers=False, cores=frozenset())
+        rows: list[dict[str, Any]] = bench.run(plan, sections)
+        assert {row["section"] for row in rows} == set(sections)
+        return rows
+
+    return run
+
+
+def test_cpu_bench_runs_each_section_and_reports_it(
+    cpu: Callable[..., list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    rows = cpu("limits", "codec", "linear", "train", "model")
+    timed = [row for row in rows if "absent" not in row]
+    assert all(row["median"] > 0 for row in timed)
+    cases = {row["case"] for row in timed}
+    layers = {"linear", "linear, small", "forward and backward with LoRA", "LoRA on top"}
+    assert cases == {"limits", "quantize", "dequantize", "decode", "training step"} | layers
+    exact = [r for r in timed if r["case"] == "linear" and r["dtype"] == "fp32" and "error" in r]
+    assert all(row["error"] < 1e-6 for row in exact)
+    report = importlib.import_module("cpu_report")
+    assert "/ read" in report.table(rows)
+    assert report.plot(rows, tmp_path / "ladder.svg").read_text().startswith("<?xml")
+
+
+def test_cpu_bench_measures_two_threads_beside_one(
+    cpu: Callable[..., list[dict[str, Any]]],
+) -> None:
+    rows = cpu("threads")
+    assert {row["threads"] for row in rows} == {1, 2}
+    assert {row["clock"] for row in rows} == {"wall"}
+    one, two = ([r["engine"] for r in rows if r["threads"] == n] for n in (1, 2))
+    assert one == two
+    assert {"quantize fp32", "qkern, 256x256, M=1"} <= set(one)
+
+
+def test_cpu_bench_times_no_layer_that_multiplies_another_weight(
+    load: Callable[[str], ModuleType],
+) -> None:
+    load("bench_cpu")
+    engines = importlib.import_module("cpu_engines")
+    effort = importlib.import_module("cpu_timing").QUICK
+    w = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    layer, inputs = engines.with_qkern(w, effort), engines.Inputs(w, 4)
+    assert layer.engine(inputs, 4).facts["error"] < 5e-3
+    layer.call = lambda q, x: x @ q.dequantize(x.dtype).roll(1, 0).mT
+    with pytest.raises(engines.WrongResultError, match="qkern, M=4: relative error"):
+        layer.engine(inputs, 4)
+
+
+def test_cpu_bench_judges_goals_and_lists_what_is_absent(
+    load: Callable[[str], ModuleType],
+) -> None:
+    report = load("cpu_report")
+    about = {"case": "linear", "dtype": "bf16", "N": 4096, "K": 4096, "M": 1, "clock": "thread CPU"}
+    times = {"qkern": 1.0, "ggml Q4_0 AMX": 1.1, "ggml Q4_K CPU": 3.0}
+    rows = [{**about, "engine": e, "median": t, "quartiles": [t, t]} for e, t in times.items()]
+    rows.append({**about, "engine": "torchao int4", "absent": "ImportError: no torchao"})
+    judged = {row["goal"]: row for row in report.goals(rows)}
+    found = judged.pop("linear M=1, times faster than ggml's best")
+    assert found["measured"] == pytest.approx(1.1)
+    assert found["verdict"] == "must"
+    assert {row["verdict"] for row in judged.values()} == {"not measured"}
+    assert "absent: torchao int4: ImportError: no torchao" in report.table(rows)
+
+
+def test_limits_of_memory_need_a_compiler_and_say_so(
+    load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = load("limits")
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(limits.NoCompilerError, match=r"limits\.c needs a C compiler"):
+        limits.library()
+    monkeypatch.delenv("CC")
+    limits.check()
 
 
 def test_figures_in_the_readme_are_those_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
