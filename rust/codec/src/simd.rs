@@ -4,6 +4,7 @@ use std::sync::OnceLock;
 
 use crate::codebook::Codebook;
 use crate::error::CodecError;
+use crate::linear::matvec::{self, Matvec};
 use crate::linear::dense;
 use crate::search::{self, Importance};
 use crate::values::{Values, ValuesMut};
@@ -29,6 +30,7 @@ pub struct Bodies {
     pub(crate) quantize_int8_row: QuantizeInt8RowFn,
     pub(crate) matmul_nt: MatmulFn,
     pub(crate) matmul_nn: MatmulFn,
+    pub(crate) matvec: &'static Matvec,
 }
 
 /// Values, codes, block size -> packed, absmax, and whether all values were finite.
@@ -136,6 +138,7 @@ static SCALAR: Bodies = Bodies {
     quantize_int8_row: quantize_int8_rows::scalar::quantize,
     matmul_nt: dense::scalar::nt,
     matmul_nn: dense::scalar::nn,
+    matvec: &matvec::scalar::MATVEC,
 };
 
 #[cfg(target_arch = "x86_64")]
@@ -145,8 +148,8 @@ use x86::available as native;
 #[allow(unsafe_code)]
 mod x86 {
     use super::{
-        dense, dequantize, dequantize_int8, quantize, quantize_int8, quantize_int8_rows, search,
-        Bodies,
+        dense, dequantize, dequantize_int8, matvec, quantize, quantize_int8, quantize_int8_rows,
+        search, Bodies, Matvec,
     };
     use std::arch::is_x86_feature_detected as has;
 
@@ -180,6 +183,11 @@ mod x86 {
         quantize_int8_row: |v, q| unsafe { quantize_int8_rows::avx512::quantize(v, q) },
         matmul_nt: dense::scalar::nt,
         matmul_nn: dense::scalar::nn,
+        matvec: &Matvec {
+            arrange: matvec::avx512::arrange,
+            // SAFETY: as above.
+            exact: |w, r, x, s| unsafe { matvec::avx512::exact(w, r, x, s) },
+        },
     };
 
     static AVX2: Bodies = Bodies {
@@ -200,6 +208,7 @@ mod x86 {
         quantize_int8_row: |v, q| unsafe { quantize_int8_rows::avx2::quantize(v, q) },
         matmul_nt: dense::scalar::nt,
         matmul_nn: dense::scalar::nn,
+        matvec: &matvec::scalar::MATVEC,
     };
 }
 

@@ -2,6 +2,7 @@
 
 use crate::error::CodecError;
 use crate::layout::check_len;
+use crate::linear::matvec;
 use crate::linear::strips::{self, Strip};
 use crate::linear::weight::Weight;
 use crate::parallel;
@@ -76,6 +77,9 @@ pub fn linear(
     }
     let x = widened(x);
     let epilogue = Epilogue::new(engine, &x, weight, bias, lora)?;
+    if matvec::serves(tokens, weight) {
+        return with_slice!(y, ValuesMut, y => matvec::multiply(engine, &x, weight, &epilogue, y));
+    }
     with_slice!(y, ValuesMut, y => strips_of(engine, &x, weight, &epilogue, y))
 }
 

@@ -17,6 +17,7 @@
 
 pub(crate) mod dense;
 mod forward;
+pub(crate) mod matvec;
 mod strips;
 #[cfg(test)]
 mod tests;
