@@ -4,8 +4,8 @@ use std::sync::OnceLock;
 
 use crate::codebook::Codebook;
 use crate::error::CodecError;
-use crate::linear::matvec::{self, Matvec};
 use crate::linear::dense;
+use crate::linear::matvec::{self, Matvec};
 use crate::search::{self, Importance};
 use crate::values::{Values, ValuesMut};
 use crate::{dequantize, dequantize_int8, quantize, quantize_int8, quantize_int8_rows};
@@ -155,7 +155,7 @@ mod x86 {
 
     /// The only way to the tables below, which is what makes their calls sound.
     pub(super) fn available() -> impl Iterator<Item = &'static Bodies> {
-        let avx2 = has!("avx2") && has!("f16c");
+        let avx2 = has!("avx2") && has!("f16c") && has!("fma");
         let avx512 = avx2
             && has!("avx512f")
             && has!("avx512bw")
@@ -187,6 +187,14 @@ mod x86 {
             arrange: matvec::avx512::arrange,
             // SAFETY: as above.
             exact: |w, r, x, s| unsafe { matvec::avx512::exact(w, r, x, s) },
+            int8: |w, r, x, s| {
+                if has!("avx512vnni") {
+                    // SAFETY: as above, and the last feature was found.
+                    unsafe { matvec::int8::avx512::multiply(w, r, x, s) }
+                } else {
+                    (AVX2.matvec.int8)(w, r, x, s)
+                }
+            },
         },
     };
 
@@ -208,7 +216,20 @@ mod x86 {
         quantize_int8_row: |v, q| unsafe { quantize_int8_rows::avx2::quantize(v, q) },
         matmul_nt: dense::scalar::nt,
         matmul_nn: dense::scalar::nn,
-        matvec: &matvec::scalar::MATVEC,
+        matvec: &Matvec {
+            arrange: matvec::avx2::arrange,
+            // SAFETY: as above.
+            exact: |w, r, x, s| unsafe { matvec::avx2::exact(w, r, x, s) },
+            int8: |w, r, x, s| {
+                if has!("avxvnni") {
+                    // SAFETY: as above, and the last feature was found.
+                    unsafe { matvec::int8::avx2::multiply_vnni(w, r, x, s) }
+                } else {
+                    // SAFETY: as above.
+                    unsafe { matvec::int8::avx2::multiply(w, r, x, s) }
+                }
+            },
+        },
     };
 }
 

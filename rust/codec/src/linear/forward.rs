@@ -64,7 +64,6 @@ pub fn linear(
     compute: Compute,
     y: ValuesMut<'_>,
 ) -> Result<(), CodecError> {
-    let _ = compute;
     weight.check()?;
     lora.map_or(Ok(()), |lora| lora.check(weight))?;
     let tokens = y.len().checked_div(weight.rows).unwrap_or(0);
@@ -78,7 +77,9 @@ pub fn linear(
     let x = widened(x);
     let epilogue = Epilogue::new(engine, &x, weight, bias, lora)?;
     if matvec::serves(tokens, weight) {
-        return with_slice!(y, ValuesMut, y => matvec::multiply(engine, &x, weight, &epilogue, y));
+        return with_slice!(y, ValuesMut, y => {
+            matvec::multiply(engine, &x, weight, compute, &epilogue, y)
+        });
     }
     with_slice!(y, ValuesMut, y => strips_of(engine, &x, weight, &epilogue, y))
 }

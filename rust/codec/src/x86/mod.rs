@@ -19,7 +19,7 @@ macro_rules! impl_plain {
         )*
     };
 }
-impl_plain!(u8, i8, u32, f32, f16, bf16);
+impl_plain!(u8, i8, i32, u32, f32, f16, bf16);
 
 /// Fetches the cache line `ahead` bytes after a slice's start into L1; there may be none.
 #[inline(always)]

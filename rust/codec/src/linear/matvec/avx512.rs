@@ -14,6 +14,7 @@ use std::ops::Range;
 
 use crate::dequantize_int8::STEP;
 use crate::double_quant::NESTED_BLOCKSIZE;
+use crate::linear::matvec::by_token;
 use crate::linear::weight::{Codes, Scales, Weight};
 use crate::x86::avx2::load_half;
 use crate::x86::avx512::{lanes, load, load_bytes, load_f32, load_some, lookup};
@@ -133,7 +134,7 @@ fn four_bit<const M: usize, const R: usize>(
     let chunks = weight.cols.div_ceil(CHUNK);
     let bytes: [&[u8]; R] = core::array::from_fn(|r| &packed[(row + r) * weight.cols / 2..]);
     let x = x.as_chunks::<16>().0.as_chunks::<8>().0;
-    let x: [&[[[f32; 16]; 8]]; M] = core::array::from_fn(|m| &x[m * chunks..(m + 1) * chunks]);
+    let x: [&[[[f32; 16]; 8]]; M] = by_token(x);
     let mut sums = [[_mm512_setzero_ps(); M]; R];
     let mut ends = [[0; WINDOW]; R];
     for (g, first) in (0..chunks).step_by(places.chunks).enumerate() {
@@ -146,9 +147,8 @@ fn four_bit<const M: usize, const R: usize>(
                     *end = end_of(&bytes[c * 64..]);
                 }
             }
-            let windows: [&[u8; WINDOW]; R] = core::array::from_fn(|r| {
-                bytes[r][c * 64..].first_chunk().unwrap_or(&ends[r])
-            });
+            let windows: [&[u8; WINDOW]; R] =
+                core::array::from_fn(|r| bytes[r][c * 64..].first_chunk().unwrap_or(&ends[r]));
             let x: [&[[f32; 16]; 8]; M] = core::array::from_fn(|m| &x[m][c]);
             let products = products(windows, x, table);
             for r in 0..R {
@@ -187,10 +187,8 @@ fn products<const M: usize, const R: usize>(
 
 /// The last bytes of the codes, and zeros: nothing is read past the end.
 #[cold]
-pub(crate) fn end_of<const N: usize>(bytes: &[u8]) -> [u8; N] {
-    let mut end = [0; N];
-    end[..bytes.len().min(N)].copy_from_slice(&bytes[..bytes.len().min(N)]);
-    end
+pub(crate) fn end_of<T: Copy + Default, const N: usize>(bytes: &[T]) -> [T; N] {
+    core::array::from_fn(|i| bytes.get(i).copied().unwrap_or_default())
 }
 
 /// Where to fetch while chunk `c` of a row is multiplied: further on in the row, or in the row that
@@ -252,7 +250,8 @@ fn int8_products<const M: usize, const R: usize>(
             let ahead = if k + AHEAD * 64 < len { AHEAD * 64 } else { AHEAD * 64 + skip };
             codes.iter().for_each(|codes| prefetch(codes, k + ahead));
         }
-        let x: [__m512; M] = core::array::from_fn(|m| load_f32(x[m][k..].first_chunk().expect("16")));
+        let x: [__m512; M] =
+            core::array::from_fn(|m| load_f32(x[m][k..].first_chunk().expect("16")));
         for (codes, products) in codes.iter().zip(&mut products) {
             let codes = load_half(codes[k..].first_chunk::<16>().expect("16"));
             add_codes(codes, x, products);
@@ -334,8 +333,7 @@ pub(crate) fn load_scales(scales: &Scales<'_>, first: usize, count: usize) -> __
             let next = (group + 1) * NESTED_BLOCKSIZE - first;
             let behind = u16::MAX.checked_shl(next as u32).unwrap_or(0);
             let (near, far) = (nested[group], nested[(first + count - 1) / NESTED_BLOCKSIZE]);
-            let nested =
-                _mm512_mask_blend_ps(behind, _mm512_set1_ps(near), _mm512_set1_ps(far));
+            let nested = _mm512_mask_blend_ps(behind, _mm512_set1_ps(near), _mm512_set1_ps(far));
             let present = u16::MAX >> (16 - count);
             // Two roundings, as everywhere.
             _mm512_maskz_add_ps(present, _mm512_mul_ps(values, nested), _mm512_set1_ps(offset))

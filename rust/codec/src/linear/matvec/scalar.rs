@@ -4,10 +4,11 @@ use std::borrow::Cow;
 use std::ops::Range;
 
 use crate::dequantize_int8::step;
-use crate::linear::matvec::Matvec;
+use crate::linear::matvec::{int8, Matvec};
 use crate::linear::weight::{Codes, Weight};
 
-pub(crate) static MATVEC: Matvec = Matvec { arrange: |x, _| Cow::Borrowed(x), exact };
+pub(crate) static MATVEC: Matvec =
+    Matvec { arrange: |x, _| Cow::Borrowed(x), exact, int8: int8::scalar::multiply };
 
 /// Writes the sums of some rows.
 fn exact(weight: &Weight<'_>, rows: Range<usize>, x: &[f32], sums: &mut [f32]) {
