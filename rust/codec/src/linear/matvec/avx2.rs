@@ -106,28 +106,37 @@ pub(crate) fn by_pieces<const M: usize>(
     let Weight { cols, blocksize, .. } = *weight;
     let blocks = cols / blocksize;
     let bytes = &packed[row * cols / 2..(row + 1) * cols / 2];
+    let (pieces, rest) = bytes.as_chunks::<{ PIECE / 2 }>();
     let mut sums = [_mm256_setzero_ps(); M];
+    let mut add = |piece: usize, codes: &[u8; PIECE / 2], scales: __m256| {
+        prefetch(codes, AHEAD);
+        for (product, sum) in products(piece, load(codes)).into_iter().zip(&mut sums) {
+            *sum = _mm256_fmadd_ps(product, scales, *sum);
+        }
+    };
     for first in (0..blocks).step_by(8) {
         let scales = load_scales(&weight.scales, row * blocks + first, (blocks - first).min(8));
         let scales = lanes(scales);
-        let end = ((first + 8) * blocksize).min(cols);
-        for k in (first * blocksize..end).step_by(PIECE) {
-            prefetch(bytes, k / 2 + AHEAD);
-            let rest = &bytes[k / 2..];
-            let codes = match rest.first_chunk::<32>() {
-                Some(codes) => load(codes),
-                None => {
-                    load::<u8, 32>(&core::array::from_fn(|i| rest.get(i).copied().unwrap_or(0)))
+        if blocksize < PIECE {
+            // Two scales a piece; the last may be half a one: x and its second scale are zero.
+            for (piece, [near, far]) in (first / 2..).zip(scales.as_chunks().0) {
+                let scales = _mm256_blend_ps::<0xf0>(_mm256_set1_ps(*near), _mm256_set1_ps(*far));
+                match pieces.get(piece) {
+                    Some(codes) => add(piece, codes, scales),
+                    None if piece == pieces.len() && !rest.is_empty() => {
+                        let codes = core::array::from_fn(|i| rest.get(i).copied().unwrap_or(0));
+                        add(piece, &codes, scales);
+                    }
+                    None => break,
                 }
-            };
-            // Behind the row, where the last piece is half a one, x is zero.
-            let i = k / blocksize - first;
-            let j = (k + PIECE / 2) / blocksize - first;
-            let near = _mm256_set1_ps(scales[i]);
-            let far = _mm256_set1_ps(if k + PIECE / 2 < cols { scales[j] } else { 0.0 });
-            let scales = _mm256_blend_ps::<0xf0>(near, far);
-            for (product, sum) in products(k / PIECE, codes).into_iter().zip(&mut sums) {
-                *sum = _mm256_fmadd_ps(product, scales, *sum);
+            }
+        } else {
+            let a_block = blocksize / PIECE;
+            for (block, scale) in (first..blocks).zip(scales) {
+                let place = block * a_block;
+                for (piece, codes) in (place..).zip(&pieces[place..place + a_block]) {
+                    add(piece, codes, _mm256_set1_ps(scale));
+                }
             }
         }
     }
@@ -213,23 +222,24 @@ fn int8<const M: usize>(
 fn int8_products<const M: usize>(codes: &[i8], x: [&[f32]; M]) -> [__m256; M] {
     // Two sums each: an addition need not wait for the one before it.
     let mut products = [[_mm256_setzero_ps(); M]; 2];
-    let (eights, rest) = codes.as_chunks::<8>();
-    for (i, eight) in eights.iter().enumerate() {
-        if i % 8 == 0 {
-            prefetch(codes, 8 * i + AHEAD);
-        }
-        let codes = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(load_quarter(eight)));
-        for (x, product) in x.iter().zip(&mut products[i % 2]) {
-            let x = load_f32(x[8 * i..].first_chunk().expect("8"));
-            *product = _mm256_fmadd_ps(codes, x, *product);
+    let (pieces, rest) = codes.as_chunks::<PIECE>();
+    let x_of = x.map(|x| x.as_chunks::<8>().0.as_chunks::<8>().0);
+    for (i, piece) in pieces.iter().enumerate() {
+        prefetch(piece, AHEAD);
+        let x = x_of.map(|x| &x[i]);
+        for (j, eight) in piece.as_chunks::<8>().0.iter().enumerate() {
+            let codes = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(load_quarter(eight)));
+            for (x, product) in x.iter().zip(&mut products[j % 2]) {
+                *product = _mm256_fmadd_ps(codes, load_f32(&x[j]), *product);
+            }
         }
     }
-    if !rest.is_empty() {
+    for (i, codes) in rest.chunks(8).enumerate() {
+        let place = pieces.len() * PIECE + 8 * i;
         let codes: [f32; 8] =
-            core::array::from_fn(|i| rest.get(i).map_or(0.0, |&code| f32::from(code)));
+            core::array::from_fn(|i| codes.get(i).map_or(0.0, |&code| f32::from(code)));
         for (x, product) in x.iter().zip(&mut products[0]) {
-            let x = &x[8 * eights.len()..];
-            let x: [f32; 8] = core::array::from_fn(|i| x.get(i).copied().unwrap_or(0.0));
+            let x: [f32; 8] = core::array::from_fn(|i| x.get(place + i).copied().unwrap_or(0.0));
             *product = _mm256_fmadd_ps(load_f32(&codes), load_f32(&x), *product);
         }
     }

@@ -138,19 +138,27 @@ fn four_bit<const M: usize, const R: usize>(
     let mut sums = [[_mm512_setzero_ps(); M]; R];
     let mut ends = [[0; WINDOW]; R];
     for (g, first) in (0..chunks).step_by(places.chunks).enumerate() {
-        let scales: [__m512; R] = core::array::from_fn(|r| places.scales(weight, row + r, g, R));
+        let mut scales = [_mm512_setzero_ps(); R];
+        for r in 0..R {
+            scales[r] = places.scales(weight, row + r, g, R);
+        }
         for (c, places) in (first..chunks).zip(&places.lanes[..places.chunks]) {
             let ahead = ahead(c, chunks, R);
-            for (bytes, end) in bytes.iter().zip(&mut ends) {
-                prefetch(bytes, ahead);
-                if bytes.len() < c * 64 + WINDOW {
-                    *end = end_of(&bytes[c * 64..]);
-                }
+            let (mut windows, mut of_x) = ([&[0; WINDOW]; R], [&x[0][0]; M]);
+            for (r, end) in ends.iter_mut().enumerate() {
+                prefetch(bytes[r], ahead);
+                let rest = &bytes[r][c * 64..];
+                windows[r] = if let Some(window) = rest.first_chunk() {
+                    window
+                } else {
+                    *end = end_of(rest);
+                    end
+                };
             }
-            let windows: [&[u8; WINDOW]; R] =
-                core::array::from_fn(|r| bytes[r][c * 64..].first_chunk().unwrap_or(&ends[r]));
-            let x: [&[[f32; 16]; 8]; M] = core::array::from_fn(|m| &x[m][c]);
-            let products = products(windows, x, table);
+            for m in 0..M {
+                of_x[m] = &x[m][c];
+            }
+            let products = products(windows, of_x, table);
             for r in 0..R {
                 let scales = _mm512_permutexvar_ps(load(places), scales[r]);
                 for m in 0..M {
@@ -210,69 +218,97 @@ fn int8<const M: usize, const R: usize>(
 ) -> [[__m512; M]; R] {
     let Weight { cols, blocksize, .. } = *weight;
     let blocks = cols / blocksize;
+    let x: [&[f32]; M] = by_token(x);
+    let codes: [&[i8]; R] =
+        core::array::from_fn(|r| &codes[(row + r) * cols..(row + r + 1) * cols]);
     let mut sums = [[_mm512_setzero_ps(); M]; R];
     for first in (0..blocks).step_by(16) {
-        let count = (blocks - first).min(16);
-        let scales: [[f32; 16]; R] = core::array::from_fn(|r| {
-            let scales = load_scales(&weight.scales, (row + r) * blocks + first, count);
-            lanes(_mm512_mul_ps(scales, _mm512_set1_ps(STEP)))
-        });
-        for block in first..first + count {
-            let place = block * blocksize;
-            let codes: [&[i8]; R] =
-                core::array::from_fn(|r| &codes[(row + r) * cols + place..][..blocksize]);
-            let x: [&[f32]; M] = core::array::from_fn(|m| &x[m * cols + place..][..blocksize]);
-            let products = int8_products(codes, x, cols * (R - 1));
-            for r in 0..R {
-                let scale = _mm512_set1_ps(scales[r][block - first]);
-                for m in 0..M {
-                    sums[r][m] = _mm512_fmadd_ps(products[r][m], scale, sums[r][m]);
-                }
-            }
+        let end = blocks.min(first + 16);
+        let mut scales = [[0.0; 16]; R];
+        for (r, scales) in scales.iter_mut().enumerate() {
+            let absmax = load_scales(&weight.scales, (row + r) * blocks + first, end - first);
+            *scales = lanes(_mm512_mul_ps(absmax, _mm512_set1_ps(STEP)));
+        }
+        if blocksize.is_multiple_of(64) {
+            int8_whole(codes, x, blocksize / 64, first..end, &scales, &mut sums);
+        } else {
+            int8_any(codes, x, blocksize, first..end, &scales, &mut sums);
         }
     }
     sums
 }
 
-/// The products of R blocks of 8-bit codes with M of x, in 16 sums each.
+/// Adds the products of up to 16 blocks of `a_block` times 64 codes.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi")]
-fn int8_products<const M: usize, const R: usize>(
+fn int8_whole<const M: usize, const R: usize>(
     codes: [&[i8]; R],
     x: [&[f32]; M],
-    skip: usize,
-) -> [[__m512; M]; R] {
-    let mut products = [[_mm512_setzero_ps(); M]; R];
-    let len = codes[0].len();
-    let whole = len / 16 * 16;
-    for k in (0..whole).step_by(16) {
-        if k % 64 == 0 {
-            let ahead = if k + AHEAD * 64 < len { AHEAD * 64 } else { AHEAD * 64 + skip };
-            codes.iter().for_each(|codes| prefetch(codes, k + ahead));
+    a_block: usize,
+    blocks: Range<usize>,
+    scales: &[[f32; 16]; R],
+    sums: &mut [[__m512; M]; R],
+) {
+    let pieces = codes[0].len() / 64;
+    let codes = codes.map(|codes| &codes.as_chunks::<16>().0.as_chunks::<4>().0[..pieces]);
+    let x = x.map(|x| &x.as_chunks::<16>().0.as_chunks::<4>().0[..pieces]);
+    for (i, block) in blocks.enumerate() {
+        let mut products = [[_mm512_setzero_ps(); M]; R];
+        for p in block * a_block..(block + 1) * a_block {
+            let ahead = ahead(p, pieces, R) - 64 * p;
+            for r in 0..R {
+                prefetch(&codes[r][p], ahead);
+            }
+            for j in 0..4 {
+                let mut of_x = [_mm512_setzero_ps(); M];
+                for m in 0..M {
+                    of_x[m] = load_f32(&x[m][p][j]);
+                }
+                for r in 0..R {
+                    let codes = _mm512_cvtepi8_epi32(load_half(&codes[r][p][j]));
+                    let codes = _mm512_cvtepi32_ps(codes);
+                    for m in 0..M {
+                        products[r][m] = _mm512_fmadd_ps(codes, of_x[m], products[r][m]);
+                    }
+                }
+            }
         }
-        let x: [__m512; M] =
-            core::array::from_fn(|m| load_f32(x[m][k..].first_chunk().expect("16")));
-        for (codes, products) in codes.iter().zip(&mut products) {
-            let codes = load_half(codes[k..].first_chunk::<16>().expect("16"));
-            add_codes(codes, x, products);
+        for r in 0..R {
+            let scale = _mm512_set1_ps(scales[r][i]);
+            for m in 0..M {
+                sums[r][m] = _mm512_fmadd_ps(products[r][m], scale, sums[r][m]);
+            }
         }
     }
-    if whole < len {
-        let x: [__m512; M] = core::array::from_fn(|m| load_some(&x[m][whole..]));
-        for (codes, products) in codes.iter().zip(&mut products) {
-            add_codes(load_bytes(&codes[whole..]), x, products);
-        }
-    }
-    products
 }
 
-/// Adds the products of 16 codes.
+/// Adds the products of up to 16 blocks of any length.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi")]
-fn add_codes<const M: usize>(codes: __m128i, x: [__m512; M], products: &mut [__m512; M]) {
-    let codes = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
-    for (x, product) in x.into_iter().zip(products) {
-        *product = _mm512_fmadd_ps(codes, x, *product);
+fn int8_any<const M: usize, const R: usize>(
+    codes: [&[i8]; R],
+    x: [&[f32]; M],
+    blocksize: usize,
+    blocks: Range<usize>,
+    scales: &[[f32; 16]; R],
+    sums: &mut [[__m512; M]; R],
+) {
+    for (i, block) in blocks.enumerate() {
+        let place = block * blocksize..(block + 1) * blocksize;
+        for r in 0..R {
+            let codes = &codes[r][place.clone()];
+            prefetch(codes, 64 * AHEAD);
+            let scale = _mm512_set1_ps(scales[r][i]);
+            for m in 0..M {
+                let parts = codes.chunks(16).zip(x[m][place.clone()].chunks(16));
+                let mut product = _mm512_setzero_ps();
+                for (codes, x) in parts {
+                    let codes = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_bytes(codes)));
+                    product = _mm512_fmadd_ps(codes, load_some(x), product);
+                }
+                sums[r][m] = _mm512_fmadd_ps(product, scale, sums[r][m]);
+            }
+        }
     }
 }
 
@@ -297,16 +333,15 @@ impl Places {
     }
 
     /// The scales of group `g` of chunks of a row, one a lane: each stands for 64 values, or 32 if
-    /// blocks are of 32. Lanes beyond the row are zero. Those `rows` further on are fetched.
+    /// blocks are of 32. Lanes beyond the row are zero. Wide ones are fetched `rows` further on.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
     pub(crate) fn scales(&self, weight: &Weight<'_>, row: usize, g: usize, rows: usize) -> __m512 {
         let a_row = weight.cols / weight.blocksize;
         let first = (16 * g) >> self.shift;
         let count = (a_row - first).min(16);
-        match weight.scales {
-            Scales::Plain(scales) => prefetch(scales, 4 * ((row + rows) * a_row + first)),
-            Scales::Nested { codes, .. } => prefetch(codes, (row + rows) * a_row + first),
+        if let Scales::Plain(scales) = weight.scales {
+            prefetch(scales, 4 * ((row + rows) * a_row + first));
         }
         let scales = load_scales(&weight.scales, row * a_row + first, count);
         if self.shift == 0 {

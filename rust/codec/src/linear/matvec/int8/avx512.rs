@@ -59,21 +59,27 @@ fn four_bit<const R: usize>(
     x: &[Chunk],
 ) -> [[__m512; 1]; R] {
     let places = Places::new(weight);
+    let chunks = weight.cols.div_ceil(CHUNK);
     let bytes: [&[u8]; R] = core::array::from_fn(|r| &packed[(row + r) * weight.cols / 2..]);
     let mut sums = [[_mm512_setzero_ps()]; R];
     let mut ends = [[0; 64]; R];
     for (g, group) in x.chunks(places.chunks).enumerate() {
-        let scales: [__m512; R] = core::array::from_fn(|r| places.scales(weight, row + r, g, R));
+        let mut scales = [_mm512_setzero_ps(); R];
+        for r in 0..R {
+            scales[r] = places.scales(weight, row + r, g, R);
+        }
         for (i, (x, lanes)) in group.iter().zip(places.lanes).enumerate() {
             let c = g * places.chunks + i;
-            let ahead = ahead(c, weight.cols.div_ceil(CHUNK), R);
+            let ahead = ahead(c, chunks, R);
             for r in 0..R {
                 prefetch(bytes[r], ahead);
                 let rest = &bytes[r][c * 64..];
-                let codes = rest.first_chunk::<64>().unwrap_or_else(|| {
+                let codes = if let Some(codes) = rest.first_chunk() {
+                    codes
+                } else {
                     ends[r] = end_of(rest);
                     &ends[r]
-                });
+                };
                 let product = _mm512_mul_ps(product(load(codes), table, x), load_f32(&x.step));
                 let scales = _mm512_permutexvar_ps(load(lanes), scales[r]);
                 sums[r][0] = _mm512_fmadd_ps(product, scales, sums[r][0]);
@@ -87,14 +93,15 @@ fn four_bit<const R: usize>(
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
 fn product(codes: __m512i, table: [__m512i; 2], x: &Chunk) -> __m512 {
-    let nibbles = [_mm512_srli_epi16::<4>(codes), codes];
-    let x_of = [load(&x.even), load(&x.odd)];
-    let add = |sum, table| {
-        let first = _mm512_dpbusd_epi32(sum, _mm512_permutexvar_epi8(nibbles[0], table), x_of[0]);
-        _mm512_dpbusd_epi32(first, _mm512_permutexvar_epi8(nibbles[1], table), x_of[1])
-    };
-    let high = add(load(&x.start), table[0]);
-    _mm512_cvtepi32_ps(add(_mm512_slli_epi32::<7>(high), table[1]))
+    let (high, low) = (_mm512_srli_epi16::<4>(codes), codes);
+    let (even, odd) = (load(&x.even), load(&x.odd));
+    let sums = load(&x.start);
+    let sums = _mm512_dpbusd_epi32(sums, _mm512_permutexvar_epi8(high, table[0]), even);
+    let sums = _mm512_dpbusd_epi32(sums, _mm512_permutexvar_epi8(low, table[0]), odd);
+    let sums = _mm512_slli_epi32::<7>(sums);
+    let sums = _mm512_dpbusd_epi32(sums, _mm512_permutexvar_epi8(high, table[1]), even);
+    let sums = _mm512_dpbusd_epi32(sums, _mm512_permutexvar_epi8(low, table[1]), odd);
+    _mm512_cvtepi32_ps(sums)
 }
 
 /// The sums of R rows of 8-bit codes.
@@ -114,10 +121,11 @@ fn int8<const R: usize>(
     let mut sums = [[_mm512_setzero_ps()]; R];
     for first in (0..blocks).step_by(16) {
         let count = (blocks - first).min(16);
-        let scales: [[f32; 16]; R] = core::array::from_fn(|r| {
-            let scales = load_scales(&weight.scales, (row + r) * blocks + first, count);
-            lanes(_mm512_mul_ps(scales, _mm512_set1_ps(STEP)))
-        });
+        let mut scales = [[0.0; 16]; R];
+        for (r, scales) in scales.iter_mut().enumerate() {
+            let absmax = load_scales(&weight.scales, (row + r) * blocks + first, count);
+            *scales = lanes(_mm512_mul_ps(absmax, _mm512_set1_ps(STEP)));
+        }
         for block in first..first + count {
             let mut parts = [_mm512_setzero_ps(); R];
             for c in block * a_block..((block + 1) * a_block).min(pieces) {
