@@ -192,7 +192,7 @@ mod x86 {
                     // SAFETY: as above, and the last feature was found.
                     unsafe { matvec::int8::avx512::multiply(w, r, x, s) }
                 } else {
-                    (AVX2.matvec.int8)(w, r, x, s)
+                    (AVX2.matvec.int8)(w, r, x, s);
                 }
             },
         },

@@ -43,8 +43,10 @@ pub enum Compute {
     /// The weight that `dequantize` gives in the dtype of x, sums in fp32.
     #[default]
     Exact,
-    /// x rounded to 8 bits, and codes as integers where this is faster: an error of about a
-    /// hundredth, smaller than that of 4-bit codes.
+    /// x rounded to 8 bits, and codes as integers where this is faster: up to four tokens. Each 64
+    /// values of x share a scale, so one large value costs its neighbours precision. The relative
+    /// error (root mean square) on Gaussian values is 5.5e-3, with every 512th value 50 times as
+    /// large 1.8e-2; that of NF4 codes is 9e-2.
     Int8,
 }
 

@@ -139,8 +139,8 @@ fn four_bit<const M: usize, const R: usize>(
     let mut ends = [[0; WINDOW]; R];
     for (g, first) in (0..chunks).step_by(places.chunks).enumerate() {
         let mut scales = [_mm512_setzero_ps(); R];
-        for r in 0..R {
-            scales[r] = places.scales(weight, row + r, g, R);
+        for (r, scales) in scales.iter_mut().enumerate() {
+            *scales = places.scales(weight, row + r, g, R);
         }
         for (c, places) in (first..chunks).zip(&places.lanes[..places.chunks]) {
             let ahead = ahead(c, chunks, R);
@@ -256,8 +256,8 @@ fn int8_whole<const M: usize, const R: usize>(
         let mut products = [[_mm512_setzero_ps(); M]; R];
         for p in block * a_block..(block + 1) * a_block {
             let ahead = ahead(p, pieces, R) - 64 * p;
-            for r in 0..R {
-                prefetch(&codes[r][p], ahead);
+            for codes in &codes {
+                prefetch(&codes[p], ahead);
             }
             for j in 0..4 {
                 let mut of_x = [_mm512_setzero_ps(); M];

@@ -29,7 +29,7 @@ fn exact(weight: &Weight<'_>, rows: Range<usize>, x: &[f32], sums: &mut [f32]) {
             Codes::Int8(codes) => {
                 let codes = &codes[row * cols..(row + 1) * cols];
                 values.iter_mut().zip(codes).for_each(|(value, &code)| *value = f32::from(code));
-                scales.iter_mut().for_each(|scale| *scale = step(*scale));
+                scales = scales.into_iter().map(step).collect();
             }
         }
         for (token, x) in x.chunks_exact(cols).enumerate() {

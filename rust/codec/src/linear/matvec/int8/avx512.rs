@@ -65,8 +65,8 @@ fn four_bit<const R: usize>(
     let mut ends = [[0; 64]; R];
     for (g, group) in x.chunks(places.chunks).enumerate() {
         let mut scales = [_mm512_setzero_ps(); R];
-        for r in 0..R {
-            scales[r] = places.scales(weight, row + r, g, R);
+        for (r, scales) in scales.iter_mut().enumerate() {
+            *scales = places.scales(weight, row + r, g, R);
         }
         for (i, (x, lanes)) in group.iter().zip(places.lanes).enumerate() {
             let c = g * places.chunks + i;
