@@ -16,4 +16,4 @@ macro_rules! impl_plain {
         )*
     };
 }
-impl_plain!(u8, i8, u32, f32, f16, bf16);
+impl_plain!(u8, i8, u32, i32, f32, f16, bf16);

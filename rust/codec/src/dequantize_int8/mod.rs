@@ -19,7 +19,7 @@ use crate::simd::{Bodies, Engine};
 use crate::values::{plain_nan, with_slice, Stores, ValuesMut};
 
 /// fp32(1 / 127), bitsandbytes' constant.
-const STEP: f32 = 7.874015718698502e-3;
+pub(crate) const STEP: f32 = 7.874015718698502e-3;
 
 /// The SIMD bodies take blocks of a multiple of this many values.
 const STRIP: usize = 32;

@@ -48,9 +48,9 @@ pub fn linear_backward(
     let g = |lora: Lora<'_>| thin(engine, grad, lora.b, lora.rank, lora.scaling);
     let g = lora.map(g).transpose()?.unwrap_or_default();
     let adapter = lora.map(|lora| (g.as_slice(), lora.a, lora.rank));
-    if let (Values::Bf16(grad), Some(backward)) = (grad, engine.bodies.backward_bf16) {
+    if let (Values::Bf16(grad), Some(tiles)) = (grad, engine.bodies.tiles) {
         if tokens > 1 && weight.rows > 0 && weight.chunks_have_scales() {
-            return backward(engine, grad, weight, adapter, dx);
+            return (tiles.backward)(engine, grad, weight, adapter, dx);
         }
     }
     with_slice!(dx, ValuesMut, dx => dense(engine, grad, weight, adapter, dx))

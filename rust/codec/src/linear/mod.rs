@@ -10,8 +10,8 @@
 //!
 //! A thread takes a strip of W's rows, decodes it into scratch that stays in its cache, multiplies
 //! it with all of x and goes on. W is what `dequantize` gives in x's dtype, with one exception:
-//! the product of one token with 4-bit codes ([`matvec`]) multiplies code and scale in fp32 and
-//! never rounds a weight to 16 bits, so that each weight is within half an ulp of that.
+//! the product of a few tokens ([`matvec`]) multiplies codes and scales in fp32 and never rounds a
+//! weight to 16 bits, so that each weight is within half an ulp of that.
 //! Sums run over K in an order that depends on the shape and the body alone: the same bytes come
 //! out for any number of threads.
 
@@ -25,6 +25,7 @@ mod forward;
 #[cfg(test)]
 mod gradient_tests;
 mod lora;
+pub(crate) mod matvec;
 mod pieces;
 mod scratch;
 mod strips;
@@ -35,6 +36,7 @@ mod weight;
 pub use backward::linear_backward;
 pub(crate) use backward::Adapter;
 pub(crate) use epilogue::Epilogue;
+pub(crate) use forward::TileInput;
 pub use forward::{linear, Compute, Lora};
 pub use lora::lora_gradients;
 pub use weight::{Codes, Scales, Weight};

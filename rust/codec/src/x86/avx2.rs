@@ -1,6 +1,6 @@
 //! Vectors of 32 bytes.
 //!
-//! AVX2 here means AVX2 and F16C: Haswell, Zen and later.
+//! AVX2 here means AVX2, FMA and F16C: Haswell, Zen and later.
 
 use std::arch::x86_64::*;
 
@@ -235,4 +235,21 @@ pub(crate) fn round_to_bf16(x: __m256) -> __m256i {
     let bits = _mm256_castps_si256(x);
     let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
     _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)))
+}
+
+/// Reads 8 bytes as 32-bit lanes.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(crate) fn load_eight(from: &[u8; 8]) -> __m256i {
+    // SAFETY: the array is 8 bytes long; the load takes any alignment.
+    _mm256_cvtepu8_epi32(unsafe { _mm_loadl_epi64(from.as_ptr().cast()) })
+}
+
+/// Entries of a table; only the low 8 bits of an index count.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(crate) fn lookup(table: &[f32; 256], indices: __m256i) -> __m256 {
+    let indices = _mm256_and_si256(indices, _mm256_set1_epi32(0xff));
+    // SAFETY: every index is in the table.
+    unsafe { _mm256_i32gather_ps::<4>(table.as_ptr(), indices) }
 }

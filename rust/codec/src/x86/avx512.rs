@@ -227,3 +227,31 @@ pub(crate) fn round_to_bf16(x: __m512) -> __m512i {
     let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
     _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)))
 }
+
+/// Reads up to 16 floats; the lanes behind them are zero.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(crate) fn load_some(from: &[f32]) -> __m512 {
+    let lanes = u16::MAX >> (16 - from.len().min(16));
+    // SAFETY: the lanes of the mask are inside of the slice; the others are not read.
+    unsafe { _mm512_maskz_loadu_ps(lanes, from.as_ptr()) }
+}
+
+/// Reads up to 16 bytes; those behind them are zero.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+pub(crate) fn load_bytes<T: Plain>(from: &[T]) -> __m128i {
+    const { assert!(size_of::<T>() == 1) }
+    let lanes = u16::MAX >> (16 - from.len().min(16));
+    // SAFETY: the lanes of the mask are inside of the slice; the others are not read.
+    unsafe { _mm_maskz_loadu_epi8(lanes, from.as_ptr().cast()) }
+}
+
+/// Entries of a table; only the low 8 bits of an index count.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(crate) fn lookup(table: &[f32; 256], indices: __m512i) -> __m512 {
+    let indices = _mm512_and_si512(indices, _mm512_set1_epi32(0xff));
+    // SAFETY: every index is in the table.
+    unsafe { _mm512_i32gather_ps::<4>(indices, table.as_ptr()) }
+}

@@ -1,13 +1,26 @@
 //! Which body runs: one table of functions per instruction set, chosen once at run time.
 
+#[cfg(target_arch = "aarch64")]
+#[allow(unsafe_code)]
+mod arm;
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code)]
+mod x86;
+
 use std::sync::OnceLock;
+
+#[cfg(target_arch = "aarch64")]
+use arm::available as native;
+#[cfg(target_arch = "x86_64")]
+use x86::available as native;
 
 use half::bf16;
 
 use crate::codebook::Codebook;
 use crate::double_quant::search::Search as ScaleSearch;
 use crate::error::CodecError;
-use crate::linear::{dense, Adapter, Epilogue, Weight};
+use crate::linear::matvec::{self, Matvec};
+use crate::linear::{dense, Adapter, Epilogue, TileInput, Weight};
 use crate::quantize_int8_rows;
 use crate::search::{self, Way};
 use crate::values::{Stores, Values, ValuesMut};
@@ -34,16 +47,28 @@ pub struct Bodies {
     pub(crate) matmul_nt: MatmulFn,
     pub(crate) matmul_nn: MatmulFn,
     pub(crate) round: RoundFn,
-    /// Products of bfloat16 with instructions of their own.
-    pub(crate) forward_bf16: Option<ForwardBf16Fn>,
-    pub(crate) backward_bf16: Option<BackwardBf16Fn>,
-    /// Products of bytes with instructions of their own.
-    pub(crate) forward_int8: Option<ForwardInt8Fn>,
+    pub(crate) matvec: &'static Matvec,
+    pub(crate) tiles: Option<&'static Tiles>,
     pub(crate) transpose: fn(&mut [[f32; 16]; 16]),
     pub(crate) widen: WidenFn,
     pub(crate) quantize_scales: QuantizeScalesFn,
 }
 
+/// Products with instructions for tiles of matrices, for two tokens or more.
+#[derive(Debug)]
+pub(crate) struct Tiles {
+    /// As [`crate::linear()`], arguments checked.
+    pub(crate) forward: TileForwardFn,
+    /// As [`crate::linear_backward`], arguments checked, for `Weight::chunks_have_scales`.
+    pub(crate) backward: TileBackwardFn,
+}
+
+/// x, weight, what is added -> y.
+type TileForwardFn =
+    fn(Engine, TileInput<'_>, &Weight<'_>, &Epilogue<'_>, ValuesMut<'_>) -> Result<(), CodecError>;
+/// dY, weight, adapter -> dX.
+type TileBackwardFn =
+    fn(Engine, &[bf16], &Weight<'_>, Option<Adapter<'_>>, ValuesMut<'_>) -> Result<(), CodecError>;
 /// Values, codes, block size -> packed, absmax, and whether all values were finite.
 type QuantizeFn = fn(Values<'_>, &Codebook, usize, &mut [u8], &mut [f32]) -> bool;
 /// Values, codes, block size, scales -> packed.
@@ -64,15 +89,6 @@ type WidenFn = fn(Values<'_>, &mut [f32]);
 type MatmulFn = fn(&[f32], &[f32], usize, &mut [f32]);
 /// Floats -> as many values of a dtype.
 type RoundFn = fn(&[f32], ValuesMut<'_>);
-/// As [`crate::linear()`], arguments checked, for two tokens or more.
-type ForwardBf16Fn =
-    fn(Engine, &[bf16], &Weight<'_>, &Epilogue<'_>, ValuesMut<'_>) -> Result<(), CodecError>;
-/// As [`crate::linear_backward`], arguments checked, for two tokens or more.
-type BackwardBf16Fn =
-    fn(Engine, &[bf16], &Weight<'_>, Option<Adapter<'_>>, ValuesMut<'_>) -> Result<(), CodecError>;
-/// As [`crate::linear()`] for [`crate::Compute::Int8`], for any dtype.
-type ForwardInt8Fn =
-    fn(Engine, Values<'_>, &Weight<'_>, &Epilogue<'_>, ValuesMut<'_>) -> Result<(), CodecError>;
 /// Whole groups of scales, offset, table -> codes, second-level scales, and whether all survive.
 type QuantizeScalesFn = fn(&[f32], f32, &ScaleSearch, &mut [u8], &mut [f32]) -> bool;
 
@@ -167,172 +183,12 @@ const SCALAR_BODIES: Bodies = Bodies {
     matmul_nt: dense::scalar::nt,
     matmul_nn: dense::scalar::nn,
     round: dense::scalar::round,
-    forward_bf16: None,
-    backward_bf16: None,
-    forward_int8: None,
+    matvec: &matvec::scalar::MATVEC,
+    tiles: None,
     transpose: dense::scalar::transpose,
     widen: dense::scalar::widen,
     quantize_scales: double_quant::scalar::quantize,
 };
-
-#[cfg(target_arch = "x86_64")]
-use x86::available as native;
-
-#[cfg(target_arch = "x86_64")]
-#[allow(unsafe_code)]
-mod x86 {
-    use crate::linear::amx;
-    use crate::values::with_slice;
-
-    use super::{
-        dense, dequantize, dequantize_int8, double_quant, quantize, quantize_int8,
-        quantize_int8_rows, search, Bodies,
-    };
-    use std::arch::is_x86_feature_detected as has;
-
-    /// The only way to the tables below, which is what makes their calls sound.
-    pub(super) fn available() -> impl Iterator<Item = &'static Bodies> {
-        let avx2 = has!("avx2") && has!("f16c") && has!("fma");
-        let avx512 = avx2
-            && has!("avx512f")
-            && has!("avx512bw")
-            && has!("avx512dq")
-            && has!("avx512vl")
-            && has!("avx512vbmi")
-            && has!("avx512vnni");
-        let amx = avx512 && has!("avx512bf16") && amx::granted();
-        let all = [amx.then_some(&AMX), avx512.then_some(&AVX512), avx2.then_some(&AVX2)];
-        all.into_iter().flatten()
-    }
-
-    /// AVX-512, and tiles for products of bfloat16.
-    static AMX: Bodies = Bodies {
-        name: "amx",
-        forward_bf16: Some(|e, x, w, l, y| {
-            // SAFETY: as above.
-            with_slice!(y, ValuesMut, y => unsafe { amx::forward(e, x, w, l, y) })
-        }),
-        backward_bf16: Some(|e, g, w, l, x| {
-            // SAFETY: as above.
-            with_slice!(x, ValuesMut, x => unsafe { amx::backward(e, g, w, l, x) })
-        }),
-        forward_int8: Some(|e, x, w, l, y| {
-            // SAFETY: as above.
-            with_slice!(y, ValuesMut, y => unsafe { amx::forward_int8(e, x, w, l, y) })
-        }),
-        ..AVX512_BODIES
-    };
-
-    const AVX512_BODIES: Bodies = Bodies {
-        name: "avx512",
-        // SAFETY: handed out by `available` only, where the features were found.
-        quantize_4bit: |v, c, b, p, a| unsafe { quantize::avx512::quantize(v, c, b, p, a) },
-        // SAFETY: as above.
-        encode_4bit: |v, c, b, s, p| unsafe { quantize::avx512::encode(v, c, b, s, p) },
-        // SAFETY: as above.
-        search_scales: |v, c, b, w, s| unsafe { search::avx512::search(v, c, b, w, s) },
-        // SAFETY: as above.
-        dequantize_4bit: |p, a, t, b, s, v| unsafe {
-            dequantize::avx512::dequantize(p, a, t, b, s, v);
-        },
-        // SAFETY: as above.
-        quantize_int8: |v, b, q, a| unsafe { quantize_int8::avx512::quantize(v, b, q, a) },
-        // SAFETY: as above.
-        dequantize_int8: |q, a, b, s, v| unsafe {
-            dequantize_int8::avx512::dequantize(q, a, b, s, v);
-        },
-        // SAFETY: as above.
-        quantize_int8_row: |v, q| unsafe { quantize_int8_rows::avx512::quantize(v, q) },
-        // SAFETY: as above.
-        round: |f, v| unsafe { dense::avx512::round(f, v) },
-        forward_bf16: None,
-        backward_bf16: None,
-        forward_int8: None,
-        // SAFETY: as above.
-        matmul_nt: |x, w, k, s| unsafe { dense::avx512::nt(x, w, k, s) },
-        // SAFETY: as above.
-        matmul_nn: |x, w, n, s| unsafe { dense::avx512::nn(x, w, n, s) },
-        // SAFETY: as above.
-        transpose: |s| unsafe { dense::avx512::transpose(s) },
-        // SAFETY: as above.
-        widen: |v, f| unsafe { dense::avx512::widen(v, f) },
-        quantize_scales: |a, o, s, c, n| unsafe { double_quant::avx512::quantize(a, o, s, c, n) },
-    };
-
-    static AVX512: Bodies = AVX512_BODIES;
-
-    static AVX2: Bodies = Bodies {
-        name: "avx2",
-        // SAFETY: handed out by `available` only, where the features were found.
-        quantize_4bit: |v, c, b, p, a| unsafe { quantize::avx2::quantize(v, c, b, p, a) },
-        // SAFETY: as above.
-        encode_4bit: |v, c, b, s, p| unsafe { quantize::avx2::encode(v, c, b, s, p) },
-        // SAFETY: as above.
-        search_scales: |v, c, b, w, s| unsafe { search::avx2::search(v, c, b, w, s) },
-        // SAFETY: as above.
-        dequantize_4bit: |p, a, t, b, s, v| unsafe {
-            dequantize::avx2::dequantize(p, a, t, b, s, v);
-        },
-        // SAFETY: as above.
-        quantize_int8: |v, b, q, a| unsafe { quantize_int8::avx2::quantize(v, b, q, a) },
-        // SAFETY: as above.
-        dequantize_int8: |q, a, b, s, v| unsafe {
-            dequantize_int8::avx2::dequantize(q, a, b, s, v);
-        },
-        // SAFETY: as above.
-        quantize_int8_row: |v, q| unsafe { quantize_int8_rows::avx2::quantize(v, q) },
-        round: dense::scalar::round,
-        forward_bf16: None,
-        backward_bf16: None,
-        forward_int8: None,
-        // SAFETY: as above.
-        matmul_nt: |x, w, k, s| unsafe { dense::avx2::nt(x, w, k, s) },
-        // SAFETY: as above.
-        matmul_nn: |x, w, n, s| unsafe { dense::avx2::nn(x, w, n, s) },
-        transpose: dense::scalar::transpose,
-        // SAFETY: as above.
-        widen: |v, f| unsafe { dense::avx2::widen(v, f) },
-        // SAFETY: as above.
-        quantize_scales: |a, o, s, c, n| unsafe { double_quant::avx2::quantize(a, o, s, c, n) },
-    };
-}
-
-#[cfg(target_arch = "aarch64")]
-use arm::available as native;
-
-#[cfg(target_arch = "aarch64")]
-#[allow(unsafe_code)]
-mod arm {
-    use super::{
-        dequantize, dequantize_int8, quantize, quantize_int8, quantize_int8_rows, Bodies,
-        SCALAR_BODIES,
-    };
-    use std::arch::is_aarch64_feature_detected as has;
-
-    /// The only way to the table below, which is what makes its calls sound.
-    pub(super) fn available() -> impl Iterator<Item = &'static Bodies> {
-        // Bytes are taken for parts of numbers.
-        let neon = has!("neon") && cfg!(target_endian = "little");
-        neon.then_some(&NEON).into_iter()
-    }
-
-    static NEON: Bodies = Bodies {
-        name: "neon",
-        // SAFETY: handed out by `available` only, where the feature was found.
-        quantize_4bit: |v, c, b, p, a| unsafe { quantize::neon::quantize(v, c, b, p, a) },
-        // SAFETY: as above.
-        encode_4bit: |v, c, b, s, p| unsafe { quantize::neon::encode(v, c, b, s, p) },
-        // SAFETY: as above.
-        dequantize_4bit: |p, a, t, b, _, v| unsafe { dequantize::neon::dequantize(p, a, t, b, v) },
-        // SAFETY: as above.
-        quantize_int8: |v, b, q, a| unsafe { quantize_int8::neon::quantize(v, b, q, a) },
-        // SAFETY: as above.
-        dequantize_int8: |q, a, b, _, v| unsafe { dequantize_int8::neon::dequantize(q, a, b, v) },
-        // SAFETY: as above.
-        quantize_int8_row: |v, q| unsafe { quantize_int8_rows::neon::quantize(v, q) },
-        ..SCALAR_BODIES
-    };
-}
 
 #[cfg(test)]
 mod tests {

@@ -1,0 +1,30 @@
+//! The bodies of 64-bit ARM: NEON.
+
+use std::arch::is_aarch64_feature_detected as has;
+
+use super::{Bodies, SCALAR_BODIES};
+use crate::{dequantize, dequantize_int8, quantize, quantize_int8, quantize_int8_rows};
+
+/// The only way to the table below, which is what makes its calls sound.
+pub(super) fn available() -> impl Iterator<Item = &'static Bodies> {
+    // Bytes are taken for parts of numbers.
+    let neon = has!("neon") && cfg!(target_endian = "little");
+    neon.then_some(&NEON).into_iter()
+}
+
+static NEON: Bodies = Bodies {
+    name: "neon",
+    // SAFETY: handed out by `available` only, where the feature was found.
+    quantize_4bit: |v, c, b, p, a| unsafe { quantize::neon::quantize(v, c, b, p, a) },
+    // SAFETY: as above.
+    encode_4bit: |v, c, b, s, p| unsafe { quantize::neon::encode(v, c, b, s, p) },
+    // SAFETY: as above.
+    dequantize_4bit: |p, a, t, b, _, v| unsafe { dequantize::neon::dequantize(p, a, t, b, v) },
+    // SAFETY: as above.
+    quantize_int8: |v, b, q, a| unsafe { quantize_int8::neon::quantize(v, b, q, a) },
+    // SAFETY: as above.
+    dequantize_int8: |q, a, b, _, v| unsafe { dequantize_int8::neon::dequantize(q, a, b, v) },
+    // SAFETY: as above.
+    quantize_int8_row: |v, q| unsafe { quantize_int8_rows::neon::quantize(v, q) },
+    ..SCALAR_BODIES
+};

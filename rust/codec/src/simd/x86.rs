@@ -1,0 +1,136 @@
+//! The bodies of x86-64: AVX2, AVX-512, and AVX-512 with the tiles of AMX.
+
+use std::arch::is_x86_feature_detected as has;
+
+use super::{Bodies, Tiles};
+use crate::linear::matvec::{self, Matvec};
+use crate::linear::{amx, dense, TileInput};
+use crate::values::with_slice;
+use crate::{
+    dequantize, dequantize_int8, double_quant, quantize, quantize_int8, quantize_int8_rows, search,
+};
+
+/// The only way to the tables below, which is what makes their calls sound.
+pub(super) fn available() -> impl Iterator<Item = &'static Bodies> {
+    let avx2 = has!("avx2") && has!("f16c") && has!("fma");
+    let avx512 = avx2
+        && has!("avx512f")
+        && has!("avx512bw")
+        && has!("avx512dq")
+        && has!("avx512vl")
+        && has!("avx512vbmi")
+        && has!("avx512vnni");
+    let amx = avx512 && amx::granted();
+    let all = [amx.then_some(&AMX), avx512.then_some(&AVX512), avx2.then_some(&AVX2)];
+    all.into_iter().flatten()
+}
+
+static AMX: Bodies = Bodies {
+    name: "amx",
+    tiles: Some(&Tiles {
+        forward: |e, x, w, l, y| match x {
+            TileInput::Bf16(x) => {
+                // SAFETY: handed out by `available` only, where the tiles were granted.
+                with_slice!(y, ValuesMut, y => unsafe { amx::forward(e, x, w, l, y) })
+            }
+            TileInput::Int8(x) => {
+                // SAFETY: as above.
+                with_slice!(y, ValuesMut, y => unsafe { amx::forward_int8(e, x, w, l, y) })
+            }
+        },
+        backward: |e, g, w, l, x| {
+            // SAFETY: as above.
+            with_slice!(x, ValuesMut, x => unsafe { amx::backward(e, g, w, l, x) })
+        },
+    }),
+    ..AVX512_BODIES
+};
+
+static AVX512: Bodies = AVX512_BODIES;
+
+const AVX512_BODIES: Bodies = Bodies {
+    name: "avx512",
+    // SAFETY: handed out by `available` only, where the features were found.
+    quantize_4bit: |v, c, b, p, a| unsafe { quantize::avx512::quantize(v, c, b, p, a) },
+    // SAFETY: as above.
+    encode_4bit: |v, c, b, s, p| unsafe { quantize::avx512::encode(v, c, b, s, p) },
+    // SAFETY: as above.
+    search_scales: |v, c, b, w, s| unsafe { search::avx512::search(v, c, b, w, s) },
+    // SAFETY: as above.
+    dequantize_4bit: |p, a, t, b, s, v| unsafe {
+        dequantize::avx512::dequantize(p, a, t, b, s, v);
+    },
+    // SAFETY: as above.
+    quantize_int8: |v, b, q, a| unsafe { quantize_int8::avx512::quantize(v, b, q, a) },
+    // SAFETY: as above.
+    dequantize_int8: |q, a, b, s, v| unsafe {
+        dequantize_int8::avx512::dequantize(q, a, b, s, v);
+    },
+    // SAFETY: as above.
+    quantize_int8_row: |v, q| unsafe { quantize_int8_rows::avx512::quantize(v, q) },
+    // SAFETY: as above.
+    quantize_scales: |a, o, s, c, n| unsafe { double_quant::avx512::quantize(a, o, s, c, n) },
+    // SAFETY: as above.
+    matmul_nt: |x, w, k, s| unsafe { dense::avx512::nt(x, w, k, s) },
+    // SAFETY: as above.
+    matmul_nn: |x, w, n, s| unsafe { dense::avx512::nn(x, w, n, s) },
+    // SAFETY: as above.
+    transpose: |s| unsafe { dense::avx512::transpose(s) },
+    // SAFETY: as above.
+    widen: |v, f| unsafe { dense::avx512::widen(v, f) },
+    // SAFETY: as above.
+    round: |f, v| unsafe { dense::avx512::round(f, v) },
+    matvec: &Matvec {
+        arrange: matvec::avx512::arrange,
+        // SAFETY: as above.
+        exact: |w, r, x, s| unsafe { matvec::avx512::exact(w, r, x, s) },
+        // SAFETY: as above.
+        int8: |w, r, x, s| unsafe { matvec::int8::avx512::multiply(w, r, x, s) },
+    },
+    tiles: None,
+};
+
+static AVX2: Bodies = Bodies {
+    name: "avx2",
+    // SAFETY: handed out by `available` only, where the features were found.
+    quantize_4bit: |v, c, b, p, a| unsafe { quantize::avx2::quantize(v, c, b, p, a) },
+    // SAFETY: as above.
+    encode_4bit: |v, c, b, s, p| unsafe { quantize::avx2::encode(v, c, b, s, p) },
+    // SAFETY: as above.
+    search_scales: |v, c, b, w, s| unsafe { search::avx2::search(v, c, b, w, s) },
+    // SAFETY: as above.
+    dequantize_4bit: |p, a, t, b, s, v| unsafe { dequantize::avx2::dequantize(p, a, t, b, s, v) },
+    // SAFETY: as above.
+    quantize_int8: |v, b, q, a| unsafe { quantize_int8::avx2::quantize(v, b, q, a) },
+    // SAFETY: as above.
+    dequantize_int8: |q, a, b, s, v| unsafe {
+        dequantize_int8::avx2::dequantize(q, a, b, s, v);
+    },
+    // SAFETY: as above.
+    quantize_int8_row: |v, q| unsafe { quantize_int8_rows::avx2::quantize(v, q) },
+    // SAFETY: as above.
+    quantize_scales: |a, o, s, c, n| unsafe { double_quant::avx2::quantize(a, o, s, c, n) },
+    // SAFETY: as above.
+    matmul_nt: |x, w, k, s| unsafe { dense::avx2::nt(x, w, k, s) },
+    // SAFETY: as above.
+    matmul_nn: |x, w, n, s| unsafe { dense::avx2::nn(x, w, n, s) },
+    transpose: dense::scalar::transpose,
+    // SAFETY: as above.
+    widen: |v, f| unsafe { dense::avx2::widen(v, f) },
+    round: dense::scalar::round,
+    matvec: &Matvec {
+        arrange: matvec::avx2::arrange,
+        // SAFETY: as above.
+        exact: |w, r, x, s| unsafe { matvec::avx2::exact(w, r, x, s) },
+        int8: |w, r, x, s| {
+            if has!("avxvnni") {
+                // SAFETY: as above, and the last feature was found.
+                unsafe { matvec::int8::avx2::multiply_vnni(w, r, x, s) }
+            } else {
+                // SAFETY: as above.
+                unsafe { matvec::int8::avx2::multiply(w, r, x, s) }
+            }
+        },
+    },
+    tiles: None,
+};
