@@ -4,7 +4,7 @@
 //! symmetric. Each of a number of trial scales gives codes, and these a scale that fits them best by
 //! least squares. No block gets worse than by its absmax.
 //!
-//! There are two ways: [`bytes`] tries in integers, ten times as fast; [`general`] in fp32, with
+//! There are two ways: [`bytes`] tries in integers, three times as fast; [`general`] in fp32, with
 //! importance and for any table.
 
 #[cfg(target_arch = "x86_64")]
