@@ -193,8 +193,11 @@ def main() -> None:
     rows = run(Plan(options.quick, not options.no_peers, cores), sections)
     print(cpu_report.table(rows))
     if not options.quick:
-        print()
-        print(cpu_report.goals_table(cpu_report.goals(rows)))
+        goals = cpu_report.goals(rows)
+        if sections != SECTIONS:
+            goals = [row for row in goals if row["measured"] is not None]
+        if goals:
+            print(f"\n{cpu_report.goals_table(goals)}")
     if options.save:
         save(rows)
 
