@@ -28,7 +28,7 @@ pub struct Bodies {
     pub(crate) dequantize_int8: DequantizeInt8Fn,
     pub(crate) quantize_int8_row: QuantizeInt8RowFn,
     pub(crate) matmul_nt: MatmulFn,
-    pub(crate) matmul_nn: MatmulFn,
+    pub(crate) matmul_nn: MatmulAheadFn,
     pub(crate) transpose: fn(&mut [[f32; 16]; 16]),
     pub(crate) widen: WidenFn,
 }
@@ -47,6 +47,8 @@ type QuantizeInt8Fn = fn(Values<'_>, usize, &mut [i8], &mut [f32]) -> bool;
 type DequantizeInt8Fn = fn(&[i8], &[f32], usize, ValuesMut<'_>);
 /// Values of a row -> codes, and its absmax.
 type QuantizeInt8RowFn = fn(Values<'_>, &mut [i8]) -> f32;
+/// As [`MatmulFn`], and what will be needed next, to be fetched meanwhile.
+type MatmulAheadFn = fn(&[f32], &[f32], usize, &mut [f32], &[f32]);
 /// Values -> the same as floats.
 type WidenFn = fn(Values<'_>, &mut [f32]);
 /// Two matrices, columns of the second, the sums that their product is added to.
@@ -187,11 +189,11 @@ mod x86 {
         // SAFETY: as above.
         matmul_nt: |x, w, k, s| unsafe { dense::avx512::nt(x, w, k, s) },
         // SAFETY: as above.
-        matmul_nn: |x, w, n, s| unsafe { dense::avx512::nn(x, w, n, s) },
+        matmul_nn: |x, w, n, s, next| unsafe { dense::avx512::nn(x, w, n, s, next) },
         // SAFETY: as above.
-        transpose: |s| unsafe { dense::avx512::transpose(s) },
+        transpose: |s| unsafe { dense::convert_avx512::transpose(s) },
         // SAFETY: as above.
-        widen: |v, f| unsafe { dense::avx512::widen(v, f) },
+        widen: |v, f| unsafe { dense::convert_avx512::widen(v, f) },
     };
 
     static AVX2: Bodies = Bodies {
@@ -213,10 +215,10 @@ mod x86 {
         // SAFETY: as above.
         matmul_nt: |x, w, k, s| unsafe { dense::avx2::nt(x, w, k, s) },
         // SAFETY: as above.
-        matmul_nn: |x, w, n, s| unsafe { dense::avx2::nn(x, w, n, s) },
+        matmul_nn: |x, w, n, s, next| unsafe { dense::avx2::nn(x, w, n, s, next) },
         transpose: dense::scalar::transpose,
         // SAFETY: as above.
-        widen: |v, f| unsafe { dense::avx2::widen(v, f) },
+        widen: |v, f| unsafe { dense::convert_avx2::widen(v, f) },
     };
 }
 

@@ -7,6 +7,7 @@ mod arrays;
 mod detached;
 mod errors;
 mod functions;
+mod linear;
 
 use pyo3::exceptions::PyImportError;
 use pyo3::prelude::*;
@@ -23,6 +24,9 @@ mod _native {
         encode_4bit, quantize_4bit, quantize_absmax, quantize_int8, quantize_int8_rows,
         search_scales, simd,
     };
+
+    #[pymodule_export]
+    use crate::linear::{linear, linear_backward, lora_gradients};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

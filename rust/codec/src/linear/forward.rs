@@ -129,7 +129,7 @@ impl<'a> Epilogue<'a> {
             let b = &b[strip.columns.start * rank..strip.columns.end * rank];
             let mut transposed = vec![0.0; b.len()];
             turn(bodies, (b, *rank), (&mut transposed, width), (width, *rank));
-            (bodies.matmul_nn)(h, &transposed, width, sums);
+            (bodies.matmul_nn)(h, &transposed, width, sums, &[]);
         }
         for (row, sums) in strip.rows.into_iter().zip(sums.chunks_mut(width.max(1))) {
             if let Some(bias) = self.bias {
