@@ -105,6 +105,62 @@ def dequantize_absmax(
     threads: int = 0,
 ) -> None: ...
 def advise_huge_pages(memory: _U8) -> bool: ...
+def linear(
+    x: _Values,
+    dtype: str,
+    packed: _U8 | _I8,
+    code: _F32 | None,
+    absmax: _F32 | _U8,
+    nested_code: _F32 | None,
+    nested_absmax: _F32 | None,
+    offset: int | None,
+    blocksize: int,
+    rows: int,
+    cols: int,
+    y: _Values,
+    *,
+    bias: _F32 | None = None,
+    lora_a: _F32 | None = None,
+    lora_b: _F32 | None = None,
+    scaling: float = 1.0,
+    compute: str = "exact",
+    threads: int = 0,
+    simd: str | None = None,
+) -> None: ...
+def linear_backward(
+    grad: _Values,
+    dtype: str,
+    packed: _U8 | _I8,
+    code: _F32 | None,
+    absmax: _F32 | _U8,
+    nested_code: _F32 | None,
+    nested_absmax: _F32 | None,
+    offset: int | None,
+    blocksize: int,
+    rows: int,
+    cols: int,
+    dx: _Values,
+    *,
+    lora_a: _F32 | None = None,
+    lora_b: _F32 | None = None,
+    scaling: float = 1.0,
+    threads: int = 0,
+    simd: str | None = None,
+) -> None: ...
+def lora_gradients(
+    x: _Values,
+    grad: _Values,
+    dtype: str,
+    lora_a: _F32,
+    lora_b: _F32,
+    rank: int,
+    scaling: float,
+    *,
+    grad_a: _F32 | None = None,
+    grad_b: _F32 | None = None,
+    threads: int = 0,
+    simd: str | None = None,
+) -> None: ...
 def simd() -> str: ...
 def available_simd() -> list[str]: ...
 def cpu_features() -> dict[str, bool]: ...

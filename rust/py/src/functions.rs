@@ -287,7 +287,7 @@ pub(crate) fn cpu_features(py: Python<'_>) -> PyResult<Bound<'_, pyo3::types::Py
     Ok(features)
 }
 
-fn engine(py: Python<'_>, threads: usize, simd: Option<&str>) -> PyResult<Engine> {
+pub(crate) fn engine(py: Python<'_>, threads: usize, simd: Option<&str>) -> PyResult<Engine> {
     let bodies = match simd {
         Some(name) => Bodies::named(name, "the simd argument"),
         None => Bodies::detect(),

@@ -7,6 +7,7 @@ mod arrays;
 mod detached;
 mod errors;
 mod functions;
+mod linear;
 mod pages;
 
 use pyo3::exceptions::PyImportError;
@@ -25,6 +26,7 @@ mod _native {
         search_scales, simd,
     };
 
+    use crate::linear::{linear, linear_backward, lora_gradients};
     #[pymodule_export]
     use crate::pages::advise_huge_pages;
 

@@ -20,7 +20,7 @@ const STRIP: usize = 128;
 const LONG_STRIP: usize = 512;
 
 /// Rows of W in a panel.
-const ROWS: usize = 240;
+const ROWS: usize = 256;
 
 /// Writes `dX = dY W`, and the adapter's part if there is one.
 ///
@@ -129,13 +129,13 @@ fn multiply<T: Element>(
         for rows in &grad.pieces {
             let panel = &mut panel[..rows.len() * width];
             weight.widened_piece::<T>(bodies, rows.clone(), columns.clone(), panel);
-            let grad = &grad.floats[rows.start * tokens..rows.end * tokens];
-            (bodies.matmul_nn)(grad, panel, width, sums);
+            let (grad, next) = grad.floats[rows.start * tokens..].split_at(rows.len() * tokens);
+            (bodies.matmul_nn)(grad, panel, width, sums, &next[..next.len().min(grad.len())]);
         }
         if let Some((g, a, rank)) = adapter {
             let panel = &mut panel[..rank * width];
             copy_columns(a, weight.cols, &columns, panel);
-            (bodies.matmul_nn)(g, panel, width, sums);
+            (bodies.matmul_nn)(g, panel, width, sums, &[]);
         }
         for (row, sums) in strip.rows.into_iter().zip(sums.chunks_exact(width)) {
             T::narrow(sums, row);

@@ -83,7 +83,7 @@ impl StripEpilogue<'_> {
         let width = self.width.max(1);
         if let Some((h, b, rank)) = &self.low_rank {
             let h = &h[first * rank..][..sums.len() / width * rank];
-            (self.bodies.matmul_nn)(h, b, width, sums);
+            (self.bodies.matmul_nn)(h, b, width, sums, &[]);
         }
         for (row, sums) in rows.zip(sums.chunks_mut(width)) {
             if let Some(bias) = self.bias {

@@ -105,10 +105,12 @@ pub(crate) fn thin(
                 let columns = start..(start + FEATURES).min(features);
                 let piece = piece(engine.bodies, x, features, tokens.clone(), &columns, room);
                 let w = &w[columns.start * rank..columns.end * rank];
-                (engine.bodies.matmul_nn)(piece, w, rank, sums);
+                (engine.bodies.matmul_nn)(piece, w, rank, sums, &[]);
             }
         });
-        sums.iter_mut().for_each(|sum| *sum *= scaling);
+        for sum in sums {
+            *sum *= scaling;
+        }
     })?;
     Ok(sums)
 }
@@ -138,7 +140,7 @@ fn gradient(
             for (start, g) in (0..count).step_by(height).zip(turned.chunks(height * rank)) {
                 let tokens = start..(start + height).min(count);
                 let piece = piece(engine.bodies, x, features, tokens, &columns, room);
-                (engine.bodies.matmul_nn)(g, piece, columns.len(), sums);
+                (engine.bodies.matmul_nn)(g, piece, columns.len(), sums, &[]);
             }
         });
     })?;

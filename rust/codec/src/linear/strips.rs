@@ -40,7 +40,9 @@ mod tests {
                 assert_eq!(strip.columns.start, i * width);
                 for row in strip.rows {
                     assert_eq!(row.len(), strip.columns.len());
-                    row.iter_mut().for_each(|x| *x += 1);
+                    for x in row.iter_mut() {
+                        *x += 1;
+                    }
                 }
             }
             assert!(matrix.iter().all(|&x| x == 1), "{rows} x {cols} by {width}");

@@ -45,7 +45,7 @@ pub struct Bodies {
     pub(crate) dequantize_int8: DequantizeInt8Fn,
     pub(crate) quantize_int8_row: QuantizeInt8RowFn,
     pub(crate) matmul_nt: MatmulFn,
-    pub(crate) matmul_nn: MatmulFn,
+    pub(crate) matmul_nn: MatmulAheadFn,
     pub(crate) round: RoundFn,
     pub(crate) matvec: &'static Matvec,
     pub(crate) tiles: Option<&'static Tiles>,
@@ -83,6 +83,8 @@ type QuantizeInt8Fn = fn(Values<'_>, usize, &mut [i8], &mut [f32]) -> bool;
 type DequantizeInt8Fn = fn(&[i8], &[f32], usize, Stores, ValuesMut<'_>);
 /// Values of a row -> codes, and its absmax.
 type QuantizeInt8RowFn = fn(Values<'_>, &mut [i8]) -> f32;
+/// As [`MatmulFn`], and what will be needed next, to be fetched meanwhile.
+type MatmulAheadFn = fn(&[f32], &[f32], usize, &mut [f32], &[f32]);
 /// Values -> the same as floats.
 type WidenFn = fn(Values<'_>, &mut [f32]);
 /// Two matrices, columns of the second, the sums that their product is added to.

@@ -73,13 +73,13 @@ const AVX512_BODIES: Bodies = Bodies {
     // SAFETY: as above.
     matmul_nt: |x, w, k, s| unsafe { dense::avx512::nt(x, w, k, s) },
     // SAFETY: as above.
-    matmul_nn: |x, w, n, s| unsafe { dense::avx512::nn(x, w, n, s) },
+    matmul_nn: |x, w, n, s, next| unsafe { dense::avx512::nn(x, w, n, s, next) },
     // SAFETY: as above.
-    transpose: |s| unsafe { dense::avx512::transpose(s) },
+    transpose: |s| unsafe { dense::convert_avx512::transpose(s) },
     // SAFETY: as above.
-    widen: |v, f| unsafe { dense::avx512::widen(v, f) },
+    widen: |v, f| unsafe { dense::convert_avx512::widen(v, f) },
     // SAFETY: as above.
-    round: |f, v| unsafe { dense::avx512::round(f, v) },
+    round: |f, v| unsafe { dense::convert_avx512::round(f, v) },
     matvec: &Matvec {
         arrange: matvec::avx512::arrange,
         // SAFETY: as above.
@@ -113,10 +113,10 @@ static AVX2: Bodies = Bodies {
     // SAFETY: as above.
     matmul_nt: |x, w, k, s| unsafe { dense::avx2::nt(x, w, k, s) },
     // SAFETY: as above.
-    matmul_nn: |x, w, n, s| unsafe { dense::avx2::nn(x, w, n, s) },
+    matmul_nn: |x, w, n, s, next| unsafe { dense::avx2::nn(x, w, n, s, next) },
     transpose: dense::scalar::transpose,
     // SAFETY: as above.
-    widen: |v, f| unsafe { dense::avx2::widen(v, f) },
+    widen: |v, f| unsafe { dense::convert_avx2::widen(v, f) },
     round: dense::scalar::round,
     matvec: &Matvec {
         arrange: matvec::avx2::arrange,

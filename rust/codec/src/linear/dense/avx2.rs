@@ -3,8 +3,8 @@
 use std::arch::asm;
 use std::arch::x86_64::*;
 
-use crate::values::{Element, Values};
-use crate::x86::avx2::{load_f16, load_half, store};
+use crate::x86::avx2::store;
+use crate::x86::Ahead;
 
 /// Floats in a vector.
 const LANES: usize = 8;
@@ -14,29 +14,31 @@ const LANES: usize = 8;
 /// Strips of 16 columns by 6 rows, so that a value of x is fetched once for two products.
 /// Fewer rows are taken by halves; columns that are left of the strips, 8 at a time.
 #[target_feature(enable = "avx2,fma")]
-pub(crate) fn nn(x: &[f32], w: &[f32], n: usize, sums: &mut [f32]) {
+pub(crate) fn nn(x: &[f32], w: &[f32], n: usize, sums: &mut [f32], next: &[f32]) {
     if n == 0 || w.is_empty() {
         return;
     }
     let k = w.len() / n;
     let m = x.len() / k;
     assert!(w.len() == k * n && x.len() == m * k && sums.len() == m * n);
+    let mut ahead = Ahead::new(next, n.div_ceil(2 * LANES) * m * k);
     for j in (0..n).step_by(2 * LANES) {
         let width = (n - j).min(2 * LANES);
         let mut i = 0;
         while i < m {
             let rows = m - i;
-            let tile = Tile { x: &x[i * k..], w: &w[j..], k, n, mask: mask(width) };
+            let tile = Tile { x: &x[i * k..], w: &w[j..], k, n, mask: mask(width), ahead };
             let sums = &mut sums[i * n + j..];
-            // SAFETY: rows i.. and columns j.. of the matrices, whose sizes were compared; at
-            // most as many rows as there are left, and columns by the mask.
-            i += unsafe {
-                if width > LANES {
-                    tile.two(rows, sums)
-                } else {
-                    tile.one(rows, sums)
-                }
+            let done = if width > LANES {
+                // SAFETY: rows i.. and columns j.. of the matrices, whose sizes were compared; at
+                // most as many rows as there are left, and columns by the mask.
+                unsafe { tile.two(rows, sums) }
+            } else {
+                // SAFETY: as above.
+                unsafe { tile.one(rows, sums) }
             };
+            ahead.skip(done * k);
+            i += done;
         }
     }
 }
@@ -58,6 +60,7 @@ struct Tile<'a> {
     k: usize,
     n: usize,
     mask: __m256i,
+    ahead: Ahead,
 }
 
 impl Tile<'_> {
@@ -103,7 +106,10 @@ impl Tile<'_> {
     unsafe fn run<const R: usize, const V: usize>(self, sums: &mut [f32]) -> usize {
         let (x, w, last) = (self.x.as_ptr(), self.w.as_ptr(), V - 1);
         let mut tile = [[_mm256_setzero_ps(); V]; R];
+        let mut ahead = self.ahead;
         for k in 0..self.k {
+            ahead.fetch();
+            ahead.skip(R);
             let mut row = [_mm256_setzero_ps(); V];
             for (v, row) in row.iter_mut().enumerate() {
                 let lanes = if v == last { self.mask } else { _mm256_set1_epi32(-1) };
@@ -112,7 +118,7 @@ impl Tile<'_> {
             }
             for (r, tile) in tile.iter_mut().enumerate() {
                 // SAFETY: value k of row r of x, of which there are R.
-                unsafe { add_product(x.add(r * self.k), k, row, tile) };
+                unsafe { add_product(x.wrapping_add(r * self.k), k, row, tile) };
             }
         }
         let sums = sums.as_mut_ptr();
@@ -123,7 +129,7 @@ impl Tile<'_> {
                 // SAFETY: row r of the sums, whose columns here the caller vouches for.
                 let sum = _mm256_add_ps(unsafe { load(sums, place, lanes) }, sum);
                 // SAFETY: as above.
-                unsafe { _mm256_maskstore_ps(sums.add(place), lanes, sum) };
+                unsafe { _mm256_maskstore_ps(sums.wrapping_add(place), lanes, sum) };
             }
         }
         R
@@ -147,7 +153,7 @@ unsafe fn add_product<const V: usize>(
 ) {
     if cfg!(miri) {
         // SAFETY: the caller's promise.
-        let value = _mm256_set1_ps(unsafe { *x.add(k) });
+        let value = _mm256_set1_ps(unsafe { *x.wrapping_add(k) });
         return sums.iter_mut().zip(row).for_each(|(s, w)| *s = _mm256_fmadd_ps(value, w, *s));
     }
     match (row.as_slice(), sums.as_mut_slice()) {
@@ -192,7 +198,7 @@ unsafe fn add_product<const V: usize>(
 #[target_feature(enable = "avx2,fma")]
 unsafe fn load(from: *const f32, place: usize, lanes: __m256i) -> __m256 {
     // SAFETY: the caller's promise; a masked load reads nothing else.
-    unsafe { _mm256_maskload_ps(from.add(place), lanes) }
+    unsafe { _mm256_maskload_ps(from.wrapping_add(place), lanes) }
 }
 
 /// `sums += x w^T`, (m, k) by (n, k).
@@ -210,14 +216,15 @@ pub(crate) fn nt(x: &[f32], w: &[f32], k: usize, sums: &mut [f32]) {
     for group in 0..groups {
         let rows = group * m / groups..(group + 1) * m / groups;
         let (x, sums) = (&x[rows.start * k..], &mut sums[rows.start * n..]);
-        // SAFETY: so many rows of x and sums follow; w is n rows.
-        unsafe {
-            match rows.len() {
-                1 => dots::<1, 8>(x, w, k, sums, n),
-                2 => dots::<2, 4>(x, w, k, sums, n),
-                3 => dots::<3, 4>(x, w, k, sums, n),
-                _ => dots::<4, 3>(x, w, k, sums, n),
-            }
+        match rows.len() {
+            // SAFETY: so many rows of x and sums follow; w is n rows.
+            1 => unsafe { dots::<1, 8>(x, w, k, sums, n) },
+            // SAFETY: as above.
+            2 => unsafe { dots::<2, 4>(x, w, k, sums, n) },
+            // SAFETY: as above.
+            3 => unsafe { dots::<3, 4>(x, w, k, sums, n) },
+            // SAFETY: as above.
+            _ => unsafe { dots::<4, 3>(x, w, k, sums, n) },
         }
     }
 }
@@ -259,14 +266,15 @@ unsafe fn tile_of_dots<const M: usize, const N: usize>(
 ) {
     let (x, w) = (x.as_ptr(), w.as_ptr());
     let mut tile = [[_mm256_setzero_ps(); N]; M];
+    let (every, last) = (_mm256_set1_epi32(-1), mask(k));
     let whole = k / LANES * LANES;
     for at in (0..whole).step_by(LANES) {
         // SAFETY: at..at + 8 lies within each row.
-        unsafe { step(x, w, k, at, _mm256_set1_epi32(-1), &mut tile) };
+        unsafe { step(x, w, k, at, every, &mut tile) };
     }
     if whole < k {
         // SAFETY: the mask is what is left of each row.
-        unsafe { step(x, w, k, whole, mask(k - whole), &mut tile) };
+        unsafe { step(x, w, k, whole, last, &mut tile) };
     }
     let mut flat = [0.0; 16];
     for (vectors, sums) in tile.as_flattened().chunks(LANES).zip(flat.as_chunks_mut::<LANES>().0) {
@@ -316,29 +324,4 @@ fn sum_of_each(vectors: [__m256; 8]) -> __m256 {
     let [a, b] = core::array::from_fn(|i| _mm256_hadd_ps(halves[2 * i], halves[2 * i + 1]));
     let (low, high) = (_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b));
     _mm256_add_ps(low, high)
-}
-
-/// Writes the values as floats.
-#[target_feature(enable = "avx2,f16c")]
-pub(crate) fn widen(values: Values<'_>, floats: &mut [f32]) {
-    assert_eq!(values.len(), floats.len());
-    let (vectors, rest) = floats.as_chunks_mut::<LANES>();
-    match values {
-        Values::F32(values) => floats.copy_from_slice(values),
-        Values::F16(values) => {
-            let (values, tail) = values.as_chunks();
-            for (to, from) in vectors.iter_mut().zip(values) {
-                store(to, _mm256_castps_si256(load_f16(from)));
-            }
-            Element::widen(tail, rest);
-        }
-        Values::Bf16(values) => {
-            let (values, tail) = values.as_chunks::<LANES>();
-            for (to, from) in vectors.iter_mut().zip(values) {
-                let bits = _mm256_cvtepu16_epi32(load_half(from));
-                store(to, _mm256_slli_epi32::<16>(bits));
-            }
-            Element::widen(tail, rest);
-        }
-    }
 }

@@ -3,8 +3,7 @@
 use std::arch::asm;
 use std::arch::x86_64::*;
 
-use crate::values::{Element, Values, ValuesMut};
-use crate::x86::avx512::{load_f16, load_f32, round_to_bf16, store, store_half};
+use crate::x86::Ahead;
 
 /// Floats in a vector.
 const LANES: usize = 16;
@@ -14,29 +13,31 @@ const LANES: usize = 16;
 /// Strips of 32 columns by 14 rows, so that a value of x is fetched once for two products.
 /// Fewer rows are taken in powers of two; columns that are left of the strips, 16 at a time.
 #[target_feature(enable = "avx512f")]
-pub(crate) fn nn(x: &[f32], w: &[f32], n: usize, sums: &mut [f32]) {
+pub(crate) fn nn(x: &[f32], w: &[f32], n: usize, sums: &mut [f32], next: &[f32]) {
     if n == 0 || w.is_empty() {
         return;
     }
     let k = w.len() / n;
     let m = x.len() / k;
     assert!(w.len() == k * n && x.len() == m * k && sums.len() == m * n);
+    let mut ahead = Ahead::new(next, n.div_ceil(2 * LANES) * m * k);
     for j in (0..n).step_by(2 * LANES) {
         let width = (n - j).min(2 * LANES);
         let mut i = 0;
         while i < m {
             let rows = m - i;
-            let tile = Tile { x: &x[i * k..], w: &w[j..], k, n, mask: mask(width) };
+            let tile = Tile { x: &x[i * k..], w: &w[j..], k, n, mask: mask(width), ahead };
             let sums = &mut sums[i * n + j..];
-            // SAFETY: rows i.. and columns j.. of the matrices, whose sizes were compared; at
-            // most as many rows as there are left, and columns by the mask.
-            i += unsafe {
-                if width > LANES {
-                    tile.two(rows, sums)
-                } else {
-                    tile.one(rows, sums)
-                }
+            let done = if width > LANES {
+                // SAFETY: rows i.. and columns j.. of the matrices, whose sizes were compared; at
+                // most as many rows as there are left, and columns by the mask.
+                unsafe { tile.two(rows, sums) }
+            } else {
+                // SAFETY: as above.
+                unsafe { tile.one(rows, sums) }
             };
+            ahead.skip(done * k);
+            i += done;
         }
     }
 }
@@ -54,6 +55,7 @@ struct Tile<'a> {
     k: usize,
     n: usize,
     mask: u16,
+    ahead: Ahead,
 }
 
 impl Tile<'_> {
@@ -107,7 +109,10 @@ impl Tile<'_> {
     unsafe fn run<const R: usize, const V: usize>(self, sums: &mut [f32]) -> usize {
         let (x, w, last) = (self.x.as_ptr(), self.w.as_ptr(), V - 1);
         let mut tile = [[_mm512_setzero_ps(); V]; R];
+        let mut ahead = self.ahead;
         for k in 0..self.k {
+            ahead.fetch();
+            ahead.skip(R);
             let mut row = [_mm512_setzero_ps(); V];
             for (v, row) in row.iter_mut().enumerate() {
                 let lanes = if v == last { self.mask } else { u16::MAX };
@@ -116,7 +121,7 @@ impl Tile<'_> {
             }
             for (r, tile) in tile.iter_mut().enumerate() {
                 // SAFETY: value k of row r of x, of which there are R.
-                unsafe { add_product(x.add(r * self.k), k, row, tile) };
+                unsafe { add_product(x.wrapping_add(r * self.k), k, row, tile) };
             }
         }
         let sums = sums.as_mut_ptr();
@@ -127,7 +132,7 @@ impl Tile<'_> {
                 // SAFETY: row r of the sums, whose columns here the caller vouches for.
                 let sum = _mm512_add_ps(unsafe { load(sums, place, lanes) }, sum);
                 // SAFETY: as above.
-                unsafe { _mm512_mask_storeu_ps(sums.add(place), lanes, sum) };
+                unsafe { _mm512_mask_storeu_ps(sums.wrapping_add(place), lanes, sum) };
             }
         }
         R
@@ -189,7 +194,7 @@ unsafe fn add_product<const V: usize>(
 #[target_feature(enable = "avx512f")]
 unsafe fn load(from: *const f32, place: usize, lanes: u16) -> __m512 {
     // SAFETY: the caller's promise; a masked load reads nothing else.
-    unsafe { _mm512_maskz_loadu_ps(lanes, from.add(place)) }
+    unsafe { _mm512_maskz_loadu_ps(lanes, from.wrapping_add(place)) }
 }
 
 /// `sums += x w^T`, (m, k) by (n, k).
@@ -207,18 +212,23 @@ pub(crate) fn nt(x: &[f32], w: &[f32], k: usize, sums: &mut [f32]) {
     for group in 0..groups {
         let rows = group * m / groups..(group + 1) * m / groups;
         let (x, sums) = (&x[rows.start * k..], &mut sums[rows.start * n..]);
-        // SAFETY: so many rows of x and sums follow; w is n rows.
-        unsafe {
-            match rows.len() {
-                1 => dots::<1, 8>(x, w, k, sums, n),
-                2 => dots::<2, 8>(x, w, k, sums, n),
-                3 => dots::<3, 8>(x, w, k, sums, n),
-                4 => dots::<4, 6>(x, w, k, sums, n),
-                5 => dots::<5, 4>(x, w, k, sums, n),
-                6 => dots::<6, 4>(x, w, k, sums, n),
-                7 => dots::<7, 3>(x, w, k, sums, n),
-                _ => dots::<8, 3>(x, w, k, sums, n),
-            }
+        match rows.len() {
+            // SAFETY: so many rows of x and sums follow; w is n rows.
+            1 => unsafe { dots::<1, 8>(x, w, k, sums, n) },
+            // SAFETY: as above.
+            2 => unsafe { dots::<2, 8>(x, w, k, sums, n) },
+            // SAFETY: as above.
+            3 => unsafe { dots::<3, 8>(x, w, k, sums, n) },
+            // SAFETY: as above.
+            4 => unsafe { dots::<4, 6>(x, w, k, sums, n) },
+            // SAFETY: as above.
+            5 => unsafe { dots::<5, 4>(x, w, k, sums, n) },
+            // SAFETY: as above.
+            6 => unsafe { dots::<6, 4>(x, w, k, sums, n) },
+            // SAFETY: as above.
+            7 => unsafe { dots::<7, 3>(x, w, k, sums, n) },
+            // SAFETY: as above.
+            _ => unsafe { dots::<8, 3>(x, w, k, sums, n) },
         }
     }
 }
@@ -273,7 +283,7 @@ unsafe fn tile_of_dots<const M: usize, const N: usize>(
     for (vectors, sums) in tile.as_flattened().chunks(LANES).zip(flat.chunks_mut(LANES)) {
         let mut sixteen = [_mm512_setzero_ps(); LANES];
         sixteen[..vectors.len()].copy_from_slice(vectors);
-        let all = sum_of_each(sixteen);
+        let all = sum_of_each(&sixteen);
         // SAFETY: the mask is the length of the chunk, of 8 or 16 lanes.
         unsafe { _mm512_mask_storeu_ps(sums.as_mut_ptr(), mask(sums.len()), all) };
     }
@@ -313,7 +323,7 @@ unsafe fn step<const M: usize, const N: usize>(
 /// Lane `i` of the result is the sum of vector `i`.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn sum_of_each(vectors: [__m512; 16]) -> __m512 {
+fn sum_of_each(vectors: &[__m512; 16]) -> __m512 {
     // Halve 16 vectors to 8, 4, 2, 1: each step pairs two vectors, half the lanes from each.
     let halves: [__m512; 8] = core::array::from_fn(|i| {
         let (a, b) = (vectors[2 * i], vectors[2 * i + 1]);
@@ -334,95 +344,4 @@ fn sum_of_each(vectors: [__m512; 16]) -> __m512 {
 #[target_feature(enable = "avx512f")]
 fn sum_of_lanes(a: __m512, b: __m512) -> __m512 {
     _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b))
-}
-
-/// Turns 16 rows of 16 floats into columns.
-#[target_feature(enable = "avx512f")]
-pub(crate) fn transpose(square: &mut [[f32; 16]; 16]) {
-    let mut rows = [_mm512_setzero_ps(); 16];
-    for (to, from) in rows.iter_mut().zip(&*square) {
-        *to = load_f32(from);
-    }
-    // Pairs of rows by values, then by pairs of values, then by 128-bit lanes, twice.
-    let pairs: [__m512d; 16] = core::array::from_fn(|i| {
-        let (a, b) = (rows[i / 2 * 2], rows[i / 2 * 2 + 1]);
-        let pair = if i % 2 == 0 { _mm512_unpacklo_ps(a, b) } else { _mm512_unpackhi_ps(a, b) };
-        _mm512_castps_pd(pair)
-    });
-    // fours[4 q + c]: column c of each 128-bit lane, rows 4 q..4 q + 4.
-    let fours: [__m512; 16] = core::array::from_fn(|i| {
-        let (q, c) = (i / 4, i % 4);
-        let (a, b) = (pairs[4 * q + c / 2], pairs[4 * q + 2 + c / 2]);
-        let four = if c % 2 == 0 { _mm512_unpacklo_pd(a, b) } else { _mm512_unpackhi_pd(a, b) };
-        _mm512_castpd_ps(four)
-    });
-    for c in 0..4 {
-        let [a, b, d, e]: [__m512; 4] = core::array::from_fn(|q| fours[4 * q + c]);
-        let low = [_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0x88>(d, e)];
-        let high = [_mm512_shuffle_f32x4::<0xdd>(a, b), _mm512_shuffle_f32x4::<0xdd>(d, e)];
-        let columns = [
-            _mm512_shuffle_f32x4::<0x88>(low[0], low[1]),
-            _mm512_shuffle_f32x4::<0x88>(high[0], high[1]),
-            _mm512_shuffle_f32x4::<0xdd>(low[0], low[1]),
-            _mm512_shuffle_f32x4::<0xdd>(high[0], high[1]),
-        ];
-        for (lane, column) in columns.into_iter().enumerate() {
-            store(&mut square[4 * lane + c], _mm512_castps_si512(column));
-        }
-    }
-}
-
-/// Writes the values as floats.
-#[target_feature(enable = "avx512f,avx512bw")]
-pub(crate) fn widen(values: Values<'_>, floats: &mut [f32]) {
-    assert_eq!(values.len(), floats.len());
-    let (vectors, rest) = floats.as_chunks_mut::<LANES>();
-    match values {
-        Values::F32(values) => floats.copy_from_slice(values),
-        Values::F16(values) => {
-            let (values, tail) = values.as_chunks();
-            for (to, from) in vectors.iter_mut().zip(values) {
-                store(to, _mm512_castps_si512(load_f16(from)));
-            }
-            Element::widen(tail, rest);
-        }
-        Values::Bf16(values) => {
-            let (values, tail) = values.as_chunks::<LANES>();
-            for (to, from) in vectors.iter_mut().zip(values) {
-                // SAFETY: the array is 32 bytes long; the load takes any alignment.
-                let bits = unsafe { _mm256_loadu_si256(from.as_ptr().cast()) };
-                store(to, _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits)));
-            }
-            Element::widen(tail, rest);
-        }
-    }
-}
-
-/// Rounds to nearest, ties to even.
-#[target_feature(enable = "avx512f,avx512bw")]
-pub(crate) fn round(floats: &[f32], values: ValuesMut<'_>) {
-    assert_eq!(values.len(), floats.len());
-    let (vectors, rest) = floats.as_chunks::<LANES>();
-    match values {
-        ValuesMut::F32(values) => values.copy_from_slice(floats),
-        ValuesMut::F16(values) => {
-            let (to, tail) = values.as_chunks_mut::<LANES>();
-            for (to, from) in to.iter_mut().zip(vectors) {
-                let rounded = _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(load_f32(from));
-                store_half(to, rounded);
-            }
-            Element::narrow(rest, tail);
-        }
-        ValuesMut::Bf16(values) => {
-            let (to, tail) = values.as_chunks_mut::<LANES>();
-            for (to, from) in to.iter_mut().zip(vectors) {
-                let floats = load_f32(from);
-                let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(floats, floats);
-                let quiet = _mm512_set1_epi32(0x7fc0_0000);
-                let bits = _mm512_mask_mov_epi32(round_to_bf16(floats), nan, quiet);
-                store_half(to, _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(bits)));
-            }
-            Element::narrow(rest, tail);
-        }
-    }
 }

@@ -18,11 +18,16 @@ pub(crate) const TOKENS: usize = 512;
 /// Rows of W that a thread takes at a time: whole tiles of the AVX-512 body.
 const STRIP: usize = 8 * 14;
 
-/// Columns of a panel: with a strip's rows it is a fourth of a small second-level cache.
-const COLUMNS: usize = 1024;
-
-/// Rows of a panel for few tokens: it stays in the first-level cache.
-const FEW_ROWS: usize = 12;
+/// Rows and columns of a panel by the number of tokens. For few it is decoded into the first-level
+/// cache or near it; for many it is a fourth of a small second-level cache, and x comes by less
+/// often.
+fn panel(tokens: usize) -> (usize, usize) {
+    match tokens {
+        0..=8 => (12, 1024),
+        9..=64 => (28, 1024),
+        _ => (STRIP, 1024),
+    }
+}
 
 thread_local! {
     /// Panel and sums, kept between jobs and calls: fresh memory costs more than the work on it.
@@ -48,8 +53,12 @@ pub(crate) fn run<T: Element>(
     y: &mut [T],
 ) -> Result<(), CodecError> {
     let count = y.len().checked_div(weight.rows).unwrap_or(0);
-    let tokens =
-        Tokens::new(engine, x, (count, weight.cols), cut(weight.cols, COLUMNS, weight.unit()))?;
+    let tokens = Tokens::new(
+        engine,
+        x,
+        (count, weight.cols),
+        cut(weight.cols, panel(count).1, weight.unit()),
+    )?;
     let work = weight.rows.saturating_mul(weight.cols).saturating_mul(count.div_ceil(4));
     let jobs = strips::split(y, weight.rows, STRIP).into_iter();
     parallel::for_each(work, engine, jobs, |strip: Strip<'_, T>| {
@@ -68,7 +77,7 @@ fn multiply<T: Element>(
 ) {
     let bodies = engine.bodies;
     let rows = strip.columns.clone();
-    let height = if tokens.slivers.is_empty() { FEW_ROWS } else { STRIP };
+    let (height, _) = panel(count);
     let width = tokens.slivers.iter().map(|(_, width)| width).sum::<usize>();
     let columns = tokens.pieces.iter().map(ExactSizeIterator::len).max().unwrap_or(0);
     let (panel_len, rest) = (height * columns, tokens.rest.len());
@@ -86,9 +95,10 @@ fn multiply<T: Element>(
                 weight.widened_piece::<T>(bodies, part.clone(), columns.clone(), panel);
                 let (slivers, few) = tokens.piece(i);
                 let mut turned = &mut turned[..];
-                for (sliver, (_, width)) in slivers.zip(&tokens.slivers) {
+                for (sliver, width, next) in slivers {
                     let (sums, others) = turned.split_at_mut(width * rows.len());
-                    (bodies.matmul_nn)(panel, sliver, *width, &mut sums[..part.len() * width]);
+                    let sums = &mut sums[(start - rows.start) * width..][..part.len() * width];
+                    (bodies.matmul_nn)(panel, sliver, width, sums, next);
                     turned = others;
                 }
                 let place = (start - rows.start) * rest;

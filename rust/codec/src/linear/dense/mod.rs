@@ -9,6 +9,8 @@
 //! All matrices are row-major without gaps; sums is (m, n). Products may be fused with sums, and
 //! each body sums in its own fixed order: they agree to rounding.
 //!
+//! `nn` also takes a slice that is needed next, and fetches it into the second-level cache meanwhile.
+//!
 //! `nt` is for few rows of x: a tile of dot products along k, both matrices as they lie. `nn` is
 //! for many: a tile of sums stays in registers, a row of w meets one value of each row of x.
 //! [`tokens`] lays out x so that a product with many rows of W is an `nn`.
@@ -19,6 +21,11 @@ pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 #[allow(unsafe_code)]
 pub(crate) mod avx512;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod convert_avx2;
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code)]
+pub(crate) mod convert_avx512;
 pub(crate) mod forward;
 pub(crate) mod scalar;
 #[cfg(test)]

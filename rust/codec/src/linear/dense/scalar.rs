@@ -19,7 +19,7 @@ pub(crate) fn nt(x: &[f32], w: &[f32], k: usize, sums: &mut [f32]) {
 }
 
 /// `sums += x w`, (m, k) by (k, n).
-pub(crate) fn nn(x: &[f32], w: &[f32], n: usize, sums: &mut [f32]) {
+pub(crate) fn nn(x: &[f32], w: &[f32], n: usize, sums: &mut [f32], _next: &[f32]) {
     if n == 0 || w.is_empty() {
         return;
     }

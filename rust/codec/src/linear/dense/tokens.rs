@@ -21,6 +21,9 @@ const REST: usize = 8;
 /// Side of a square that is turned at a time.
 const SIDE: usize = 16;
 
+/// A sliver, its width, and what comes after it.
+pub(crate) type Sliver<'a> = (&'a [f32], usize, &'a [f32]);
+
 /// Tokens in slivers, by pieces of columns.
 pub(crate) struct Tokens {
     /// The columns of each piece.
@@ -78,17 +81,16 @@ impl Tokens {
         Ok(this)
     }
 
-    /// The floats of a piece: of its slivers one after another, then of the rest.
-    pub(crate) fn piece(&self, piece: usize) -> (impl Iterator<Item = &[f32]>, &[f32]) {
+    /// The slivers of a piece, and the rest.
+    pub(crate) fn piece(&self, piece: usize) -> (impl Iterator<Item = Sliver<'_>>, &[f32]) {
         let width = self.slivers.iter().map(|(_, width)| width).sum::<usize>();
         let columns = self.pieces[piece].clone();
-        let all = width + self.rest.len();
-        let floats = &self.floats[columns.start * all..columns.end * all];
-        let (mut slivers, rest) = floats.split_at(columns.len() * width);
-        let slivers = self.slivers.iter().map(move |(_, width)| {
-            let (sliver, others) = slivers.split_at(columns.len() * width);
-            slivers = others;
-            sliver
+        let mut floats = &self.floats[columns.start * (width + self.rest.len())..];
+        let rest = &floats[columns.len() * width..][..columns.len() * self.rest.len()];
+        let slivers = self.slivers.iter().map(move |&(_, width)| {
+            let (sliver, others) = floats.split_at(columns.len() * width);
+            floats = others;
+            (sliver, width, &others[..others.len().min(sliver.len())])
         });
         (slivers, rest)
     }
