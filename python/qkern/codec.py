@@ -23,6 +23,7 @@ from qkern.formats import (
 
 METHODS: Final = ("absmax", "search")
 NONFINITE: Final = ("error", "keep")
+COMPUTE: Final = ("exact", "int8")
 
 Array = npt.NDArray[Any]
 U8 = npt.NDArray[np.uint8]
@@ -36,6 +37,15 @@ class Parts(NamedTuple):
     absmax: Array  # fp32 (blocks,), or uint8 codes (blocks,)
     nested_absmax: F32 | None  # fp32 (groups,)
     offset: F32 | None  # fp32 (1,)
+
+
+class Adapter(NamedTuple):
+    """A low-rank adapter: ``scaling (x A^T) B^T`` is added to a product."""
+
+    lora_A: F32  # (r * in_features,)
+    lora_B: F32  # (out_features * r,)
+    r: int
+    scaling: float
 
 
 def encode(values: Array, dtype: str, fmt: QuantFormat, *, nonfinite: str = "error") -> Parts:
@@ -164,6 +174,81 @@ def decode_range(
     packed = parts.packed[fmt.packed_size(first) : fmt.packed_size(last)]
     absmax = parts.absmax[first // fmt.blocksize : fmt.num_blocks(last)]
     decode(Parts(packed, absmax, None, None), fmt.replace(double_quant=False), out, dtype)
+
+
+def linear(
+    x: Array,
+    dtype: str,
+    parts: Parts,
+    fmt: QuantFormat,
+    shape: tuple[int, int],
+    out: Array,
+    *,
+    bias: F32 | None = None,
+    adapter: Adapter | None = None,
+    compute: str = "exact",
+    threads: int = 0,
+) -> None:
+    """Write ``x W^T + bias``, and the adapter's part, into ``out``.
+
+    Args:
+        x: (M * in_features,) float32, or uint16 bits of ``dtype``.
+        dtype: "float32", "float16" or "bfloat16", of ``x`` and ``out``.
+        parts: of W.
+        fmt: how its bytes are read.
+        shape: (out_features, in_features) of W.
+        out: (M * out_features,) like ``x``.
+        bias: (out_features,) or None.
+        adapter: what is added, or None.
+        compute: "exact", or "int8" for products of 8-bit integers where the machine has them.
+        threads: how many, 0 for one per core.
+    """
+    low_rank = {} if adapter is None else _low_rank(adapter)
+    settings = {"bias": bias, "compute": compute, "threads": threads}
+    _native.linear(x, dtype, *_weight(parts, fmt, shape), out, **settings, **low_rank)
+
+
+def linear_backward(
+    grad: Array,
+    dtype: str,
+    parts: Parts,
+    fmt: QuantFormat,
+    shape: tuple[int, int],
+    out: Array,
+    *,
+    adapter: Adapter | None = None,
+    threads: int = 0,
+) -> None:
+    """Write ``dY W``, and the adapter's part, into ``out``: arguments as ``linear``'s."""
+    low_rank = {} if adapter is None else _low_rank(adapter)
+    weight = _weight(parts, fmt, shape)
+    _native.linear_backward(grad, dtype, *weight, out, threads=threads, **low_rank)
+
+
+def lora_gradients(
+    x: Array, grad: Array, dtype: str, adapter: Adapter, dA: F32, dB: F32, *, threads: int = 0
+) -> None:
+    """Write the gradients of an adapter: ``dA`` like ``lora_A``, ``dB`` like ``lora_B``."""
+    outputs = {"grad_a": dA, "grad_b": dB}
+    _native.lora_gradients(x, grad, dtype, *adapter, **outputs, threads=threads)
+
+
+def _weight(parts: Parts, fmt: QuantFormat, shape: tuple[int, int]) -> tuple[Any, ...]:
+    """What the extension takes for a weight."""
+    code = None if fmt.code is None else code_array(fmt.quant_type)
+    nested: tuple[Any, ...] = (None, None, None)
+    if parts.nested_absmax is not None and parts.offset is not None:
+        offset = int(parts.offset.view(np.uint32)[0])  # bits: see the extension
+        nested = (nested_code_array(), parts.nested_absmax, offset)
+    return (parts.packed, code, parts.absmax, *nested, fmt.blocksize, *shape)
+
+
+def _low_rank(adapter: Adapter) -> dict[str, Any]:
+    return {
+        "lora_a": adapter.lora_A,
+        "lora_b": adapter.lora_B,
+        "scaling": adapter.scaling,
+    }
 
 
 def decode_absmax(parts: Parts) -> F32:

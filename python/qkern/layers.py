@@ -32,10 +32,12 @@ class QuantizedLinear(nn.Linear):
 
     Attributes:
         path: where a model holds the layer, for errors; empty until a model is quantized or loaded.
+        compute: "exact" or "int8", see ``qkern.linear``; may be set at any time.
     """
 
     weight: nn.Parameter
     path: str = ""
+    compute: str = "exact"
 
     def __init__(self, weight: QuantizedTensor, bias: nn.Parameter | None = None) -> None:
         nn.Module.__init__(self)
@@ -100,7 +102,7 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
-        return linear(x, self.quantized_weight, self.bias, layer=self)
+        return linear(x, self.quantized_weight, self.bias, compute=self.compute, layer=self)
 
     def extra_repr(self) -> str:
         """Sizes and format, for ``print(model)``."""
@@ -320,9 +322,9 @@ class QLoRALinear(QuantizedLinear):
         weight, A, B = self.quantized_weight, self.lora_A, self.lora_B
         if not (self.training and self.lora_dropout > 0.0):
             lora: dict[str, Any] = {"lora_A": A, "lora_B": B, "scaling": self.scaling}
-            return linear(x, weight, self.bias, **lora, layer=self)
+            return linear(x, weight, self.bias, **lora, compute=self.compute, layer=self)
         # Dropout is on the adapter's input alone, so its part is a pass of its own.
-        y = linear(x, weight, self.bias, layer=self)  # (..., out_features)
+        y = linear(x, weight, self.bias, compute=self.compute, layer=self)  # (..., out_features)
         dropped = nn.functional.dropout(x.to(A.dtype), self.lora_dropout)
         h = nn.functional.linear(dropped, A)  # (..., r)
         return (y + nn.functional.linear(h, B) * self.scaling).to(y.dtype)

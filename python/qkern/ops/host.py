@@ -1,12 +1,8 @@
-"""The CPU side of the operators: torch tensors seen as NumPy buffers, and bounded matmuls.
-
-No dense copy of a whole weight: a panel of rows is dequantized, multiplied and forgotten.
-"""
+"""The CPU side of the operators: torch tensors seen as NumPy buffers, on as many threads as torch's."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,8 +15,6 @@ from qkern.errors import DTypeError
 from qkern.formats import DTYPES, QuantFormat
 from qkern.reference import Parts
 
-# Bytes of a dequantized panel: a few of them stay in the outer cache.
-PANEL_BYTES = 8 << 20
 # Bytes of a fresh output from which huge pages pay: smaller ones the allocator recycles.
 HUGE_BYTES = 4 << 20
 
@@ -109,58 +103,76 @@ def dequantize_into(parts: Parts, fmt: QuantFormat, out: Tensor, *, reused: bool
     codec.decode(as_parts(parts), fmt, as_buffer(out), dtype_name(out.dtype), reused=reused)
 
 
-def matmul(
-    x: Tensor, parts: Parts, fmt: QuantFormat, out_features: int, bias: Tensor | None
+def adapter(
+    lora_A: Tensor | None, lora_B: Tensor | None, scaling: float
+) -> codec.Adapter | None:
+    """A low-rank adapter as fp32 arrays, or None."""
+    if lora_A is None or lora_B is None:
+        return None
+    return codec.Adapter(_floats(lora_A), _floats(lora_B), lora_A.shape[0], scaling)
+
+
+def linear(
+    x: Tensor,
+    parts: Parts,
+    fmt: QuantFormat,
+    out_features: int,
+    bias: Tensor | None,
+    lora: codec.Adapter | None,
+    compute: str,
 ) -> Tensor:
-    """``x W^T + bias``: (..., in_features) to (..., out_features)."""
-    in_features = x.shape[-1]
-    flat = x.reshape(x.shape[:-1].numel(), in_features)  # (M, K)
-    out = x.new_empty(flat.shape[0], out_features)  # (M, N)
-    if in_features == 0:  # an empty sum
-        out[:] = 0 if bias is None else bias
-        return out.reshape(*x.shape[:-1], out_features)
-    for start, panel in _panels(parts, fmt, out_features, in_features, x.dtype):
-        rows = slice(start, start + panel.shape[0])
-        part = None if bias is None else bias[rows]
-        product = torch.nn.functional.linear(flat, panel, part)
-        if panel.shape[0] == out_features:
-            out = product
-        else:
-            out[:, rows] = product
-    return out.reshape(*x.shape[:-1], out_features)
+    """``x W^T + bias`` and the adapter's part: (..., in_features) to (..., out_features)."""
+    out = x.new_empty((*x.shape[:-1], out_features))
+    codec.linear(
+        as_array(x.contiguous()),
+        dtype_name(x.dtype),
+        as_parts(parts),
+        fmt,
+        (out_features, x.shape[-1]),
+        as_buffer(out),
+        bias=None if bias is None else _floats(bias),
+        adapter=lora,
+        compute=compute,
+        threads=torch.get_num_threads(),
+    )
+    return out
 
 
-def matmul_backward(grad: Tensor, parts: Parts, fmt: QuantFormat, in_features: int) -> Tensor:
-    """``dY W``: (..., out_features) to (..., in_features)."""
-    out_features = grad.shape[-1]
-    flat = grad.reshape(grad.shape[:-1].numel(), out_features)  # (M, N)
-    # Summed over panels in fp32: rounding each sum would make the result depend on their size.
-    total = flat.new_zeros(flat.shape[0], in_features, dtype=torch.float32)  # (M, K)
-    for start, panel in _panels(parts, fmt, out_features, in_features, grad.dtype):
-        if panel.shape[0] == out_features:
-            return (flat @ panel).reshape(*grad.shape[:-1], in_features)
-        total += flat[:, start : start + panel.shape[0]] @ panel
-    return total.to(grad.dtype).reshape(*grad.shape[:-1], in_features)
+def linear_backward(
+    grad: Tensor, parts: Parts, fmt: QuantFormat, in_features: int, lora: codec.Adapter | None
+) -> Tensor:
+    """``dY W`` and the adapter's part: (..., out_features) to (..., in_features)."""
+    out = grad.new_empty((*grad.shape[:-1], in_features))
+    codec.linear_backward(
+        as_array(grad.contiguous()),
+        dtype_name(grad.dtype),
+        as_parts(parts),
+        fmt,
+        (grad.shape[-1], in_features),
+        as_buffer(out),
+        adapter=lora,
+        threads=torch.get_num_threads(),
+    )
+    return out
 
 
-def _panels(
-    parts: Parts, fmt: QuantFormat, rows: int, cols: int, dtype: torch.dtype
-) -> Iterator[tuple[int, Tensor]]:
-    """Dense panels of whole rows, (first row, (panel rows, cols)), each valid until the next.
+def lora_gradients(
+    x: Tensor, grad: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """dA (r, in_features) and dB (out_features, r), in the adapter's dtypes."""
+    A = codec.Adapter(_floats(lora_A), _floats(lora_B), lora_A.shape[0], scaling)
+    dA, dB = torch.empty(lora_A.shape), torch.empty(lora_B.shape)
+    codec.lora_gradients(
+        as_array(x.contiguous()),
+        as_array(grad.to(x.dtype).contiguous()),
+        dtype_name(x.dtype),
+        A,
+        as_buffer(dA),
+        as_buffer(dB),
+        threads=torch.get_num_threads(),
+    )
+    return dA.to(lora_A.dtype), dB.to(lora_B.dtype)
 
-    A panel starts where a block starts. Rows that share a block with the next row are taken
-    together, so any ``cols`` is right.
-    """
-    if rows == 0 or cols == 0:
-        return
-    step = fmt.blocksize // math.gcd(cols, fmt.blocksize)  # rows between block starts
-    step *= max(1, PANEL_BYTES // (step * cols * dtype.itemsize))
-    arrays = as_parts(parts)
-    arrays = codec.Parts(arrays.packed, codec.decode_absmax(arrays), None, None)
-    buffer = torch.empty(min(step, rows), cols, dtype=dtype)
-    name, values = dtype_name(dtype), as_buffer(buffer)
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        first, last = start * cols, stop * cols
-        codec.decode_range(arrays, fmt, first, last, values[: last - first], name)
-        yield start, buffer[: stop - start]
+
+def _floats(tensor: Tensor) -> npt.NDArray[Any]:
+    return as_array(tensor.detach().float().contiguous())

@@ -4,7 +4,9 @@
                y = x W^T + s h B^T    (M, N)
     backward   G = s dY B             (M, r)
                dX = dY W + G A        (M, K)       ``qkern::linear_backward``
-               dA = G^T x, dB = s dY^T h, dbias = sum over M of dY
+               dA = G^T x             (r, K)       ``qkern::lora_gradients``
+               dB = s dY^T h          (N, r)
+               dbias = sum over M of dY
 
 M tokens, N out_features, K in_features, r rank, s scaling. Forward and backward multiply the same
 W: ``dequantize(q, x.dtype)``, rounded once.
@@ -18,9 +20,11 @@ import torch
 from torch import Tensor
 
 from qkern import reference
+from qkern.errors import DeviceError
 from qkern.formats import QuantFormat
 from qkern.ops import host
 from qkern.ops.dequantize import FORMAT_SCHEMA, PARTS_SCHEMA, dense
+from qkern.ops.lora_gradients import lora_gradients
 
 _LORA_SCHEMA = "Tensor? lora_A, Tensor? lora_B, float scaling"
 
@@ -34,6 +38,7 @@ def linear(
     lora_A: Tensor | None = None,
     lora_B: Tensor | None = None,
     scaling: float = 1.0,
+    compute: str = "exact",
 ) -> Tensor:
     """The operator, with autocast: x, bias and adapter are cast, scales never are.
 
@@ -48,6 +53,7 @@ def linear(
         lora_A: (r, in_features) or None.
         lora_B: (out_features, r) or None.
         scaling: factor of the adapter's part.
+        compute: "exact" or "int8", see ``qkern.linear``.
 
     Returns:
         (..., out_features) in x's dtype, or in autocast's.
@@ -62,7 +68,9 @@ def linear(
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     weight = (*parts, fmt.quant_type, fmt.blocksize, out_features)
-    out: Tensor = torch.ops.qkern.linear(x, *weight, bias, lora_A, lora_B, scaling)
+    out: Tensor = torch.ops.qkern.linear(
+        x, *weight, bias, lora_A, lora_B, scaling, compute
+    )
     return out
 
 
@@ -70,7 +78,7 @@ def linear(
     "qkern::linear",
     mutates_args=(),
     schema=f"(Tensor x, {PARTS_SCHEMA}, {FORMAT_SCHEMA}, int out_features, Tensor? bias,"
-    f" {_LORA_SCHEMA}) -> Tensor",
+    f" {_LORA_SCHEMA}, str compute='exact') -> Tensor",
 )
 def _linear(
     x: Tensor,
@@ -85,7 +93,11 @@ def _linear(
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     scaling: float,
+    compute: str = "exact",
 ) -> Tensor:
+    if compute != "exact":
+        msg = f"compute={compute!r} is for weights on a CPU, not on {x.device}: leave it out"
+        raise DeviceError(msg)
     fmt = QuantFormat(quant_type, blocksize, nested_absmax is not None)
     parts = reference.Parts(packed, absmax, nested_absmax, offset)
     weight = dense(parts, fmt, (out_features, x.shape[-1]), x.dtype)
@@ -112,23 +124,19 @@ def _(
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     scaling: float,
+    compute: str = "exact",
 ) -> Tensor:
     fmt = QuantFormat(quant_type, blocksize, nested_absmax is not None)
     parts = reference.Parts(packed, absmax, nested_absmax, offset)
-    y = host.matmul(x, parts, fmt, out_features, bias)
-    if lora_A is None or lora_B is None:
-        return y
-    flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.reshape(-1, out_features)  # (M, K), (M, N)
-    h = flat_x.to(lora_A.dtype) @ lora_A.mT  # (M, r)
-    if lora_B.dtype == x.dtype:  # no pass over y of its own
-        return torch.addmm(flat_y, h, lora_B.mT, alpha=scaling).reshape(y.shape)
-    return (y + (h @ lora_B.mT).reshape(y.shape) * scaling).to(x.dtype)
+    adapter = host.adapter(lora_A, lora_B, scaling)
+    return host.linear(x, parts, fmt, out_features, bias, adapter, compute)
 
 
 @torch.library.custom_op(
     "qkern::linear_backward",
     mutates_args=(),
-    schema=f"(Tensor grad, {PARTS_SCHEMA}, {FORMAT_SCHEMA}, int in_features) -> Tensor",
+    schema=f"(Tensor grad, {PARTS_SCHEMA}, {FORMAT_SCHEMA}, int in_features,"
+    " Tensor? lora_A=None, Tensor? lora_B=None, float scaling=1.0) -> Tensor",
 )
 def _linear_backward(
     grad: Tensor,
@@ -139,16 +147,22 @@ def _linear_backward(
     quant_type: str,
     blocksize: int,
     in_features: int,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    scaling: float = 1.0,
 ) -> Tensor:
-    """``dY W``: (..., out_features) to (..., in_features)."""
+    """``dY W + scaling (dY B) A``: (..., out_features) to (..., in_features)."""
     fmt = QuantFormat(quant_type, blocksize, nested_absmax is not None)
     parts = reference.Parts(packed, absmax, nested_absmax, offset)
-    return grad @ dense(parts, fmt, (grad.shape[-1], in_features), grad.dtype)
+    dX = grad @ dense(parts, fmt, (grad.shape[-1], in_features), grad.dtype)
+    if lora_A is None or lora_B is None:
+        return dX
+    return _add_product(dX, (grad.to(lora_B.dtype) @ lora_B) * scaling, lora_A)
 
 
 @_linear_backward.register_fake
 def _(grad: Tensor, *args: Any) -> Tensor:
-    in_features = args[-1]
+    in_features = args[6]
     return grad.new_empty((*grad.shape[:-1], in_features))
 
 
@@ -162,15 +176,19 @@ def _(
     quant_type: str,
     blocksize: int,
     in_features: int,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    scaling: float = 1.0,
 ) -> Tensor:
     fmt = QuantFormat(quant_type, blocksize, nested_absmax is not None)
     parts = reference.Parts(packed, absmax, nested_absmax, offset)
-    return host.matmul_backward(grad, parts, fmt, in_features)
+    adapter = host.adapter(lora_A, lora_B, scaling)
+    return host.linear_backward(grad, parts, fmt, in_features, adapter)
 
 
 def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, packed, absmax, nested_absmax, offset, quant_type, blocksize = inputs[:7]
-    out_features, _, lora_A, lora_B, scaling = inputs[7:]
+    out_features, _, lora_A, lora_B, scaling, _ = inputs[7:]
     needs_x = lora_A is not None and (ctx.needs_input_grad[9] or ctx.needs_input_grad[10])
     ctx.save_for_backward(
         x if needs_x else None, packed, absmax, nested_absmax, offset, lora_A, lora_B
@@ -181,25 +199,25 @@ def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, *parts, lora_A, lora_B = ctx.saved_tensors
-    quant_type, blocksize, in_features, out_features = ctx.sizes
+    *weight, out_features = ctx.sizes
     need_x, need_bias, need_A, need_B = (ctx.needs_input_grad[i] for i in (0, 8, 9, 10))
-    dX = dbias = dA = dB = G = None
-    if lora_A is not None and (need_x or need_A):
-        G = (grad.to(lora_B.dtype) @ lora_B) * ctx.scaling  # (..., r)
-    if need_x:
-        dX = torch.ops.qkern.linear_backward(grad, *parts, quant_type, blocksize, in_features)
-        if G is not None:
-            dX = _add_product(dX, G, lora_A)  # (..., in_features)
+    dX = dbias = dA = dB = None
     if need_bias:
         dbias = grad.reshape(-1, out_features).sum(0)
-    if need_A or need_B:
-        flat_x = x.reshape(-1, in_features).to(lora_A.dtype)  # (M, in_features)
-        flat_grad = grad.reshape(-1, out_features).to(lora_A.dtype)  # (M, out_features)
-        if need_A and G is not None:
-            dA = G.reshape(-1, G.shape[-1]).mT @ flat_x  # (r, in_features)
-        if need_B:
-            dB = flat_grad.mT @ (flat_x @ lora_A.mT) * ctx.scaling  # (out_features, r)
-    return (dX, *[None] * 7, dbias, dA, dB, None)
+    if torch.is_grad_enabled():  # gradients of gradients: in operations that have theirs
+        if need_x:
+            dX = torch.ops.qkern.linear_backward(grad, *parts, *weight)
+            if lora_A is not None:
+                dX = _add_product(dX, (grad.to(lora_B.dtype) @ lora_B) * ctx.scaling, lora_A)
+        if need_A or need_B:
+            dA, dB = lora_gradients(x, grad, lora_A, lora_B, ctx.scaling)
+    else:
+        if need_x:
+            adapter = (lora_A, lora_B, ctx.scaling)
+            dX = torch.ops.qkern.linear_backward(grad, *parts, *weight, *adapter)
+        if need_A or need_B:
+            dA, dB = torch.ops.qkern.lora_gradients(x, grad, lora_A, lora_B, ctx.scaling)
+    return (dX, *[None] * 7, dbias, dA if need_A else None, dB if need_B else None, None, None)
 
 
 def _add_product(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -211,7 +229,7 @@ def _add_product(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    grad, packed, absmax, nested_absmax, offset, quant_type, blocksize, _ = inputs
+    grad, packed, absmax, nested_absmax, offset, quant_type, blocksize = inputs[:7]
     ctx.save_for_backward(packed, absmax, nested_absmax, offset)
     ctx.sizes = (quant_type, blocksize, grad.shape[-1])
 
@@ -222,7 +240,7 @@ def _double_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         weight = (*ctx.saved_tensors, *ctx.sizes)
         product = torch.ops.qkern.linear(grad, *weight, None, None, None, 1.0)
-    return (product, *[None] * 7)
+    return (product, *[None] * 10)
 
 
 _linear.register_autograd(_backward_linear, setup_context=_setup_linear)
