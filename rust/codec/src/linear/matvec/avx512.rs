@@ -143,10 +143,9 @@ fn four_bit<const M: usize, const R: usize>(
             *scales = places.scales(weight, row + r, g, R);
         }
         for (c, places) in (first..chunks).zip(&places.lanes[..places.chunks]) {
-            let ahead = ahead(c, chunks, R);
             let (mut windows, mut of_x) = ([&[0; WINDOW]; R], [&x[0][0]; M]);
             for (r, end) in ends.iter_mut().enumerate() {
-                prefetch(bytes[r], ahead);
+                prefetch(bytes[0], ahead(r, c, chunks, R));
                 let rest = &bytes[r][c * 64..];
                 windows[r] = if let Some(window) = rest.first_chunk() {
                     window
@@ -199,12 +198,20 @@ pub(crate) fn end_of<T: Copy + Default, const N: usize>(bytes: &[T]) -> [T; N] {
     core::array::from_fn(|i| bytes.get(i).copied().unwrap_or_default())
 }
 
-/// Where to fetch while chunk `c` of a row is multiplied: further on in the row, or in the row that
-/// will be read there when R rows are done.
+/// Where to fetch while chunk `c` of row `r` of some is multiplied, from the first of these rows on.
+///
+/// Short rows share a page: the next ones are fetched in the order of their addresses. Longer ones
+/// are fetched further on in the row, or in the row that will be read there when these are done.
 #[inline(always)]
-pub(crate) fn ahead(c: usize, chunks: usize, rows: usize) -> usize {
+pub(crate) fn ahead(r: usize, c: usize, chunks: usize, rows: usize) -> usize {
     let next = c + AHEAD;
-    64 * if next < chunks { next } else { next + (rows - 1) * chunks }
+    64 * if 2 * chunks < AHEAD {
+        rows * chunks + c * rows + r
+    } else if next < chunks {
+        r * chunks + next
+    } else {
+        (r + rows - 1) * chunks + next
+    }
 }
 
 /// The sums of R rows of 8-bit codes.
@@ -255,9 +262,8 @@ fn int8_whole<const M: usize, const R: usize>(
     for (i, block) in blocks.enumerate() {
         let mut products = [[_mm512_setzero_ps(); M]; R];
         for p in block * a_block..(block + 1) * a_block {
-            let ahead = ahead(p, pieces, R) - 64 * p;
-            for codes in &codes {
-                prefetch(&codes[p], ahead);
+            for r in 0..R {
+                prefetch(codes[0], ahead(r, p, pieces, R));
             }
             for j in 0..4 {
                 let mut of_x = [_mm512_setzero_ps(); M];
