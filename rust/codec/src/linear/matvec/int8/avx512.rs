@@ -6,8 +6,9 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use crate::dequantize_int8::STEP;
-use crate::linear::matvec::avx512::{ahead, by_rows, end_of, load_scales, Places};
+use crate::linear::matvec::avx512::{ahead, by_rows, end_of};
 use crate::linear::matvec::int8::{Chunk, Piece, Rounded, BLOCK, CHUNK};
+use crate::linear::matvec::scales_avx512::{load_scales, Places};
 use crate::linear::weight::{Codes, Weight};
 use crate::x86::avx512::{lanes, load, load_f32};
 use crate::x86::prefetch;
