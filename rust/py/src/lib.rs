@@ -26,7 +26,9 @@ mod _native {
         search_scales, simd,
     };
 
+    #[pymodule_export]
     use crate::linear::{linear, linear_backward, lora_gradients};
+
     #[pymodule_export]
     use crate::pages::advise_huge_pages;
 

@@ -13,11 +13,11 @@ use std::borrow::Cow;
 use std::ops::Range;
 
 use crate::dequantize_int8::STEP;
-use crate::double_quant::NESTED_BLOCKSIZE;
 use crate::linear::matvec::by_token;
-use crate::linear::weight::{Codes, Scales, Weight};
+use crate::linear::matvec::scales_avx512::{load_scales, Places};
+use crate::linear::weight::{Codes, Weight};
 use crate::x86::avx2::load_half;
-use crate::x86::avx512::{lanes, load, load_bytes, load_f32, load_some, lookup};
+use crate::x86::avx512::{lanes, load, load_bytes, load_f32, load_some};
 use crate::x86::prefetch;
 
 /// Codes that are multiplied together.
@@ -26,20 +26,6 @@ const CHUNK: usize = 128;
 const WINDOW: usize = CHUNK / 2 + 3;
 /// How far ahead bytes are fetched, in chunks.
 const AHEAD: usize = 64;
-
-/// The scales that a lane of chunk `i` needs, of 16: two a chunk, and four where blocks are of 32.
-static PLACES: [[u32; 16]; 8] = places(8);
-static PLACES_32: [[u32; 16]; 8] = places(4);
-
-const fn places(lanes: u32) -> [[u32; 16]; 8] {
-    let mut places = [[0; 16]; 8];
-    let mut i = 0;
-    while i < 128 {
-        places[i / 16][i % 16] = i as u32 / lanes % 16;
-        i += 1;
-    }
-    places
-}
 
 /// The tokens in the order of [`exact`], each filled up with zeros to whole chunks.
 pub(crate) fn arrange<'a>(x: &'a [f32], weight: &Weight<'_>) -> Cow<'a, [f32]> {
@@ -143,10 +129,9 @@ fn four_bit<const M: usize, const R: usize>(
             *scales = places.scales(weight, row + r, g, R);
         }
         for (c, places) in (first..chunks).zip(&places.lanes[..places.chunks]) {
-            let ahead = ahead(c, chunks, R);
             let (mut windows, mut of_x) = ([&[0; WINDOW]; R], [&x[0][0]; M]);
             for (r, end) in ends.iter_mut().enumerate() {
-                prefetch(bytes[r], ahead);
+                prefetch(bytes[0], ahead(r, c, chunks, R));
                 let rest = &bytes[r][c * 64..];
                 windows[r] = if let Some(window) = rest.first_chunk() {
                     window
@@ -199,12 +184,20 @@ pub(crate) fn end_of<T: Copy + Default, const N: usize>(bytes: &[T]) -> [T; N] {
     core::array::from_fn(|i| bytes.get(i).copied().unwrap_or_default())
 }
 
-/// Where to fetch while chunk `c` of a row is multiplied: further on in the row, or in the row that
-/// will be read there when R rows are done.
+/// Where to fetch while chunk `c` of row `r` of some is multiplied, from the first of these rows on.
+///
+/// Short rows share a page: the next ones are fetched in the order of their addresses. Longer ones
+/// are fetched further on in the row, or in the row that will be read there when these are done.
 #[inline(always)]
-pub(crate) fn ahead(c: usize, chunks: usize, rows: usize) -> usize {
+pub(crate) fn ahead(r: usize, c: usize, chunks: usize, rows: usize) -> usize {
     let next = c + AHEAD;
-    64 * if next < chunks { next } else { next + (rows - 1) * chunks }
+    64 * if 2 * chunks < AHEAD {
+        rows * chunks + c * rows + r
+    } else if next < chunks {
+        r * chunks + next
+    } else {
+        (r + rows - 1) * chunks + next
+    }
 }
 
 /// The sums of R rows of 8-bit codes.
@@ -255,9 +248,8 @@ fn int8_whole<const M: usize, const R: usize>(
     for (i, block) in blocks.enumerate() {
         let mut products = [[_mm512_setzero_ps(); M]; R];
         for p in block * a_block..(block + 1) * a_block {
-            let ahead = ahead(p, pieces, R) - 64 * p;
-            for codes in &codes {
-                prefetch(&codes[p], ahead);
+            for r in 0..R {
+                prefetch(codes[0], ahead(r, p, pieces, R));
             }
             for j in 0..4 {
                 let mut of_x = [_mm512_setzero_ps(); M];
@@ -308,70 +300,6 @@ fn int8_any<const M: usize, const R: usize>(
                 }
                 sums[r][m] = _mm512_fmadd_ps(product, scale, sums[r][m]);
             }
-        }
-    }
-}
-
-/// How the scales of a row are spread over chunks.
-pub(crate) struct Places {
-    /// Chunks that 16 scales reach for.
-    pub(crate) chunks: usize,
-    /// Of those, the scale that each lane of each chunk needs.
-    pub(crate) lanes: &'static [[u32; 16]; 8],
-    /// Blocks are of 64 values, shifted by this.
-    shift: u32,
-}
-
-impl Places {
-    #[inline(always)]
-    pub(crate) fn new(weight: &Weight<'_>) -> Self {
-        if weight.blocksize < 64 {
-            Self { chunks: 4, lanes: &PLACES_32, shift: 0 }
-        } else {
-            Self { chunks: 8, lanes: &PLACES, shift: (weight.blocksize / 64).ilog2() }
-        }
-    }
-
-    /// The scales of group `g` of chunks of a row, one a lane: each stands for 64 values, or 32 if
-    /// blocks are of 32. Lanes beyond the row are zero. Wide ones are fetched `rows` further on.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-    pub(crate) fn scales(&self, weight: &Weight<'_>, row: usize, g: usize, rows: usize) -> __m512 {
-        let a_row = weight.cols / weight.blocksize;
-        let first = (16 * g) >> self.shift;
-        let count = (a_row - first).min(16);
-        if let Scales::Plain(scales) = weight.scales {
-            prefetch(scales, 4 * ((row + rows) * a_row + first));
-        }
-        let scales = load_scales(&weight.scales, row * a_row + first, count);
-        if self.shift == 0 {
-            return scales;
-        }
-        let lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        let from = _mm512_set1_epi32((16 * g - (first << self.shift)) as i32);
-        let shift = _mm_cvtsi32_si128(self.shift as i32);
-        _mm512_permutexvar_ps(_mm512_srl_epi32(_mm512_add_epi32(lanes, from), shift), scales)
-    }
-}
-
-/// Up to 16 scales from that of block `first` on; the lanes behind them are zero.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-pub(crate) fn load_scales(scales: &Scales<'_>, first: usize, count: usize) -> __m512 {
-    match *scales {
-        Scales::Plain(scales) => load_some(&scales[first..first + count]),
-        Scales::Nested { codes, table, nested, offset } => {
-            let codes = load_bytes(&codes[first..first + count]);
-            let values = lookup(table, _mm512_cvtepu8_epi32(codes));
-            // The second-level scales of the first lane and the last: there are no others.
-            let group = first / NESTED_BLOCKSIZE;
-            let next = (group + 1) * NESTED_BLOCKSIZE - first;
-            let behind = u16::MAX.checked_shl(next as u32).unwrap_or(0);
-            let (near, far) = (nested[group], nested[(first + count - 1) / NESTED_BLOCKSIZE]);
-            let nested = _mm512_mask_blend_ps(behind, _mm512_set1_ps(near), _mm512_set1_ps(far));
-            let present = u16::MAX >> (16 - count);
-            // Two roundings, as everywhere.
-            _mm512_maskz_add_ps(present, _mm512_mul_ps(values, nested), _mm512_set1_ps(offset))
         }
     }
 }

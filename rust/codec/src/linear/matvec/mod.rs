@@ -15,6 +15,8 @@ pub(crate) mod avx2;
 pub(crate) mod avx512;
 pub(crate) mod int8;
 pub(crate) mod scalar;
+#[cfg(target_arch = "x86_64")]
+mod scales_avx512;
 #[cfg(test)]
 mod tests;
 

@@ -73,7 +73,9 @@ impl Owned {
         let code = match &self.table {
             Some(table) => {
                 let byte = self.codes[i / 2];
-                f64::from(table[usize::from(if i % 2 == 0 { byte >> 4 } else { byte & 15 })])
+                f64::from(
+                    table[usize::from(if i.is_multiple_of(2) { byte >> 4 } else { byte & 15 })],
+                )
             }
             None => f64::from(self.signed[i]) / 127.0,
         };
@@ -307,7 +309,7 @@ fn scales_and_values_near_the_ends_of_the_range_do_not_overflow_or_vanish() {
             let mut w = Owned::new(5, [5, 192, 64], table);
             w.absmax.iter_mut().for_each(|a| *a *= 10.0 * scale);
             let mut x = random(6, w.cols);
-            x.iter_mut().for_each(|x| *x *= size);
+            x = x.into_iter().map(|x| x * size).collect();
             for bodies in available() {
                 let name = bodies.name();
                 let error = w.error(&x, &run(bodies, &w, &x, Compute::Exact));

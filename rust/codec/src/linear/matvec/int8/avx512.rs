@@ -6,8 +6,9 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use crate::dequantize_int8::STEP;
-use crate::linear::matvec::avx512::{ahead, by_rows, end_of, load_scales, Places};
+use crate::linear::matvec::avx512::{ahead, by_rows, end_of};
 use crate::linear::matvec::int8::{Chunk, Piece, Rounded, BLOCK, CHUNK};
+use crate::linear::matvec::scales_avx512::{load_scales, Places};
 use crate::linear::weight::{Codes, Weight};
 use crate::x86::avx512::{lanes, load, load_f32};
 use crate::x86::prefetch;
@@ -70,9 +71,8 @@ fn four_bit<const R: usize>(
         }
         for (i, (x, lanes)) in group.iter().zip(places.lanes).enumerate() {
             let c = g * places.chunks + i;
-            let ahead = ahead(c, chunks, R);
             for r in 0..R {
-                prefetch(bytes[r], ahead);
+                prefetch(bytes[0], ahead(r, c, chunks, R));
                 let rest = &bytes[r][c * 64..];
                 let codes = if let Some(codes) = rest.first_chunk() {
                     codes
@@ -129,10 +129,10 @@ fn int8<const R: usize>(
         for block in first..first + count {
             let mut parts = [_mm512_setzero_ps(); R];
             for c in block * a_block..((block + 1) * a_block).min(pieces) {
-                let (x, ahead) = (&x[c], ahead(c, pieces, R));
+                let x = &x[c];
                 let step = _mm512_set1_ps(x.step);
                 for r in 0..R {
-                    prefetch(codes[r], ahead);
+                    prefetch(codes[0], ahead(r, c, pieces, R));
                     let rest = &codes[r][c * BLOCK..];
                     let codes = match rest.first_chunk::<BLOCK>() {
                         Some(codes) => load(codes),
