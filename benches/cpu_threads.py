@@ -126,16 +126,16 @@ Builder = Callable[[Effort, int], list[Engine]]
 
 def cases(size: tuple[int, int], *, quick: bool) -> dict[str, Builder]:
     """What builds the engines of each group; the groups are measured one after the other."""
-    small = SMALL[:1] if quick else SMALL
     Ms = (1, 32) if quick else (1, 8, 32, 512)
     found: dict[str, Builder] = {
         "limits": memory_limits,
         "codec": partial(codec_engines, size=size),
         "linear": partial(linear_engines, size=size, Ms=Ms),
     }
-    if not quick:
-        found["train"] = partial(train_engines, size=size, M=Ms[-1])
-    for s in small:
+    if quick:
+        return found
+    found["train"] = partial(train_engines, size=size, M=Ms[-1])
+    for s in SMALL:
         found[f"linear, small, {s[0]}"] = partial(linear_engines, size=s, Ms=(1, 32))
     return found
 

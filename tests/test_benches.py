@@ -129,6 +129,24 @@ def test_cpu_bench_judges_goals_and_lists_what_is_absent(
     assert "absent: torchao int4: ImportError: no torchao" in report.table(rows)
 
 
+def test_saved_cpu_figures_come_into_the_readme(
+    load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    bench, harness, readme = load("bench_cpu"), load("harness"), load("readme")
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    assert readme._cpu() == []
+    about = {"case": "linear", "dtype": "bf16", "N": 4096, "K": 4096, "clock": "thread CPU"}
+    ratio = "times faster than torch bf16"
+    rows = [{**about, "M": M, "engine": "qkern", "median": 1.0, ratio: M / 8} for M in (8, 32)]
+    bench.save(rows)
+    text = "\n".join(readme._cpu())
+    assert f"| linear M=32, qkern, {ratio} | 4 |" in text
+    assert "fp32, share of read" not in text
+    assert "cpu_ladder.svg" in text
+    assert (tmp_path / "cpu_ladder.svg").exists()
+
+
 def test_limits_of_memory_need_a_compiler_and_say_so(
     load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
 ) -> None:
