@@ -11,6 +11,7 @@ DEMO_ARGS ?=# arguments of the demo
 BENCH_ARGS ?=# arguments of the bench
 PEERS ?=# 1: bench-cpu first installs the packages that it compares with, some minutes
 NIGHTLY ?= nightly# toolchain of `make sanitize`, with its components miri and rust-src
+QEMU_CPU ?= max# processor that `make test-neon` emulates; cortex-a53 has no half-precision arithmetic
 
 VENV := .venv
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
@@ -26,8 +27,8 @@ export PYO3_PYTHON := $(abspath $(VENV_PYTHON))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install build sdist lint format test test-rust test-python test-large \
-	test-wheel demo bench-codec bench-cpu bench-methods bench-scales \
+.PHONY: help install build sdist lint format test test-rust test-neon test-python \
+	test-large test-wheel demo bench-codec bench-cpu bench-methods bench-scales \
 	sanitize clean missing
 
 help: ## show this help
@@ -63,6 +64,19 @@ test: test-rust $(VENV)/.dev ## all tests: Rust, then Python with those of the w
 
 test-rust: ## the tests of the Rust crates
 	cargo test --workspace --exclude qkern-py
+
+# Compiled here, run by an emulator. On an ARM machine `make test-rust` is the same without one.
+test-neon: export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER = aarch64-linux-gnu-gcc
+test-neon: export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER = \
+	qemu-aarch64 -cpu $(QEMU_CPU) -L /usr/aarch64-linux-gnu
+test-neon: ## the Rust tests for 64-bit ARM under qemu: minutes, on Linux
+	@command -v qemu-aarch64 >/dev/null && command -v aarch64-linux-gnu-gcc >/dev/null || { \
+		echo "error: an emulator and a linker are missing: install qemu-user and" \
+			"gcc-aarch64-linux-gnu (Debian, Ubuntu)" >&2; exit 1; }
+	@ls "$$(rustc --print target-libdir --target aarch64-unknown-linux-gnu)" >/dev/null 2>&1 || { \
+		echo "error: Rust's library for ARM is missing:" \
+			"rustup target add aarch64-unknown-linux-gnu" >&2; exit 1; }
+	cargo test -p qkern-codec --target aarch64-unknown-linux-gnu
 
 test-python: $(VENV)/.dev ## the Python tests that need no network
 	$(VENV_PYTHON) -m pytest -m "not wheel" $(PYTEST_ARGS)

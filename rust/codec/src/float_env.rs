@@ -108,9 +108,9 @@ mod control {
     pub(super) type Register = u32;
 
     pub(super) const DEFAULT: Register = 0;
-    pub(super) const MODES: Register = 0;
+    pub(super) const MODES: Register = 1;
     #[cfg(test)]
-    pub(super) const FLUSH: Register = 0;
+    pub(super) const FLUSH: Register = 1;
 
     pub(super) fn read() -> Register {
         DEFAULT
