@@ -3,7 +3,7 @@
 use std::arch::asm;
 use std::arch::x86_64::*;
 
-use crate::x86::avx2::store;
+use crate::x86::avx2::{load, store};
 use crate::x86::Ahead;
 
 /// Floats in a vector.
@@ -47,9 +47,19 @@ pub(crate) fn nn(x: &[f32], w: &[f32], n: usize, sums: &mut [f32], next: &[f32])
 #[inline]
 #[target_feature(enable = "avx2")]
 fn mask(width: usize) -> __m256i {
-    let lanes = (width - 1) % LANES + 1;
-    let places = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    _mm256_cmpgt_epi32(_mm256_set1_epi32(lanes as i32), places)
+    /// Eight lanes that are set, then eight that are not.
+    const LANES_SET: [f32; 16] = {
+        let mut lanes = [0.0; 16];
+        let mut lane = 0;
+        while lane < LANES {
+            lanes[lane] = f32::from_bits(u32::MAX);
+            lane += 1;
+        }
+        lanes
+    };
+    let from = LANES - ((width - 1) % LANES + 1);
+    let (lanes, _) = LANES_SET[from..].split_first_chunk::<LANES>().expect("from is less than 8");
+    load(lanes)
 }
 
 /// A tile of a product: pointers to its first row and column, and what is the same for all.
@@ -114,7 +124,7 @@ impl Tile<'_> {
             for (v, row) in row.iter_mut().enumerate() {
                 let lanes = if v == last { self.mask } else { _mm256_set1_epi32(-1) };
                 // SAFETY: row k of w, whose columns here the caller vouches for.
-                *row = unsafe { load(w, k * self.n + v * LANES, lanes) };
+                *row = unsafe { load_lanes(w, k * self.n + v * LANES, lanes) };
             }
             for (r, tile) in tile.iter_mut().enumerate() {
                 // SAFETY: value k of row r of x, of which there are R.
@@ -127,7 +137,7 @@ impl Tile<'_> {
                 let lanes = if v == last { self.mask } else { _mm256_set1_epi32(-1) };
                 let place = r * self.n + v * LANES;
                 // SAFETY: row r of the sums, whose columns here the caller vouches for.
-                let sum = _mm256_add_ps(unsafe { load(sums, place, lanes) }, sum);
+                let sum = _mm256_add_ps(unsafe { load_lanes(sums, place, lanes) }, sum);
                 // SAFETY: as above.
                 unsafe { _mm256_maskstore_ps(sums.wrapping_add(place), lanes, sum) };
             }
@@ -196,7 +206,7 @@ unsafe fn add_product<const V: usize>(
 /// Those that are asked for must be there.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn load(from: *const f32, place: usize, lanes: __m256i) -> __m256 {
+unsafe fn load_lanes(from: *const f32, place: usize, lanes: __m256i) -> __m256 {
     // SAFETY: the caller's promise; a masked load reads nothing else.
     unsafe { _mm256_maskload_ps(from.wrapping_add(place), lanes) }
 }
@@ -304,11 +314,11 @@ unsafe fn step<const M: usize, const N: usize>(
     let mut rows = [_mm256_setzero_ps(); N];
     for (j, row) in rows.iter_mut().enumerate() {
         // SAFETY: the caller's promise.
-        *row = unsafe { load(w, j * k + at, lanes) };
+        *row = unsafe { load_lanes(w, j * k + at, lanes) };
     }
     for (i, tile) in tile.iter_mut().enumerate() {
         // SAFETY: the caller's promise.
-        let x = unsafe { load(x, i * k + at, lanes) };
+        let x = unsafe { load_lanes(x, i * k + at, lanes) };
         for (sum, row) in tile.iter_mut().zip(rows) {
             *sum = _mm256_fmadd_ps(x, row, *sum);
         }

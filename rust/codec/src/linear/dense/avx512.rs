@@ -67,8 +67,8 @@ impl Tile<'_> {
     unsafe fn two(self, rows: usize, sums: &mut [f32]) -> usize {
         match rows {
             // SAFETY: passed on.
-            14.. => unsafe { self.run::<14, 2>(sums) },
-            // SAFETY: passed on.
+            14 | 17.. => unsafe { self.run::<14, 2>(sums) },
+            // SAFETY: passed on. Of 16 rows, a common rank, 2 would be left over.
             8.. => unsafe { self.run::<8, 2>(sums) },
             // SAFETY: passed on.
             4.. => unsafe { self.run::<4, 2>(sums) },

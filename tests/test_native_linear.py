@@ -1,0 +1,89 @@
+"""The native linear layer, as bound: what it computes, and what it refuses."""
+
+import numpy as np
+import pytest
+
+from qkern import _native
+from qkern.errors import DTypeError, FormatError, ShapeError
+
+CODE = np.linspace(-1, 1, 16, dtype=np.float32)
+ROWS, COLS, TOKENS, RANK = 70, 128, 20, 3
+
+
+def weight(kind: str, rng: np.random.Generator) -> tuple[tuple[object, ...], np.ndarray]:
+    """The arguments that describe a weight, and its values in fp32."""
+    blocks = ROWS * COLS // 64
+    absmax = rng.random(blocks, np.float32) + 0.5
+    dense = np.empty(ROWS * COLS, np.float32)
+    if kind == "int8":
+        packed = rng.integers(-127, 128, ROWS * COLS, np.int8)
+        _native.dequantize_int8(packed, absmax, 64, dense, "float32")
+        return (packed, None, absmax, None, None, None, 64, ROWS, COLS), dense
+    packed = rng.integers(0, 256, ROWS * COLS // 2, np.uint8)
+    nested: tuple[object, ...] = (absmax, None, None, None)
+    if kind == "nested":
+        table = np.linspace(-1, 1, 256, dtype=np.float32)
+        codes, second = np.empty(blocks, np.uint8), np.empty(-(-blocks // 256), np.float32)
+        offset, _ = _native.quantize_absmax(absmax, table, codes, second)
+        _native.dequantize_absmax(codes, table, second, offset, absmax)
+        nested = (codes, table, second, offset)
+    _native.dequantize_4bit(packed, absmax, CODE, 64, dense, "float32")
+    return (packed, CODE, *nested, 64, ROWS, COLS), dense
+
+
+@pytest.mark.parametrize("simd", _native.available_simd())
+@pytest.mark.parametrize("kind", ["plain", "nested", "int8"])
+def test_forward_and_gradients_are_those_of_the_dense_layer(kind: str, simd: str) -> None:
+    rng = np.random.default_rng(1)
+    parts, flat = weight(kind, rng)
+    dense = flat.reshape(ROWS, COLS).astype(np.float64)
+    x, dy = rng.random((TOKENS, COLS), np.float32), rng.random((TOKENS, ROWS), np.float32)
+    a, b = rng.random((RANK, COLS), np.float32), rng.random((ROWS, RANK), np.float32)
+    bias = rng.random(ROWS, np.float32)
+    adapter = {"lora_a": a.ravel(), "lora_b": b.ravel(), "scaling": 2.0}
+
+    y = np.full(TOKENS * ROWS, np.nan, np.float32)
+    _native.linear(x.ravel(), "float32", *parts, y, bias=bias, **adapter, simd=simd)
+    h, g = 2.0 * (x @ a.T), 2.0 * (dy @ b)
+    np.testing.assert_allclose(y.reshape(TOKENS, ROWS), x @ dense.T + h @ b.T + bias, 1e-4, 1e-3)
+
+    dx = np.full(TOKENS * COLS, np.nan, np.float32)
+    _native.linear_backward(dy.ravel(), "float32", *parts, dx, **adapter, simd=simd)
+    np.testing.assert_allclose(dx.reshape(TOKENS, COLS), dy @ dense + g @ a, 1e-4, 1e-3)
+
+    da, db = np.full(RANK * COLS, np.nan, np.float32), np.full(ROWS * RANK, np.nan, np.float32)
+    _native.lora_gradients(
+        x.ravel(),
+        dy.ravel(),
+        "float32",
+        a.ravel(),
+        b.ravel(),
+        RANK,
+        2.0,
+        grad_a=da,
+        grad_b=db,
+        simd=simd,
+    )
+    np.testing.assert_allclose(da.reshape(RANK, COLS), g.T @ x, 1e-4)
+    np.testing.assert_allclose(db.reshape(ROWS, RANK), dy.T @ h, 1e-4)
+
+
+def test_arguments_that_do_not_fit_are_refused() -> None:
+    parts, _ = weight("plain", np.random.default_rng(1))
+    x, y = np.zeros(2 * COLS, np.float32), np.zeros(2 * ROWS, np.float32)
+    with pytest.raises(FormatError, match='allowed are "exact" and "int8"'):
+        _native.linear(x, "float32", *parts, y, compute="fp8")
+    with pytest.raises(ShapeError, match="x has length 255, but 2 tokens need 256"):
+        _native.linear(x[:-1], "float32", *parts, y)
+    with pytest.raises(ShapeError, match="shares memory with another array"):
+        _native.linear_backward(x[: 2 * ROWS], "float32", *parts, x)
+    with pytest.raises(ShapeError, match="an adapter is lora_a and lora_b"):
+        _native.linear(x, "float32", *parts, y, lora_a=np.zeros(COLS, np.float32))
+    a, b = np.zeros(COLS, np.float32), np.zeros(1, np.float32)
+    with pytest.raises(ShapeError, match="lora_B has length 1, but"):
+        _native.linear(x, "float32", *parts, y, lora_a=a, lora_b=b)
+    with pytest.raises(DTypeError, match="values has dtype float32: pass uint16"):
+        _native.linear(x, "bfloat16", *parts, y)
+    packed, code, absmax, *_ = parts
+    with pytest.raises(FormatError, match="8-bit scales need nested_code"):
+        _native.linear(x, "float32", packed, code, absmax, None, None, 0, 64, ROWS, COLS, y)
