@@ -8,6 +8,7 @@
 //! chooses.
 
 use std::arch::x86_64::*;
+use std::ops::Range;
 
 use crate::linear::amx::tiles::LINES;
 use crate::linear::scratch::Line;
@@ -37,10 +38,10 @@ impl Decoder {
         Self { table: load_f32(table), second }
     }
 
-    /// Writes a row of the four tiles of a chunk, `step` lines apart.
+    /// A row of each of the four tiles of a chunk.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-    pub(crate) fn row(&self, codes: &[u8; 64], scales: &[f32; 2], step: usize, to: &mut [Line]) {
+    pub(crate) fn row(&self, codes: &[u8; CHUNK_BYTES], scales: &[f32; 2]) -> [__m512i; 4] {
         let table = scaled(self.table, scales);
         let nibble = _mm512_set1_epi16(15);
         let bytes = load(codes);
@@ -49,24 +50,91 @@ impl Decoder {
             let index = _mm512_ternarylogic_epi32::<0xea>(shifted, nibble, self.second);
             _mm512_permutexvar_epi16(index, table)
         };
-        let to = &mut to[..3 * step + 1];
-        store(&mut to[0].0, values(bytes));
-        store(&mut to[step].0, values(_mm512_srli_epi16::<4>(bytes)));
-        store(&mut to[2 * step].0, values(_mm512_srli_epi16::<8>(bytes)));
-        store(&mut to[3 * step].0, values(_mm512_srli_epi16::<12>(bytes)));
+        [
+            values(bytes),
+            values(_mm512_srli_epi16::<4>(bytes)),
+            values(_mm512_srli_epi16::<8>(bytes)),
+            values(_mm512_srli_epi16::<12>(bytes)),
+        ]
     }
 }
 
-/// The 64 bytes of a chunk; where the codes end before, with zeros after them.
-#[inline(always)]
-pub(crate) fn chunk_at<'a>(codes: &'a [u8], at: usize, room: &'a mut [u8; 64]) -> &'a [u8; 64] {
-    let rest = codes.get(at..).unwrap_or_default();
-    if let Some(chunk) = rest.first_chunk() {
-        return chunk;
+/// Codes of some rows of a weight with two numbers for each chunk of each row.
+#[derive(Clone, Copy)]
+pub(crate) struct Rows<'a> {
+    /// From the first row on, to the end of the weight.
+    pub(crate) codes: &'a [u8],
+    pub(crate) bytes_per_row: usize,
+    /// (rows, chunks, 2).
+    pub(crate) numbers: &'a [f32],
+    pub(crate) chunks: usize,
+    /// How many.
+    pub(crate) count: usize,
+}
+
+impl Rows<'_> {
+    /// Calls `decode` with the place of a row among `rows`, its codes in a chunk and its numbers.
+    ///
+    /// Codes after the end of a row are those of the next, or zeros: their numbers are zeros.
+    #[inline(always)]
+    pub(crate) fn for_each(
+        &self,
+        rows: Range<usize>,
+        chunk: usize,
+        mut decode: impl FnMut(usize, &[u8; CHUNK_BYTES], &[f32; 2]),
+    ) {
+        let rows = rows.start..rows.end.min(self.count);
+        if rows.is_empty() {
+            return;
+        }
+        let stride = self.bytes_per_row;
+        let codes = &self.codes[rows.start * stride + chunk * CHUNK_BYTES..];
+        let numbers = &self.numbers[(rows.start * self.chunks + chunk) * 2..];
+        let steps = rows.len() - 1;
+        let fits = steps * 2 * self.chunks + 2 <= numbers.len();
+        assert!(fits, "there are two numbers for each chunk of each row");
+        let whole = if steps * stride + CHUNK_BYTES <= codes.len() { rows.len() } else { steps };
+        for i in 0..whole {
+            // SAFETY: row `steps` has its bytes, or is left out; so have those before it.
+            let codes = unsafe { array_at(codes, i * stride) };
+            // SAFETY: row `steps` has its numbers, and so have those before it.
+            let numbers = unsafe { array_at(numbers, i * 2 * self.chunks) };
+            decode(i, codes, numbers);
+        }
+        if whole == steps {
+            let mut room = [0; CHUNK_BYTES];
+            let rest = &codes[steps * stride..];
+            room[..rest.len()].copy_from_slice(rest);
+            // SAFETY: as above.
+            let numbers = unsafe { array_at(numbers, steps * 2 * self.chunks) };
+            decode(steps, &room, numbers);
+        }
     }
-    *room = [0; 64];
-    room[..rest.len()].copy_from_slice(rest);
-    room
+}
+
+/// `N` values from `at` on. The loops over rows have no time for checks.
+///
+/// # Safety
+/// `at + N` must not be more than the length.
+#[inline(always)]
+unsafe fn array_at<T, const N: usize>(values: &[T], at: usize) -> &[T; N] {
+    debug_assert!(at + N <= values.len());
+    // SAFETY: the caller vouches for `at`.
+    let first = unsafe { values.as_ptr().add(at) };
+    // SAFETY: so many values follow; an array has their layout.
+    unsafe { &*first.cast() }
+}
+
+/// Writes lines `step` apart.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(crate) fn store_apart<const N: usize>(to: &mut [Line], step: usize, lines: [__m512i; N]) {
+    assert!((N - 1) * step < to.len());
+    for (i, line) in lines.into_iter().enumerate() {
+        // SAFETY: the last of them is inside of the slice.
+        let to = unsafe { to.get_unchecked_mut(i * step) };
+        store(&mut to.0, line);
+    }
 }
 
 /// What turns the codes of two rows into values that stand in pairs.
@@ -103,11 +171,13 @@ impl PairDecoder {
             let index = _mm512_ternarylogic_epi32::<0xea>(shifted, nibbles, odd);
             _mm512_permutexvar_epi16(index, table)
         };
-        let to = &mut to[..3 * LINES + 1];
-        store(&mut to[0].0, values(words));
-        store(&mut to[LINES].0, values(_mm512_srli_epi16::<4>(words)));
-        store(&mut to[2 * LINES].0, values(_mm512_srli_epi16::<8>(words)));
-        store(&mut to[3 * LINES].0, values(_mm512_srli_epi16::<12>(words)));
+        let lines = [
+            values(words),
+            values(_mm512_srli_epi16::<4>(words)),
+            values(_mm512_srli_epi16::<8>(words)),
+            values(_mm512_srli_epi16::<12>(words)),
+        ];
+        store_apart(to, LINES, lines);
     }
 }
 
@@ -134,13 +204,13 @@ impl ByteDecoder {
         Self { table: load_f32(table) }
     }
 
-    /// Writes a row of the two tiles of a chunk, `step` lines apart: the odd values, the even ones.
+    /// A row of each of the two tiles of a chunk: the odd values, the even ones.
     ///
     /// Values are the table's times `factors`, those of the two blocks, rounded to the nearest of
     /// -127..=127.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-    pub(crate) fn row(&self, codes: &[u8; 64], factors: &[f32; 2], step: usize, to: &mut [Line]) {
+    pub(crate) fn row(&self, codes: &[u8; CHUNK_BYTES], factors: &[f32; 2]) -> [__m512i; 2] {
         let [low, high] = factors.map(|factor| {
             let values = _mm512_mul_ps(self.table, _mm512_set1_ps(factor));
             _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(values))
@@ -149,10 +219,8 @@ impl ByteDecoder {
         let table = _mm512_inserti64x4::<1>(both, _mm256_broadcastsi128_si256(high));
         let nibble = _mm512_set1_epi8(15);
         let bytes = load(codes);
-        let to = &mut to[..step + 1];
         let odd = _mm512_and_si512(bytes, nibble);
         let even = _mm512_and_si512(_mm512_srli_epi16::<4>(bytes), nibble);
-        store(&mut to[0].0, _mm512_shuffle_epi8(table, odd));
-        store(&mut to[step].0, _mm512_shuffle_epi8(table, even));
+        [_mm512_shuffle_epi8(table, odd), _mm512_shuffle_epi8(table, even)]
     }
 }

@@ -9,7 +9,7 @@ use std::ops::Range;
 use half::bf16;
 
 use crate::error::CodecError;
-use crate::linear::amx::decode::{chunk_at, Decoder, CHUNK, CHUNK_BYTES, TILES_PER_CHUNK};
+use crate::linear::amx::decode::{store_apart, Decoder, Rows, CHUNK, CHUNK_BYTES, TILES_PER_CHUNK};
 use crate::linear::amx::pack::{Order, Packed, CHUNK_LINES};
 use crate::linear::amx::tiles::{Tiles, LINES, TOKENS};
 use crate::linear::amx::transpose::write_transposed;
@@ -115,20 +115,15 @@ impl<'a> Nibbles<'a> {
     }
 }
 
-/// Rows of codes of one strip.
-struct Rows<'a> {
+/// Rows of codes of one strip, and what decodes them.
+struct Source<'a> {
     decoder: Decoder,
-    /// From the first row on, to the end of the weight.
-    codes: &'a [u8],
-    bytes_per_row: usize,
-    scales: &'a [f32],
-    chunks: usize,
-    rows: usize,
+    rows: Rows<'a>,
     /// Whether whole rows are decoded before the next group of rows, or some columns of all.
     whole_rows: bool,
 }
 
-impl Rows<'_> {
+impl Source<'_> {
     /// Decodes a chunk of some rows, the rows of a group from `first` on among them, into tiles.
     /// Tile `j` of the group's rows 0 to 15 starts at `j * step`, that of its next 16 rows one tile
     /// later.
@@ -138,18 +133,19 @@ impl Rows<'_> {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     fn decode(&self, rows: Range<usize>, first: usize, chunk: usize, step: usize, to: &mut [Line]) {
-        let next = (first + step) * self.bytes_per_row + chunk * step * CHUNK_BYTES;
-        let ahead = step * self.bytes_per_row;
-        let mut room = [0; CHUNK_BYTES];
-        for row in rows.start..rows.end.min(self.rows) {
-            let at = row * self.bytes_per_row + chunk * CHUNK_BYTES;
-            let scales = &self.scales[(row * self.chunks + chunk) * 2..];
-            let scales = scales.first_chunk().unwrap_or(&[0.0; 2]);
-            let codes = chunk_at(self.codes, at, &mut room);
-            let line = next + (row - first) * CHUNK_BYTES;
-            prefetch_l2(self.codes, if self.whole_rows { line } else { at + ahead });
-            self.decoder.row(codes, scales, step, &mut to[row - first..]);
-        }
+        let Rows { codes, bytes_per_row, .. } = self.rows;
+        let (start, ahead) = (rows.start, step * bytes_per_row);
+        let (line, stride) = if self.whole_rows {
+            (chunk * step * CHUNK_BYTES + (start - first) * CHUNK_BYTES, CHUNK_BYTES)
+        } else {
+            ((start - first) * bytes_per_row + chunk * CHUNK_BYTES, bytes_per_row)
+        };
+        let next = first * bytes_per_row + ahead + line;
+        let to = &mut to[start - first..];
+        self.rows.for_each(rows, chunk, |i, row, scales| {
+            prefetch_l2(codes, next + i * stride);
+            store_apart(&mut to[i..], step, self.decoder.row(row, scales));
+        });
     }
 }
 
@@ -158,13 +154,15 @@ impl Rows<'_> {
 unsafe fn of_nibbles(nibbles: &Nibbles<'_>, rows: Range<usize>, product: Product<'_>) {
     let bytes_per_row = nibbles.weight.cols / 2;
     let scales = nibbles.scales(rows.clone(), product.x.chunks);
-    let codes = Rows {
+    let codes = Source {
         decoder: Decoder::new(nibbles.table),
-        codes: &nibbles.packed[rows.start * bytes_per_row..],
-        bytes_per_row,
-        scales: &scales,
-        chunks: product.x.chunks,
-        rows: rows.len(),
+        rows: Rows {
+            codes: &nibbles.packed[rows.start * bytes_per_row..],
+            bytes_per_row,
+            numbers: &scales,
+            chunks: product.x.chunks,
+            count: rows.len(),
+        },
         whole_rows: product.tokens <= FEW,
     };
     // SAFETY: the caller vouches for the tiles.
@@ -221,7 +219,7 @@ unsafe fn of_values(
 /// tokens as four accumulators hold.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-fn few_tokens<const ROW_TILES: usize>(tiles: &Tiles, codes: &Rows<'_>, product: Product<'_>) {
+fn few_tokens<const ROW_TILES: usize>(tiles: &Tiles, codes: &Source<'_>, product: Product<'_>) {
     let Product { x, tokens, rows, finish } = product;
     let mut sums = Scratch::<f32>::new(tokens * rows);
     let (step, height) = (ROW_TILES * LINES, ROW_TILES * LINES);

@@ -14,7 +14,7 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use crate::error::CodecError;
-use crate::linear::amx::decode::{chunk_at, ByteDecoder, CHUNK, CHUNK_BYTES};
+use crate::linear::amx::decode::{store_apart, ByteDecoder, Rows, CHUNK, CHUNK_BYTES};
 use crate::linear::amx::forward::{Nibbles, FEW, PAIR};
 use crate::linear::amx::tiles::{Tiles, LINES, TOKENS};
 use crate::linear::amx::transpose::{transpose, write_transposed};
@@ -226,23 +226,25 @@ impl Source<'_> {
         if let Some(nibbles) = self.nibbles {
             let decoder = ByteDecoder::new(nibbles.table);
             let bytes_per_row = self.weight.cols / 2;
-            let codes = &nibbles.packed[self.rows.start * bytes_per_row..];
-            let mut room = [0; CHUNK_BYTES];
+            let rows = Rows {
+                codes: &nibbles.packed[self.rows.start * bytes_per_row..],
+                bytes_per_row,
+                numbers: &scaled.factors,
+                chunks: all,
+                count: self.rows.len(),
+            };
             // Low strips stay in L2 whole: the next one is fetched. Of others, the next rows.
             let low = self.rows.len() <= 2 * PAIR;
             let mut next = self.rows.len() * (bytes_per_row + chunks.start * CHUNK_BYTES);
             for (pair, panel) in panel.chunks_exact_mut(lines_per_pair).enumerate() {
                 let steps = panel.chunks_exact_mut(2 * TILES * LINES);
                 for (chunk, to) in chunks.clone().zip(steps) {
-                    for row in pair * PAIR..((pair + 1) * PAIR).min(self.rows.len()) {
-                        let at = row * bytes_per_row + chunk * CHUNK_BYTES;
-                        let factors = &scaled.factors[(row * all + chunk) * 2..];
-                        let factors = factors.first_chunk().unwrap_or(&[0.0; 2]);
-                        prefetch_l2(codes, if low { next } else { at + PAIR * bytes_per_row });
+                    let at = (pair + 1) * PAIR * bytes_per_row + chunk * CHUNK_BYTES;
+                    rows.for_each(pair * PAIR..(pair + 1) * PAIR, chunk, |i, row, factors| {
+                        prefetch_l2(rows.codes, if low { next } else { at + i * bytes_per_row });
                         next += CHUNK_BYTES;
-                        let codes = chunk_at(codes, at, &mut room);
-                        decoder.row(codes, factors, PAIR, &mut to[row - pair * PAIR..]);
-                    }
+                        store_apart(&mut to[i..], PAIR, decoder.row(row, factors));
+                    });
                 }
             }
             return;
