@@ -7,7 +7,7 @@ read is the format.
 from __future__ import annotations
 
 import functools
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -203,9 +203,8 @@ def linear(
         compute: "exact", or "int8" for products of 8-bit integers where the machine has them.
         threads: how many, 0 for one per core.
     """
-    low_rank = {} if adapter is None else _low_rank(adapter)
-    settings = {"bias": bias, "compute": compute, "threads": threads}
-    _native.linear(x, dtype, *_weight(parts, fmt, shape), out, **settings, **low_rank)
+    weight, low_rank = _weight(parts, fmt, shape), _low_rank(adapter)
+    _native.linear(x, dtype, *weight, out, bias=bias, compute=compute, threads=threads, **low_rank)
 
 
 def linear_backward(
@@ -220,8 +219,7 @@ def linear_backward(
     threads: int = 0,
 ) -> None:
     """Write ``dY W``, and the adapter's part, into ``out``: arguments as ``linear``'s."""
-    low_rank = {} if adapter is None else _low_rank(adapter)
-    weight = _weight(parts, fmt, shape)
+    weight, low_rank = _weight(parts, fmt, shape), _low_rank(adapter)
     _native.linear_backward(grad, dtype, *weight, out, threads=threads, **low_rank)
 
 
@@ -229,26 +227,35 @@ def lora_gradients(
     x: Array, grad: Array, dtype: str, adapter: Adapter, dA: F32, dB: F32, *, threads: int = 0
 ) -> None:
     """Write the gradients of an adapter: ``dA`` like ``lora_A``, ``dB`` like ``lora_B``."""
-    outputs = {"grad_a": dA, "grad_b": dB}
-    _native.lora_gradients(x, grad, dtype, *adapter, **outputs, threads=threads)
+    _native.lora_gradients(x, grad, dtype, *adapter, grad_a=dA, grad_b=dB, threads=threads)
 
 
-def _weight(parts: Parts, fmt: QuantFormat, shape: tuple[int, int]) -> tuple[Any, ...]:
+# Codes, table, scales; table, second-level scales and offset of 8-bit ones; blocksize and shape.
+_Weight: TypeAlias = tuple[
+    Array, F32 | None, Array, F32 | None, F32 | None, int | None, int, int, int
+]
+
+
+def _weight(parts: Parts, fmt: QuantFormat, shape: tuple[int, int]) -> _Weight:
     """What the extension takes for a weight."""
     code = None if fmt.code is None else code_array(fmt.quant_type)
-    nested: tuple[Any, ...] = (None, None, None)
-    if parts.nested_absmax is not None and parts.offset is not None:
-        offset = int(parts.offset.view(np.uint32)[0])  # bits: see the extension
-        nested = (nested_code_array(), parts.nested_absmax, offset)
-    return (parts.packed, code, parts.absmax, *nested, fmt.blocksize, *shape)
+    packed, absmax, nested_absmax, offset = parts
+    if nested_absmax is None or offset is None:
+        return (packed, code, absmax, None, None, None, fmt.blocksize, *shape)
+    nested = (nested_code_array(), nested_absmax, _bits(offset))
+    return (packed, code, absmax, *nested, fmt.blocksize, *shape)
 
 
-def _low_rank(adapter: Adapter) -> dict[str, Any]:
-    return {
-        "lora_a": adapter.lora_A,
-        "lora_b": adapter.lora_B,
-        "scaling": adapter.scaling,
-    }
+def _low_rank(adapter: Adapter | None) -> dict[str, Any]:
+    """What it takes for an adapter."""
+    if adapter is None:
+        return {}
+    return {"lora_a": adapter.lora_A, "lora_b": adapter.lora_B, "scaling": adapter.scaling}
+
+
+def _bits(offset: F32) -> int:
+    """The bits of an offset (1,): as a Python float a subnormal one might be flushed to zero."""
+    return int(offset.view(np.uint32)[0])
 
 
 def decode_absmax(parts: Parts) -> F32:
@@ -256,10 +263,8 @@ def decode_absmax(parts: Parts) -> F32:
     if parts.nested_absmax is None or parts.offset is None:
         return parts.absmax
     absmax = np.empty(parts.absmax.size, np.float32)
-    offset = int(parts.offset.view(np.uint32)[0])  # bits: see the extension
-    _native.dequantize_absmax(
-        parts.absmax, nested_code_array(), parts.nested_absmax, offset, absmax
-    )
+    nested = (nested_code_array(), parts.nested_absmax, _bits(parts.offset))
+    _native.dequantize_absmax(parts.absmax, *nested, absmax)
     return absmax
 
 

@@ -282,8 +282,7 @@ class QLoRALinear(QuantizedLinear):
 
         Args:
             layer: ``nn.Linear`` or ``QuantizedLinear``.
-            quant_type: see ``qkern.quantize``; unused for a quantized layer, as are the next
-                five.
+            quant_type: see ``qkern.quantize``; a quantized layer keeps its own, and the next five.
             blocksize: values that share a scale.
             double_quant: store the scales in 8 bits.
             method: "absmax" or "search".
@@ -340,20 +339,14 @@ class QLoRALinear(QuantizedLinear):
 
 # What nn.Module keeps of hooks on forward and backward.
 _HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
+    *(f"_forward_hooks{kind}" for kind in ("", "_with_kwargs", "_always_called")),
+    *(f"_forward_pre_hooks{kind}" for kind in ("", "_with_kwargs")),
+    *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
 )
 
 
 def _take_over(layer: _Layer, replaced: nn.Linear) -> _Layer:
-    """The new layer, in the mode and with the hooks of the one whose place it takes."""
-    vars(layer).update({name: vars(replaced)[name] for name in _HOOKS if name in vars(replaced)})
-    if isinstance(replaced, QuantizedLinear) and replaced.path:
-        vars(layer)["path"] = replaced.path
+    """The new layer, in the mode, with hooks and settings of the one whose place it takes."""
+    kept = (*_HOOKS, "path", "compute") if isinstance(replaced, QuantizedLinear) else _HOOKS
+    vars(layer).update({name: vars(replaced)[name] for name in kept if name in vars(replaced)})
     return layer.train(replaced.training)

@@ -294,8 +294,8 @@ def linear(
     """``x W^T + bias + scaling (x A^T) B^T`` on the packed bytes of W.
 
     The weight is dequantized to x's dtype, the bias is cast to it, whatever their own; the
-    adapter's part is computed in the adapter's dtype. float64, forward-mode derivatives and
-    ``torch.func``'s transforms work on a dense copy of the weight.
+    adapter's part is computed in the adapter's dtype, on a CPU in fp32. float64, forward-mode
+    derivatives and ``torch.func``'s transforms work on a dense copy of the weight.
 
     Args:
         x: (..., in_features), float32, float16, bfloat16 or float64.
@@ -314,7 +314,8 @@ def linear(
     Raises:
         ShapeError: if the last dimension of x is not in_features, or another size does not fit.
         DTypeError: for anything but floating-point tensors, or a weight that is not quantized.
-        DeviceError: for operands on different devices.
+        DeviceError: for operands on different devices, or "int8" for those not on a CPU.
+        FormatError: for another ``compute``.
     """
     if not isinstance(weight, QuantizedTensor):
         msg = f"the weight is a {type(weight).__name__}: qkern.quantize it, or call F.linear"

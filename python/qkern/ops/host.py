@@ -1,4 +1,4 @@
-"""The CPU side of the operators: torch tensors seen as NumPy buffers, on as many threads as torch's."""
+"""The CPU side of the operators: torch tensors seen as NumPy buffers."""
 
 from __future__ import annotations
 
@@ -103,9 +103,7 @@ def dequantize_into(parts: Parts, fmt: QuantFormat, out: Tensor, *, reused: bool
     codec.decode(as_parts(parts), fmt, as_buffer(out), dtype_name(out.dtype), reused=reused)
 
 
-def adapter(
-    lora_A: Tensor | None, lora_B: Tensor | None, scaling: float
-) -> codec.Adapter | None:
+def adapter(lora_A: Tensor | None, lora_B: Tensor | None, scaling: float) -> codec.Adapter | None:
     """A low-rank adapter as fp32 arrays, or None."""
     if lora_A is None or lora_B is None:
         return None
@@ -159,14 +157,14 @@ def linear_backward(
 def lora_gradients(
     x: Tensor, grad: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """dA (r, in_features) and dB (out_features, r), in the adapter's dtypes."""
-    A = codec.Adapter(_floats(lora_A), _floats(lora_B), lora_A.shape[0], scaling)
+    """Those of A (r, in_features) and B (out_features, r), in the adapter's dtypes."""
+    lora = codec.Adapter(_floats(lora_A), _floats(lora_B), lora_A.shape[0], scaling)
     dA, dB = torch.empty(lora_A.shape), torch.empty(lora_B.shape)
     codec.lora_gradients(
         as_array(x.contiguous()),
         as_array(grad.to(x.dtype).contiguous()),
         dtype_name(x.dtype),
-        A,
+        lora,
         as_buffer(dA),
         as_buffer(dB),
         threads=torch.get_num_threads(),
@@ -174,5 +172,6 @@ def lora_gradients(
     return dA.to(lora_A.dtype), dB.to(lora_B.dtype)
 
 
-def _floats(tensor: Tensor) -> npt.NDArray[Any]:
-    return as_array(tensor.detach().float().contiguous())
+def _floats(tensor: Tensor) -> npt.NDArray[np.float32]:
+    """A flat fp32 view or copy."""
+    return as_array(tensor.float())

@@ -68,9 +68,7 @@ def linear(
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     weight = (*parts, fmt.quant_type, fmt.blocksize, out_features)
-    out: Tensor = torch.ops.qkern.linear(
-        x, *weight, bias, lora_A, lora_B, scaling, compute
-    )
+    out: Tensor = torch.ops.qkern.linear(x, *weight, bias, lora_A, lora_B, scaling, compute)
     return out
 
 

@@ -4,10 +4,11 @@ use std::ops::Range;
 
 use crate::error::CodecError;
 use crate::layout::check_len;
-use crate::linear::dense::forward::{with_scratch, TOKENS};
+use crate::linear::dense::forward::TOKENS;
 use crate::linear::forward::Lora;
 use crate::linear::lora::thin;
 use crate::linear::pieces::cut;
+use crate::linear::scratch::Scratch;
 use crate::linear::strips::{self, Strip};
 use crate::linear::weight::Weight;
 use crate::parallel;
@@ -123,24 +124,23 @@ fn multiply<T: Element>(
     let (tokens, width) = (strip.rows.len(), columns.len());
     let height = grad.pieces.iter().map(ExactSizeIterator::len).max().unwrap_or(0);
     let height = height.max(adapter.map_or(0, |(_, _, rank)| rank));
-    with_scratch((height + tokens) * width, |scratch| {
-        let (panel, sums) = scratch.split_at_mut(height * width);
-        sums.fill(0.0);
-        for rows in &grad.pieces {
-            let panel = &mut panel[..rows.len() * width];
-            weight.widened_piece::<T>(bodies, rows.clone(), columns.clone(), panel);
-            let (grad, next) = grad.floats[rows.start * tokens..].split_at(rows.len() * tokens);
-            (bodies.matmul_nn)(grad, panel, width, sums, &next[..next.len().min(grad.len())]);
-        }
-        if let Some((g, a, rank)) = adapter {
-            let panel = &mut panel[..rank * width];
-            copy_columns(a, weight.cols, &columns, panel);
-            (bodies.matmul_nn)(g, panel, width, sums, &[]);
-        }
-        for (row, sums) in strip.rows.into_iter().zip(sums.chunks_exact(width)) {
-            T::narrow(sums, row);
-        }
-    });
+    let mut scratch = Scratch::new((height + tokens) * width);
+    let (panel, sums) = scratch.split_at_mut(height * width);
+    sums.fill(0.0);
+    for rows in &grad.pieces {
+        let panel = &mut panel[..rows.len() * width];
+        weight.widened_piece::<T>(bodies, rows.clone(), columns.clone(), panel);
+        let (grad, next) = grad.floats[rows.start * tokens..].split_at(rows.len() * tokens);
+        (bodies.matmul_nn)(grad, panel, width, sums, &next[..next.len().min(grad.len())]);
+    }
+    if let Some((g, a, rank)) = adapter {
+        let panel = &mut panel[..rank * width];
+        copy_columns(a, weight.cols, &columns, panel);
+        (bodies.matmul_nn)(g, panel, width, sums, &[]);
+    }
+    for (row, sums) in strip.rows.into_iter().zip(sums.chunks_exact(width)) {
+        T::narrow(sums, row);
+    }
 }
 
 /// Some columns of a matrix.

@@ -12,9 +12,9 @@ use std::ops::Range;
 
 use crate::error::CodecError;
 use crate::layout::check_len;
-use crate::linear::dense::forward::with_scratch;
 use crate::linear::dense::tokens::turn;
 use crate::linear::forward::Lora;
+use crate::linear::scratch::Scratch;
 use crate::parallel;
 use crate::simd::{Bodies, Engine};
 use crate::values::Values;
@@ -100,14 +100,13 @@ pub(crate) fn thin(
     let jobs = sums.chunks_mut(TOKENS * rank.max(1)).enumerate();
     parallel::for_each(work, engine, jobs, |(job, sums)| {
         let tokens = job * TOKENS..job * TOKENS + sums.len() / rank;
-        with_scratch(TOKENS * FEATURES, |room| {
-            for start in (0..features).step_by(FEATURES) {
-                let columns = start..(start + FEATURES).min(features);
-                let piece = piece(engine.bodies, x, features, tokens.clone(), &columns, room);
-                let w = &w[columns.start * rank..columns.end * rank];
-                (engine.bodies.matmul_nn)(piece, w, rank, sums, &[]);
-            }
-        });
+        let mut room = Scratch::new(TOKENS * FEATURES);
+        for start in (0..features).step_by(FEATURES) {
+            let columns = start..(start + FEATURES).min(features);
+            let piece = piece(engine.bodies, x, features, tokens.clone(), &columns, &mut room);
+            let w = &w[columns.start * rank..columns.end * rank];
+            (engine.bodies.matmul_nn)(piece, w, rank, sums, &[]);
+        }
         for sum in sums {
             *sum *= scaling;
         }
@@ -136,13 +135,12 @@ fn gradient(
     let jobs = sums.chunks_mut(width * rank.max(1)).enumerate();
     parallel::for_each(work, engine, jobs, |(job, sums)| {
         let columns = job * width..job * width + sums.len() / rank;
-        with_scratch(width * height, |room| {
-            for (start, g) in (0..count).step_by(height).zip(turned.chunks(height * rank)) {
-                let tokens = start..(start + height).min(count);
-                let piece = piece(engine.bodies, x, features, tokens, &columns, room);
-                (engine.bodies.matmul_nn)(g, piece, columns.len(), sums, &[]);
-            }
-        });
+        let mut room = Scratch::new(width * height);
+        for (start, g) in (0..count).step_by(height).zip(turned.chunks(height * rank)) {
+            let tokens = start..(start + height).min(count);
+            let piece = piece(engine.bodies, x, features, tokens, &columns, &mut room);
+            (engine.bodies.matmul_nn)(g, piece, columns.len(), sums, &[]);
+        }
     })?;
     Ok(sums)
 }

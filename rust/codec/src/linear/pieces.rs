@@ -101,7 +101,7 @@ impl Weight<'_> {
                 (bodies.dequantize_4bit)(packed, scales, table, blocksize, Stores::Cached, out);
             }
             Codes::Int8(codes) => {
-                (bodies.dequantize_int8)(&codes[range], scales, blocksize, Stores::Cached, out)
+                (bodies.dequantize_int8)(&codes[range], scales, blocksize, Stores::Cached, out);
             }
         }
     }

@@ -1,11 +1,10 @@
 //! `y = x W^T` by decoded panels: sums of 16 or 32 tokens by the rows of a strip.
 
-use std::cell::RefCell;
-
 use crate::error::CodecError;
 use crate::linear::dense::tokens::{turn, Tokens};
 use crate::linear::epilogue::Epilogue;
 use crate::linear::pieces::cut;
+use crate::linear::scratch::Scratch;
 use crate::linear::strips::{self, Strip};
 use crate::linear::weight::Weight;
 use crate::parallel;
@@ -27,21 +26,6 @@ fn panel(tokens: usize) -> (usize, usize) {
         9..=64 => (28, 1024),
         _ => (STRIP, 1024),
     }
-}
-
-thread_local! {
-    /// Panel and sums, kept between jobs and calls: fresh memory costs more than the work on it.
-    static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
-}
-
-/// Runs `work` with this many floats, of any value.
-pub(crate) fn with_scratch<R>(len: usize, work: impl FnOnce(&mut [f32]) -> R) -> R {
-    SCRATCH.with_borrow_mut(|scratch| {
-        if scratch.len() < len {
-            scratch.resize(len, 0.0);
-        }
-        work(&mut scratch[..len])
-    })
 }
 
 /// Writes `y` for up to [`TOKENS`] tokens of `x`, strip by strip.
@@ -82,44 +66,43 @@ fn multiply<T: Element>(
     let columns = tokens.pieces.iter().map(ExactSizeIterator::len).max().unwrap_or(0);
     let (panel_len, rest) = (height * columns, tokens.rest.len());
     let lens = [panel_len, width * rows.len(), rest * rows.len(), count * rows.len()];
-    with_scratch(lens.iter().sum(), |scratch| {
-        let (panel, scratch) = scratch.split_at_mut(lens[0]);
-        let (turned, scratch) = scratch.split_at_mut(lens[1]);
-        let (dots, sums) = scratch.split_at_mut(lens[2]);
-        turned.fill(0.0);
-        dots.fill(0.0);
-        for (i, columns) in tokens.pieces.iter().enumerate() {
-            for start in rows.clone().step_by(height) {
-                let part = start..(start + height).min(rows.end);
-                let panel = &mut panel[..part.len() * columns.len()];
-                weight.widened_piece::<T>(bodies, part.clone(), columns.clone(), panel);
-                let (slivers, few) = tokens.piece(i);
-                let mut turned = &mut turned[..];
-                for (sliver, width, next) in slivers {
-                    let (sums, others) = turned.split_at_mut(width * rows.len());
-                    let sums = &mut sums[(start - rows.start) * width..][..part.len() * width];
-                    (bodies.matmul_nn)(panel, sliver, width, sums, next);
-                    turned = others;
-                }
-                let place = (start - rows.start) * rest;
-                let dots = &mut dots[place..place + part.len() * rest];
-                (bodies.matmul_nt)(few, panel, columns.len(), dots);
+    let mut scratch = Scratch::new(lens.iter().sum());
+    let (panel, scratch) = scratch.split_at_mut(lens[0]);
+    let (turned, scratch) = scratch.split_at_mut(lens[1]);
+    let (dots, sums) = scratch.split_at_mut(lens[2]);
+    turned.fill(0.0);
+    dots.fill(0.0);
+    for (i, columns) in tokens.pieces.iter().enumerate() {
+        for start in rows.clone().step_by(height) {
+            let part = start..(start + height).min(rows.end);
+            let panel = &mut panel[..part.len() * columns.len()];
+            weight.widened_piece::<T>(bodies, part.clone(), columns.clone(), panel);
+            let (slivers, few) = tokens.piece(i);
+            let mut turned = &mut turned[..];
+            for (sliver, width, next) in slivers {
+                let (sums, others) = turned.split_at_mut(width * rows.len());
+                let sums = &mut sums[(start - rows.start) * width..][..part.len() * width];
+                (bodies.matmul_nn)(panel, sliver, width, sums, next);
+                turned = others;
             }
+            let place = (start - rows.start) * rest;
+            let dots = &mut dots[place..place + part.len() * rest];
+            (bodies.matmul_nt)(few, panel, columns.len(), dots);
         }
-        let mut turned = &*turned;
-        for (tokens, width) in &tokens.slivers {
-            let (from, others) = turned.split_at(width * rows.len());
-            let to = &mut sums[tokens.start * rows.len()..tokens.end * rows.len()];
-            turn(bodies, (from, *width), (to, rows.len()), (rows.len(), tokens.len()));
-            turned = others;
+    }
+    let mut turned = &*turned;
+    for (tokens, width) in &tokens.slivers {
+        let (from, others) = turned.split_at(width * rows.len());
+        let to = &mut sums[tokens.start * rows.len()..tokens.end * rows.len()];
+        turn(bodies, (from, *width), (to, rows.len()), (rows.len(), tokens.len()));
+        turned = others;
+    }
+    let left = &mut sums[tokens.rest.start * rows.len()..];
+    for (panel, from) in dots.chunks(height * rest.max(1)).enumerate() {
+        let part = from.len() / rest;
+        for (row, from) in left.chunks_exact_mut(rows.len()).zip(from.chunks_exact(part)) {
+            row[panel * height..][..part].copy_from_slice(from);
         }
-        let left = &mut sums[tokens.rest.start * rows.len()..];
-        for (panel, from) in dots.chunks(height * rest.max(1)).enumerate() {
-            let part = from.len() / rest;
-            for (row, from) in left.chunks_exact_mut(rows.len()).zip(from.chunks_exact(part)) {
-                row[panel * height..][..part].copy_from_slice(from);
-            }
-        }
-        epilogue.finish(strip, sums);
-    });
+    }
+    epilogue.finish(strip, sums);
 }

@@ -16,6 +16,8 @@ pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
 pub(crate) mod scalar;
+#[cfg(test)]
+mod tests;
 
 use crate::linear::weight::{Codes, Weight};
 use crate::quantize_int8::quantize_int8;
