@@ -14,6 +14,7 @@ use crate::linear::amx::tiles::{Tiles, LINES, TOKENS};
 use crate::linear::amx::transpose::write_interleaved;
 use crate::linear::amx::work;
 use crate::linear::backward::{copy_columns, Adapter};
+use crate::linear::matvec::scales_avx512::write_scales;
 use crate::linear::scratch::{Line, Scratch};
 use crate::linear::strips::{self, Strip};
 use crate::linear::weight::{Codes, Weight};
@@ -28,7 +29,7 @@ const TILES: usize = BLOCK / TOKENS;
 /// Rows of W in a tile.
 const DEPTH: usize = 2 * LINES;
 /// Tiles of rows in a panel.
-const PANEL: usize = 16;
+const PANEL: usize = 32;
 
 /// Writes `dX = dY W`, and the adapter's part, for 4-bit codes whose chunks have one scale.
 ///
@@ -117,7 +118,7 @@ impl Packed {
 
 /// Sums over some columns; `finish` takes the first token and the sums of each 32, (tokens,
 /// columns).
-#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 unsafe fn strip_sums(
     grad: &Packed,
     weight: &Weight<'_>,
@@ -172,7 +173,7 @@ unsafe fn strip_sums(
 
 /// Decodes some columns of some tiles of rows: for each 64 columns, for each 32 rows, four tiles.
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 fn decode_panel(
     weight: &Weight<'_>,
     columns: Range<usize>,
@@ -193,7 +194,7 @@ fn decode_panel(
                 let last = columns.end.div_ceil(weight.blocksize);
                 let mut room = [0.0; 4];
                 let room = &mut room[..last - first];
-                weight.scales.write((row + i) * per_row + first, room);
+                write_scales(&weight.scales, (row + i) * per_row + first, room);
                 for (block, scale) in scales.iter_mut().take(blocks).enumerate() {
                     let at = (columns.start + block * BLOCK) / weight.blocksize;
                     *scale = room[at - first];

@@ -15,6 +15,7 @@ use crate::linear::amx::tiles::{Tiles, LINES, TOKENS};
 use crate::linear::amx::transpose::write_transposed;
 use crate::linear::amx::work;
 use crate::linear::epilogue::Epilogue;
+use crate::linear::matvec::scales_avx512::write_scales;
 use crate::linear::scratch::{Line, Scratch};
 use crate::linear::strips;
 use crate::linear::weight::{Codes, Weight};
@@ -98,6 +99,7 @@ impl<'a> Nibbles<'a> {
     }
 
     /// Two scales a chunk for each row: those of its halves, zero after the last column.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
     pub(super) fn scales(&self, rows: Range<usize>, chunks: usize) -> Scratch<f32> {
         let Weight { scales, blocksize, cols, .. } = *self.weight;
         let blocks = cols / blocksize;
@@ -105,7 +107,7 @@ impl<'a> Nibbles<'a> {
         let mut room = Scratch::<f32>::new(rows.len() * 2 * chunks);
         for (row, room) in rows.zip(room.chunks_exact_mut(2 * chunks)) {
             let (used, rest) = room.split_at_mut(blocks * halves);
-            scales.write(row * blocks, &mut used[..blocks]);
+            write_scales(&scales, row * blocks, &mut used[..blocks]);
             for half in (0..used.len()).rev().filter(|_| halves > 1) {
                 used[half] = used[half / halves];
             }
@@ -131,7 +133,7 @@ impl Source<'_> {
     /// Codes of the next group are fetched from memory: where whole rows are decoded, its lines as
     /// they follow each other, since all will be needed; else those of the same columns.
     #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
     fn decode(&self, rows: Range<usize>, first: usize, chunk: usize, step: usize, to: &mut [Line]) {
         let Rows { codes, bytes_per_row, .. } = self.rows;
         let (start, ahead) = (rows.start, step * bytes_per_row);
@@ -150,7 +152,7 @@ impl Source<'_> {
 }
 
 /// Sums over a strip of codes.
-#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 unsafe fn of_nibbles(nibbles: &Nibbles<'_>, rows: Range<usize>, product: Product<'_>) {
     let bytes_per_row = nibbles.weight.cols / 2;
     let scales = nibbles.scales(rows.clone(), product.x.chunks);
@@ -184,7 +186,7 @@ unsafe fn of_nibbles(nibbles: &Nibbles<'_>, rows: Range<usize>, product: Product
 }
 
 /// Sums over a strip of any weight, dequantized first.
-#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 unsafe fn of_values(
     bodies: &'static Bodies,
     weight: &Weight<'_>,
@@ -218,7 +220,7 @@ unsafe fn of_values(
 /// Decodes a chunk while the one before is multiplied: `ROW_TILES` tiles of rows with as many
 /// tokens as four accumulators hold.
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 fn few_tokens<const ROW_TILES: usize>(tiles: &Tiles, codes: &Source<'_>, product: Product<'_>) {
     let Product { x, tokens, rows, finish } = product;
     let mut sums = Scratch::<f32>::new(tokens * rows);
@@ -262,7 +264,7 @@ fn few_tokens<const ROW_TILES: usize>(tiles: &Tiles, codes: &Source<'_>, product
 /// Multiplies panels of decoded rows with all tokens. `decode` writes a panel: for each 32 rows,
 /// for each chunk of the range, four times two tiles.
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 fn many_tokens(
     tiles: &Tiles,
     product: Product<'_>,

@@ -223,9 +223,9 @@ unsafe fn pack_pairs(w: &[f32], rank: usize, first: usize, right: &mut [Line]) {
 #[target_feature(enable = "avx512f,avx512bf16")]
 fn parts(values: __m512) -> [__m512i; 2] {
     let bits = |values: __m512| {
+        let halves = _mm512_cvtneps_pbh(values);
         // SAFETY: both are 32 bytes, and any bytes are a vector of integers.
-        let halves: __m256i = unsafe { core::mem::transmute(_mm512_cvtneps_pbh(values)) };
-        _mm512_cvtepu16_epi32(halves)
+        _mm512_cvtepu16_epi32(unsafe { core::mem::transmute::<__m256bh, __m256i>(halves) })
     };
     let high = bits(values);
     let rest = _mm512_sub_ps(values, _mm512_castsi512_ps(_mm512_slli_epi32::<16>(high)));

@@ -63,6 +63,7 @@ struct Config {
     rows: [u8; 16],
 }
 
+#[allow(clippy::unused_self)] // the value is the proof that the registers are configured
 impl Tiles {
     /// Configures the registers; they are released when the value is dropped.
     ///
@@ -128,6 +129,7 @@ impl Tiles {
 /// Two functions that multiply with the instruction `$dot`.
 macro_rules! impl_multiply {
     ($dot:literal, $four:ident, $two:ident, $values:literal) => {
+        #[allow(clippy::unused_self)] // see above
         impl Tiles {
             /// Adds the products of four tiles in `a` with one in `b`.
             ///
@@ -180,6 +182,7 @@ macro_rules! impl_multiply {
         }
     };
 }
+#[allow(clippy::unused_self)] // see above
 impl Tiles {
     /// Adds the products of 32 rows of 32 bfloat16, `stride` values apart, with two tiles.
     ///

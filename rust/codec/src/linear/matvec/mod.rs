@@ -18,7 +18,7 @@ pub(crate) mod int8;
 mod samples;
 pub(crate) mod scalar;
 #[cfg(target_arch = "x86_64")]
-mod scales_avx512;
+pub(crate) mod scales_avx512;
 #[cfg(test)]
 mod tests;
 

@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use crate::double_quant::NESTED_BLOCKSIZE;
 use crate::linear::weight::{Scales, Weight};
-use crate::x86::avx512::{load_bytes, load_some, lookup};
+use crate::x86::avx512::{lanes, load_bytes, load_some, lookup, store};
 use crate::x86::prefetch;
 
 /// The scales that a lane of chunk `i` needs, of 16: two a chunk, and four where blocks are of 32.
@@ -56,10 +56,24 @@ impl Places {
         if self.shift == 0 {
             return scales;
         }
-        let lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        let all = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
         let from = _mm512_set1_epi32((16 * g - (first << self.shift)) as i32);
         let shift = _mm_cvtsi32_si128(self.shift as i32);
-        _mm512_permutexvar_ps(_mm512_srl_epi32(_mm512_add_epi32(lanes, from), shift), scales)
+        _mm512_permutexvar_ps(_mm512_srl_epi32(_mm512_add_epi32(all, from), shift), scales)
+    }
+}
+
+/// Writes the scales from that of block `first` on.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+pub(crate) fn write_scales(scales: &Scales<'_>, first: usize, out: &mut [f32]) {
+    for (i, part) in out.chunks_mut(16).enumerate() {
+        let found = load_scales(scales, first + 16 * i, part.len());
+        if let Some(part) = part.first_chunk_mut::<16>() {
+            store(part, _mm512_castps_si512(found));
+        } else {
+            part.copy_from_slice(&lanes(found)[..part.len()]);
+        }
     }
 }
 

@@ -1,0 +1,115 @@
+//! Tokens rounded to bytes, and packed as right-hand tiles.
+
+use std::arch::x86_64::*;
+
+use crate::error::CodecError;
+use crate::linear::amx::decode::CHUNK;
+use crate::linear::amx::int8::TILES;
+use crate::linear::amx::tiles::{LINES, TOKENS};
+use crate::linear::amx::transpose::transpose;
+use crate::linear::forward::widened;
+use crate::linear::scratch::{Line, Scratch};
+use crate::parallel;
+use crate::simd::Engine;
+use crate::values::Values;
+use crate::x86::avx512::{load, load_f32, store};
+
+/// Tokens as bytes in right-hand tiles: for each 16, for each chunk of 128 columns, two tiles.
+pub(super) struct Packed {
+    pub(super) tiles: Scratch<Line>,
+    /// What the bytes of a token are multiplied by.
+    pub(super) scales: Scratch<f32>,
+    pub(super) chunks: usize,
+}
+
+impl Packed {
+    pub(super) fn new(
+        engine: Engine,
+        x: Values<'_>,
+        cols: usize,
+        nibbles: bool,
+    ) -> Result<Self, CodecError> {
+        let tokens = x.len() / cols;
+        let chunks = cols.div_ceil(CHUNK);
+        let groups = tokens.div_ceil(2 * TOKENS) * 2;
+        let lines = chunks * TILES * LINES;
+        let mut tiles = Scratch::<Line>::new(groups * lines);
+        let mut scales = Scratch::<f32>::new(groups * TOKENS);
+        let jobs = tiles.chunks_mut(lines).zip(scales.chunks_mut(TOKENS)).enumerate();
+        parallel::for_each(x.len(), engine, jobs, |(group, (tiles, scales))| {
+            let first = (group * TOKENS).min(tokens) * cols;
+            let last = ((group + 1) * TOKENS).min(tokens) * cols;
+            let floats = widened(engine.bodies, x.split_at(last).0.split_at(first).1);
+            // SAFETY: the caller found the tiles, and all such processors have the vectors.
+            unsafe { pack_group(floats.chunks(cols), nibbles, tiles, scales) };
+        })?;
+        Ok(Self { tiles, scales, chunks })
+    }
+
+    pub(super) fn group(&self, group: usize) -> &[Line] {
+        let lines = self.chunks * TILES * LINES;
+        &self.tiles[group * lines..(group + 1) * lines]
+    }
+}
+
+/// Rounds and packs up to 16 rows; the tokens after them are zero.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+pub(super) unsafe fn pack_group<'a>(
+    rows: impl Iterator<Item = &'a [f32]>,
+    nibbles_first: bool,
+    tiles: &mut [Line],
+    scales: &mut [f32],
+) {
+    let mut all = [&[][..]; TOKENS];
+    all.iter_mut().zip(rows).for_each(|(to, row)| *to = row);
+    let mut factors = [0.0; TOKENS];
+    for ((row, scale), factor) in all.iter().zip(scales).zip(&mut factors) {
+        // NaN is the largest magnitude as an integer, and makes the token's sums NaN.
+        let largest = row.iter().map(|x| x.abs().to_bits()).max().unwrap_or(0);
+        let largest = f32::from_bits(largest);
+        *scale = largest / 127.0;
+        *factor = if largest > 0.0 { 127.0 / largest } else { 0.0 };
+    }
+    // Of 8 bytes, the odd ones, which are tile 0's, then the even ones.
+    let nibbles =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(1, 3, 5, 7, 0, 2, 4, 6, 9, 11, 13, 15, 8, 10, 12, 14));
+    for (chunk, tiles) in tiles.chunks_exact_mut(TILES * LINES).enumerate() {
+        let mut vectors = [[_mm512_setzero_si512(); TOKENS]; 2];
+        for (token, (row, factor)) in all.iter().zip(factors).enumerate() {
+            let rest = row.get(chunk * CHUNK..).unwrap_or_default();
+            let bytes = to_bytes(&rest[..rest.len().min(CHUNK)], factor);
+            let [a, b] = bytes.as_chunks::<64>().0 else { unreachable!("128 bytes") };
+            let [a, b] = [load(a), load(b)];
+            (vectors[0][token], vectors[1][token]) = if nibbles_first {
+                (_mm512_shuffle_epi8(a, nibbles), _mm512_shuffle_epi8(b, nibbles))
+            } else {
+                (a, b)
+            };
+        }
+        // Lane i of each vector is four bytes of its token; together they are a line.
+        for (part, vectors) in vectors.iter().enumerate() {
+            for (i, line) in transpose(vectors).into_iter().enumerate() {
+                let at =
+                    if nibbles_first { i % 2 * LINES + 8 * part + i / 2 } else { part * LINES + i };
+                store(&mut tiles[at].0, line);
+            }
+        }
+    }
+}
+
+/// Up to 128 values times `factor`, rounded to bytes with signs.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+pub(super) fn to_bytes(values: &[f32], factor: f32) -> [u8; CHUNK] {
+    let mut room = [0.0; CHUNK];
+    room[..values.len()].copy_from_slice(values);
+    let mut bytes = [0; CHUNK];
+    let factor = _mm512_set1_ps(factor);
+    for (to, from) in bytes.as_chunks_mut::<16>().0.iter_mut().zip(room.as_chunks().0) {
+        let rounded = _mm512_cvtps_epi32(_mm512_mul_ps(load_f32(from), factor));
+        let narrow = _mm512_cvtsepi32_epi8(rounded);
+        // SAFETY: the array is 16 bytes long; the store takes any alignment.
+        unsafe { _mm_storeu_si128(to.as_mut_ptr().cast(), narrow) };
+    }
+    bytes
+}
