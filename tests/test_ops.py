@@ -102,6 +102,9 @@ def test_a_layer_computes_as_it_is_told() -> None:
     layer.compute = "int8"
     error = (layer(x) - exact).norm() / exact.norm()
     assert 0 < error < 0.02
+    base = qkern.QuantizedLinear(layer.weight)
+    base.compute = "int8"
+    assert qkern.QLoRALinear.from_linear(base, r=4).compute == "int8"
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "int8_row"])
