@@ -128,7 +128,6 @@ ALLOWED_CASTS = {
     r"i as u32 / lanes % 16": "an index below 128",
     r"\(16 \* g - \(first << self\.shift\)\) as i32": "a part of a block, in units of 64 values",
     r"checked_shl\(next as u32\)": "the scales that are left of 256",
-    r"set1_epi32\(lanes as i32\)": "1 to 8",
     r"scaled\.round\(\) as i32": "an integer of 14 bits",
 }
 
