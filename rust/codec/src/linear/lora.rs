@@ -25,6 +25,9 @@ const TOKENS: usize = 2 * 14;
 /// Features of a piece that is widened at a time for `h` and `G`.
 const FEATURES: usize = 464;
 
+/// Tokens from which tiles are faster: they want both factors packed.
+const MIN_TILES: usize = 32;
+
 /// Columns of a gradient that a thread takes at a time, and tokens of the piece it widens.
 const PIECE: (usize, usize) = (256, 112);
 
@@ -55,19 +58,20 @@ pub fn lora_gradients(
     if let Some(da) = da {
         check_len("grad_A", da.len(), a.len(), (cols, "features"))?;
         let g = thin(engine, grad, b, rank, scaling)?;
-        let turned = gradient(engine, x, &g, rank, cols)?;
-        for (strip, part) in turned.chunks(PIECE.0 * rank.max(1)).enumerate() {
+        let (turned, strip_width) = gradient(engine, x, &g, rank, cols)?;
+        for (strip, part) in turned.chunks(strip_width * rank.max(1)).enumerate() {
             let width = part.len() / rank;
             for (row, from) in part.chunks_exact(width).enumerate() {
-                da[row * cols + strip * PIECE.0..][..width].copy_from_slice(from);
+                da[row * cols + strip * strip_width..][..width].copy_from_slice(from);
             }
         }
     }
     if let Some(db) = db {
         check_len("grad_B", db.len(), b.len(), (rows, "features"))?;
         let h = down(engine, x, lora)?;
-        let turned = gradient(engine, grad, &h, rank, rows)?;
-        let strips = turned.chunks(PIECE.0 * rank.max(1)).zip(db.chunks_mut(PIECE.0 * rank.max(1)));
+        let (turned, width) = gradient(engine, grad, &h, rank, rows)?;
+        let strip = width * rank.max(1);
+        let strips = turned.chunks(strip).zip(db.chunks_mut(strip));
         for (from, to) in strips {
             let width = from.len() / rank;
             turn(engine.bodies, (from, width), (to, rank), (rank, width));
@@ -95,6 +99,9 @@ pub(crate) fn thin(
 ) -> Result<Vec<f32>, CodecError> {
     let features = w.len().checked_div(rank).unwrap_or(0);
     let count = x.len().checked_div(features).unwrap_or(0);
+    if let (Values::Bf16(x), Some(tiles), MIN_TILES..) = (x, engine.bodies.tiles, count) {
+        return (tiles.thin)(engine, x, w, rank, scaling);
+    }
     let mut sums = vec![0.0; count * rank];
     let work = x.len().saturating_mul(rank.div_ceil(16));
     let jobs = sums.chunks_mut(TOKENS * rank.max(1)).enumerate();
@@ -114,16 +121,19 @@ pub(crate) fn thin(
     Ok(sums)
 }
 
-/// `g^T x`, (rank, M) by (M, features), by strips of columns, (rank, strip).
+/// `g^T x`, (rank, M) by (M, features), by strips of columns, (rank, strip), and their width.
 fn gradient(
     engine: Engine,
     x: Values<'_>,
     g: &[f32],
     rank: usize,
     features: usize,
-) -> Result<Vec<f32>, CodecError> {
+) -> Result<(Vec<f32>, usize), CodecError> {
     let (width, height) = PIECE;
     let count = g.len().checked_div(rank).unwrap_or(0);
+    if let (Values::Bf16(x), Some(tiles), MIN_TILES..) = (x, engine.bodies.tiles, count) {
+        return (tiles.gradient)(engine, x, g, rank, features);
+    }
     let mut turned = vec![0.0; g.len()];
     let parts = turned.chunks_mut(height * rank.max(1)).zip(g.chunks(height * rank.max(1)));
     for (to, from) in parts {
@@ -142,7 +152,7 @@ fn gradient(
             (engine.bodies.matmul_nn)(g, piece, columns.len(), sums, &[]);
         }
     })?;
-    Ok(sums)
+    Ok((sums, width))
 }
 
 /// Some columns of some tokens, as floats.

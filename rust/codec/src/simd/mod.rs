@@ -61,8 +61,14 @@ pub(crate) struct Tiles {
     pub(crate) forward: TileForwardFn,
     /// As [`crate::linear_backward`], arguments checked, for `Weight::chunks_have_scales`.
     pub(crate) backward: TileBackwardFn,
+    /// `scaling * x w`: x, w, rank, scaling.
+    pub(crate) thin: fn(Engine, &[bf16], &[f32], usize, f32) -> Result<Vec<f32>, CodecError>,
+    /// `g^T x`: x, g, rank, features -> by strips of columns, and their width.
+    pub(crate) gradient: TileGradientFn,
 }
 
+type TileGradientFn =
+    fn(Engine, &[bf16], &[f32], usize, usize) -> Result<(Vec<f32>, usize), CodecError>;
 /// x, weight, what is added -> y.
 type TileForwardFn =
     fn(Engine, TileInput<'_>, &Weight<'_>, &Epilogue<'_>, ValuesMut<'_>) -> Result<(), CodecError>;

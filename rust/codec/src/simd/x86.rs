@@ -42,6 +42,10 @@ static AMX: Bodies = Bodies {
             // SAFETY: as above.
             with_slice!(x, ValuesMut, x => unsafe { amx::backward(e, g, w, l, x) })
         },
+        // SAFETY: as above.
+        thin: |e, x, w, r, s| unsafe { amx::thin(e, x, w, r, s) },
+        // SAFETY: as above.
+        gradient: |e, x, g, r, f| unsafe { amx::gradient(e, x, g, r, f) },
     }),
     ..AVX512_BODIES
 };

@@ -15,6 +15,7 @@ mod backward;
 mod decode;
 mod forward;
 mod int8;
+mod lora;
 mod pack;
 mod tiles;
 mod transpose;
@@ -22,6 +23,7 @@ mod transpose;
 pub(crate) use backward::backward;
 pub(crate) use forward::forward;
 pub(crate) use int8::forward as forward_int8;
+pub(crate) use lora::{gradient, thin};
 #[cfg(test)]
 mod tests;
 pub(crate) use tiles::granted;

@@ -8,6 +8,8 @@ use std::arch::asm;
 use std::marker::PhantomData;
 use std::sync::OnceLock;
 
+use half::bf16;
+
 use crate::linear::scratch::Line;
 
 /// Lines of a tile in memory: its rows, without gaps.
@@ -178,6 +180,37 @@ macro_rules! impl_multiply {
         }
     };
 }
+impl Tiles {
+    /// Adds the products of 32 rows of 32 bfloat16, `stride` values apart, with two tiles.
+    ///
+    /// Accumulators 0 to 3 get the first 16 rows times `b0`, times `b1`, then the others.
+    #[inline(always)]
+    pub(crate) fn multiply_rows(
+        &self,
+        a: &[bf16],
+        stride: usize,
+        b0: &[Line; LINES],
+        b1: &[Line; LINES],
+    ) {
+        assert!(31 * stride + 32 <= a.len());
+        let second = a[16 * stride..].as_ptr();
+        // SAFETY: the registers are configured; 32 rows and two tiles are read, which is what the
+        // slice, as was checked, and the arrays hold.
+        unsafe {
+            asm!(
+                "tileloadd tmm4, [{a0} + {stride}]",
+                "tileloadd tmm6, [{b0} + {s}]", "tdpbf16ps tmm0, tmm4, tmm6",
+                "tileloadd tmm7, [{b1} + {s}]", "tdpbf16ps tmm1, tmm4, tmm7",
+                "tileloadd tmm5, [{a1} + {stride}]", "tdpbf16ps tmm2, tmm5, tmm6",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                a0 = in(reg) a.as_ptr(), a1 = in(reg) second, stride = in(reg) 2 * stride,
+                b0 = in(reg) b0.as_ptr(), b1 = in(reg) b1.as_ptr(), s = in(reg) STRIDE,
+                options(nostack, readonly),
+            );
+        }
+    }
+}
+
 impl_multiply!(
     "tdpbf16ps",
     multiply_4x1,
@@ -201,7 +234,6 @@ impl Drop for Tiles {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use half::bf16;
 
     fn tile(value: impl Fn(usize, usize) -> f32) -> [Line; 16] {
         core::array::from_fn(|row| {
