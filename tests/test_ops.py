@@ -97,11 +97,14 @@ def test_unknown_compute_is_refused() -> None:
 
 def test_a_layer_computes_as_it_is_told() -> None:
     layer = qkern.QLoRALinear.from_linear(torch.nn.Linear(256, 64), r=4)
-    x = torch.randn(8, 256)
+    x = torch.randn(1, 256)
     exact = layer(x)
     layer.compute = "int8"
     error = (layer(x) - exact).norm() / exact.norm()
     assert 0 < error < 0.02
+    base = qkern.QuantizedLinear(layer.weight)
+    base.compute = "int8"
+    assert qkern.QLoRALinear.from_linear(base, r=4).compute == "int8"
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "int8_row"])

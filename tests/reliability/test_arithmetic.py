@@ -58,7 +58,8 @@ def test_the_output_has_the_dtype_of_x_or_of_autocast(
         y, plain = layer(x), nn.functional.linear(x, layer.weight)
     assert (y.dtype, plain.dtype) == (computed, computed)
     weight = layer.weight.dequantize(computed)
-    torch.testing.assert_close(plain, nn.functional.linear(x.to(computed), weight))
+    exact = x.to(computed).double() @ weight.double().T
+    assert (plain.double() - exact).norm() < torch.finfo(computed).eps * exact.norm()
     exact = reference.linear(
         x.double(), weight.double(), layer.bias.double(), layer.lora_A.double(),
         layer.lora_B.double(), layer.scaling,
@@ -114,7 +115,7 @@ def test_the_adapter_computes_what_pefts_does(
             (mine.lora_A.grad, layer.lora_A["default"].weight.grad),
             (mine.lora_B.grad, layer.lora_B["default"].weight.grad),
         ):
-            torch.testing.assert_close(a, b)
+            assert (a - b).norm() <= 1e-6 * b.norm()
 
 
 def without_adapters(adapted: nn.Module) -> nn.Module:

@@ -117,11 +117,18 @@ def test_a9_sizes_of_meta_tensors_beyond_32_bits(quant_type: str, shape: tuple[i
 ALLOWED_CASTS = {
     r"to_bits\(\)( & 0x7fff_ffff\))? as i32": "the bits of a float, as many as before",
     r"fold\(0, i32::max\) as u32": "the bits of a float, as many as before",
-    r"extract_epi32::<0>\(maxima\) as u32": "the bits of a float, as many as before",
-    r"shifts\[i\] as i32": "a shift by less than 32",
+    r"(extract_epi32::<0>\(maxima\)|reduce_max_epi32\(largest\)) as u32": "the bits of a float",
+    r"\(magnitude as i32 - LOWEST\)": "the first bits of a float",
+    r"(shifts\[i\]|self\.shift) as i32": "a shift by less than 32",
     r"filter\(\|&&place\| place < bin\)\.count\(\) as u32": "one of 15 bounds",
     r"\(low_bits << 27\) as i32": "five bits",
     r"0xffff_0000_u32 as i32": "a constant",
+    r"\b(DROPPED|SIDE) as i32": "a constant",
+    r"fill\(STRIDE as u16\)": "a constant",
+    r"i as u32 / lanes % 16": "an index below 128",
+    r"\(16 \* g - \(first << self\.shift\)\) as i32": "a part of a block, in units of 64 values",
+    r"checked_shl\(next as u32\)": "the scales that are left of 256",
+    r"scaled\.round\(\) as i32": "an integer of 14 bits",
 }
 
 

@@ -137,8 +137,7 @@ def _cpu_paths(native: Any, problem: str) -> list[dict[str, str]]:
             *paths,
             _path("linear", "cpu", "nothing", 'needs torch: pip install "qkern[torch]"'),
         ]
-    linear = f"{body} panels, torch matmul"
-    return [*paths, _path("linear", "cpu", linear, "a panel of at most 8 MiB is dense at a time")]
+    return [*paths, _path("linear", "cpu", body, why)]
 
 
 def _gpu_paths(gpu: dict[str, Any], native: Any, problem: str) -> list[dict[str, str]]:
