@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 
 from qkern import codec
 from qkern.errors import DTypeError
@@ -32,15 +33,34 @@ def dtype_name(dtype: torch.dtype) -> str:
     return name
 
 
+class _Capsule:
+    """A CPU tensor for ``numpy.from_dlpack``, without the checks of ``Tensor.__dlpack__``.
+
+    Those take as long as a small product.
+    """
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __dlpack__(self, **_: Any) -> Any:
+        return to_dlpack(self.tensor)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 1, 0  # kDLCPU
+
+
 def as_array(tensor: Tensor) -> npt.NDArray[Any]:
     """A flat view of a CPU tensor to read; fp16 and bf16 as uint16 bit patterns.
 
     Through DLPack: ``Tensor.numpy()`` would pin the storage's size, which FSDP2 changes.
     """
-    flat = tensor.detach().reshape(-1)
+    flat = tensor.detach().view(-1) if tensor.is_contiguous() else tensor.detach().reshape(-1)
     if flat.dtype in (torch.float16, torch.bfloat16):
-        return np.from_dlpack(flat.view(torch.int16)).view(np.uint16)
-    return np.from_dlpack(flat)
+        bits: npt.NDArray[Any] = np.from_dlpack(_Capsule(flat.view(torch.int16)))
+        return bits.view(np.uint16)
+    return np.from_dlpack(_Capsule(flat))
 
 
 def as_buffer(tensor: Tensor) -> npt.NDArray[Any]:
