@@ -68,6 +68,9 @@ pub(crate) struct Tiles {
 }
 
 type TileThinFn = fn(Engine, &[bf16], &[f32], usize, f32) -> Result<Vec<f32>, CodecError>;
+/// x, w, rank, scaling -> (tokens, rank).
+type TileThinFn = fn(Engine, &[bf16], &[f32], usize, f32) -> Result<Vec<f32>, CodecError>;
+/// x, g, rank, features -> (rank, columns) by strips, and their width.
 type TileGradientFn =
     fn(Engine, &[bf16], &[f32], usize, usize) -> Result<(Vec<f32>, usize), CodecError>;
 /// x, weight, what is added -> y.
