@@ -67,7 +67,6 @@ pub(crate) struct Tiles {
     pub(crate) gradient: TileGradientFn,
 }
 
-type TileThinFn = fn(Engine, &[bf16], &[f32], usize, f32) -> Result<Vec<f32>, CodecError>;
 /// x, w, rank, scaling -> (tokens, rank).
 type TileThinFn = fn(Engine, &[bf16], &[f32], usize, f32) -> Result<Vec<f32>, CodecError>;
 /// x, g, rank, features -> (rank, columns) by strips, and their width.
