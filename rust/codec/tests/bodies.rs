@@ -167,7 +167,9 @@ fn encode<T: Dtype>(
         let mut scales = Guarded::room(blocks, f32::MAX, (before + 2, behind));
         let (to, refuse) = (scales.get_mut(), NonFinite::Error);
         search_scales(engine, values, &code, blocksize, importance, refuse, to).unwrap();
-        assert!(scales.written().iter().all(|scale| scale.abs() <= 3.0));
+        // Values lie in [-2, 2), what is around them is NaN or huge. The largest code may stay
+        // unused, where values are many at the ends.
+        assert!(scales.written().iter().all(|scale| scale.abs() <= 4.0));
     }
     let scales: Vec<f32> = (0..blocks).map(|i| [-1.5, 0.7, 0.0][i % 3]).collect();
     let scales = Guarded::new(&scales, f32::NAN, (before + 2, behind));
