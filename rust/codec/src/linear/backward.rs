@@ -139,7 +139,7 @@ fn multiply<T: Element>(
         (bodies.matmul_nn)(g, panel, width, sums, &[]);
     }
     for (row, sums) in strip.rows.into_iter().zip(sums.chunks_exact(width)) {
-        T::narrow(sums, row);
+        (bodies.round)(sums, T::values_mut(row));
     }
 }
 

@@ -112,9 +112,7 @@ impl Weight<'_> {
         self.cols.is_multiple_of(self.blocksize)
     }
 
-    #[allow(dead_code)] // the panels are pieces; whole rows are for bodies of their own
     /// Whether codes have 4 bits, and each 64 of a row from its first on have one scale.
-    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     pub(crate) fn chunks_have_scales(&self) -> bool {
         matches!(self.codes, Codes::FourBit { .. })
             && self.rows_are_blocks()

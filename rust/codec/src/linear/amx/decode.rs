@@ -90,24 +90,26 @@ impl Rows<'_> {
         let stride = self.bytes_per_row;
         let codes = &self.codes[rows.start * stride + chunk * CHUNK_BYTES..];
         let numbers = &self.numbers[(rows.start * self.chunks + chunk) * 2..];
-        let steps = rows.len() - 1;
-        let fits = steps * 2 * self.chunks + 2 <= numbers.len();
+        let fits = (rows.len() - 1) * 2 * self.chunks + 2 <= numbers.len();
         assert!(fits, "there are two numbers for each chunk of each row");
-        let whole = if steps * stride + CHUNK_BYTES <= codes.len() { rows.len() } else { steps };
+        // Near the end of the weight a chunk may be cut short.
+        let whole = codes.len().checked_sub(CHUNK_BYTES).map_or(0, |rest| rest / stride + 1);
+        let whole = whole.min(rows.len());
         for i in 0..whole {
-            // SAFETY: row `steps` has its bytes, or is left out; so have those before it.
+            // SAFETY: `i * stride` is at most `rest`, so that a chunk follows.
             let codes = unsafe { array_at(codes, i * stride) };
-            // SAFETY: row `steps` has its numbers, and so have those before it.
+            // SAFETY: the last row has its numbers, as was checked, and so have those before it.
             let numbers = unsafe { array_at(numbers, i * 2 * self.chunks) };
             decode(i, codes, numbers);
         }
-        if whole == steps {
+        for i in whole..rows.len() {
             let mut room = [0; CHUNK_BYTES];
-            let rest = &codes[steps * stride..];
-            room[..rest.len()].copy_from_slice(rest);
+            let rest = &codes[i * stride..];
+            let len = rest.len().min(CHUNK_BYTES);
+            room[..len].copy_from_slice(&rest[..len]);
             // SAFETY: as above.
-            let numbers = unsafe { array_at(numbers, steps * 2 * self.chunks) };
-            decode(steps, &room, numbers);
+            let numbers = unsafe { array_at(numbers, i * 2 * self.chunks) };
+            decode(i, &room, numbers);
         }
     }
 }

@@ -91,9 +91,10 @@ pub(super) struct Nibbles<'a> {
 
 impl<'a> Nibbles<'a> {
     pub(super) fn of(weight: &'a Weight<'a>) -> Option<Self> {
-        let fits = weight.rows_are_blocks() && weight.blocksize.is_multiple_of(CHUNK / 2);
         match weight.codes {
-            Codes::FourBit { packed, table } if fits => Some(Self { weight, packed, table }),
+            Codes::FourBit { packed, table } if weight.chunks_have_scales() => {
+                Some(Self { weight, packed, table })
+            }
             _ => None,
         }
     }
