@@ -26,7 +26,7 @@ def weight(kind: str, rng: np.random.Generator) -> tuple[tuple[object, ...], np.
         codes, second = np.empty(blocks, np.uint8), np.empty(-(-blocks // 256), np.float32)
         offset, _ = _native.quantize_absmax(absmax, table, codes, second)
         _native.dequantize_absmax(codes, table, second, offset, absmax)
-        nested = (codes, table, second, offset)
+        nested = (codes, table, second, np.array([offset], np.uint32).view(np.float32))
     _native.dequantize_4bit(packed, absmax, CODE, 64, dense, "float32")
     return (packed, CODE, *nested, 64, ROWS, COLS), dense
 
@@ -68,6 +68,42 @@ def test_forward_and_gradients_are_those_of_the_dense_layer(kind: str, simd: str
     np.testing.assert_allclose(db.reshape(ROWS, RANK), dy.T @ h, 1e-4)
 
 
+def lend(array: np.ndarray) -> _native.Buffer:
+    return _native.Buffer(array.ctypes.data, array.size, str(array.dtype), array)
+
+
+@pytest.mark.parametrize("kind", ["plain", "nested", "int8"])
+def test_buffers_serve_as_arrays_do(kind: str) -> None:
+    rng = np.random.default_rng(2)
+    parts, _ = weight(kind, rng)
+    x, y, other = rng.random(COLS, np.float32), *np.full((2, ROWS), np.nan, np.float32)
+    _native.linear(x, "float32", *parts, y)
+    tables = (1, 3)
+    lent = [
+        lend(part) if isinstance(part, np.ndarray) and i not in tables else part
+        for i, part in enumerate(parts)
+    ]
+    _native.linear(lend(x), "float32", *lent, lend(other))
+    np.testing.assert_array_equal(y, other)
+
+
+def test_buffers_that_cannot_be_are_refused() -> None:
+    x = np.zeros(COLS, np.float32)
+    at = x.ctypes.data
+    with pytest.raises(DTypeError, match="float64: allowed are float32"):
+        _native.Buffer(at, 1, "float64", x)
+    for address, numel in ((0, 1), (at + 1, 1), (at, 2**62), (2**64 - 8, 4)):
+        with pytest.raises(ShapeError, match="aligned values of float32"):
+            _native.Buffer(address, numel, "float32", x)
+    assert _native.Buffer(0, 0, "float32", None)  # what an empty tensor gives
+
+    parts, _ = weight("plain", np.random.default_rng(1))
+    with pytest.raises(DTypeError, match="packed has dtype float32: pass uint8"):
+        _native.linear(x, "float32", lend(x), *parts[1:], np.empty(ROWS, np.float32))
+    with pytest.raises(ShapeError, match="values and values share memory"):
+        _native.linear(lend(x), "float32", *parts, lend(x[:ROWS]))
+
+
 def test_arguments_that_do_not_fit_are_refused() -> None:
     parts, _ = weight("plain", np.random.default_rng(1))
     x, y = np.zeros(2 * COLS, np.float32), np.zeros(2 * ROWS, np.float32)
@@ -86,4 +122,6 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         _native.linear(x, "bfloat16", *parts, y)
     packed, code, absmax, *_ = parts
     with pytest.raises(FormatError, match="8-bit scales need nested_code"):
-        _native.linear(x, "float32", packed, code, absmax, None, None, 0, 64, ROWS, COLS, y)
+        _native.linear(
+            x, "float32", packed, code, absmax, None, None, absmax[:1], 64, ROWS, COLS, y
+        )

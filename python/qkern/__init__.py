@@ -117,7 +117,8 @@ def __getattr__(name: str) -> Any:
             raise
         msg = f'qkern.{name} needs {error.name}: pip install "qkern[torch]" or "qkern[train]"'
         raise MissingDependencyError(msg) from error
-    return getattr(module, name)
+    found = globals()[name] = getattr(module, name)  # so that the next use does not come here
+    return found
 
 
 def __dir__() -> list[str]:

@@ -10,6 +10,11 @@ _F32: TypeAlias = npt.NDArray[np.float32]
 _U8: TypeAlias = npt.NDArray[np.uint8]
 _I8: TypeAlias = npt.NDArray[np.int8]
 
+class Buffer:
+    def __new__(  # noqa: PYI034 - typing.Self needs Python 3.11
+        cls, address: int, numel: int, dtype: str, owner: object
+    ) -> Buffer: ...
+
 __version__: str
 
 def quantize_4bit(
@@ -106,58 +111,58 @@ def dequantize_absmax(
 ) -> None: ...
 def advise_huge_pages(memory: _U8) -> bool: ...
 def linear(
-    x: _Values,
+    x: _Values | Buffer,
     dtype: str,
-    packed: _U8 | _I8,
+    packed: _U8 | _I8 | Buffer,
     code: _F32 | None,
-    absmax: _F32 | _U8,
+    absmax: _F32 | _U8 | Buffer,
     nested_code: _F32 | None,
-    nested_absmax: _F32 | None,
-    offset: int | None,
+    nested_absmax: _F32 | Buffer | None,
+    offset: _F32 | Buffer | None,
     blocksize: int,
     rows: int,
     cols: int,
-    y: _Values,
+    y: _Values | Buffer,
     *,
-    bias: _F32 | None = None,
-    lora_a: _F32 | None = None,
-    lora_b: _F32 | None = None,
+    bias: _F32 | Buffer | None = None,
+    lora_a: _F32 | Buffer | None = None,
+    lora_b: _F32 | Buffer | None = None,
     scaling: float = 1.0,
     compute: str = "exact",
     threads: int = 0,
     simd: str | None = None,
 ) -> None: ...
 def linear_backward(
-    grad: _Values,
+    grad: _Values | Buffer,
     dtype: str,
-    packed: _U8 | _I8,
+    packed: _U8 | _I8 | Buffer,
     code: _F32 | None,
-    absmax: _F32 | _U8,
+    absmax: _F32 | _U8 | Buffer,
     nested_code: _F32 | None,
-    nested_absmax: _F32 | None,
-    offset: int | None,
+    nested_absmax: _F32 | Buffer | None,
+    offset: _F32 | Buffer | None,
     blocksize: int,
     rows: int,
     cols: int,
-    dx: _Values,
+    dx: _Values | Buffer,
     *,
-    lora_a: _F32 | None = None,
-    lora_b: _F32 | None = None,
+    lora_a: _F32 | Buffer | None = None,
+    lora_b: _F32 | Buffer | None = None,
     scaling: float = 1.0,
     threads: int = 0,
     simd: str | None = None,
 ) -> None: ...
 def lora_gradients(
-    x: _Values,
-    grad: _Values,
+    x: _Values | Buffer,
+    grad: _Values | Buffer,
     dtype: str,
-    lora_a: _F32,
-    lora_b: _F32,
+    lora_a: _F32 | Buffer,
+    lora_b: _F32 | Buffer,
     rank: int,
     scaling: float,
     *,
-    grad_a: _F32 | None = None,
-    grad_b: _F32 | None = None,
+    grad_a: _F32 | Buffer | None = None,
+    grad_b: _F32 | Buffer | None = None,
     threads: int = 0,
     simd: str | None = None,
 ) -> None: ...

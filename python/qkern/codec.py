@@ -7,7 +7,7 @@ read is the format.
 from __future__ import annotations
 
 import functools
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ COMPUTE: Final = ("exact", "int8")
 Array = npt.NDArray[Any]
 U8 = npt.NDArray[np.uint8]
 F32 = npt.NDArray[np.float32]
+Buffer = _native.Buffer  # memory by its address, for callers to whom arrays cost too much
 
 
 class Parts(NamedTuple):
@@ -39,11 +40,25 @@ class Parts(NamedTuple):
     offset: F32 | None  # fp32 (1,)
 
 
+class Weight(NamedTuple):
+    """A quantized weight of 2 dimensions as the products take it, in the extension's order."""
+
+    packed: Array | Buffer  # uint8 or int8
+    code: F32 | None  # (16,) of a 4-bit format
+    absmax: Array | Buffer  # fp32, or uint8 codes
+    nested_code: F32 | None  # (256,) of 8-bit scales
+    nested_absmax: F32 | Buffer | None
+    offset: F32 | Buffer | None
+    blocksize: int
+    out_features: int
+    in_features: int
+
+
 class Adapter(NamedTuple):
     """A low-rank adapter: ``scaling (x A^T) B^T`` is added to a product."""
 
-    lora_A: F32  # (r * in_features,)
-    lora_B: F32  # (out_features * r,)
+    lora_A: F32 | Buffer  # (r * in_features,)
+    lora_B: F32 | Buffer  # (out_features * r,)
     r: int
     scaling: float
 
@@ -176,15 +191,27 @@ def decode_range(
     decode(Parts(packed, absmax, None, None), fmt.replace(double_quant=False), out, dtype)
 
 
-def linear(
-    x: Array,
-    dtype: str,
-    parts: Parts,
+def weight(
+    packed: Array | Buffer,
+    absmax: Array | Buffer,
+    nested_absmax: F32 | Buffer | None,
+    offset: F32 | Buffer | None,
     fmt: QuantFormat,
     shape: tuple[int, int],
-    out: Array,
+) -> Weight:
+    """Flat parts of a weight, (out_features, in_features), with the tables of its format."""
+    code = None if fmt.code is None else code_array(fmt.quant_type)
+    nested_code = None if nested_absmax is None else nested_code_array()
+    return Weight(packed, code, absmax, nested_code, nested_absmax, offset, fmt.blocksize, *shape)
+
+
+def linear(
+    x: Array | Buffer,
+    dtype: str,
+    weight: Weight,
+    out: Array | Buffer,
     *,
-    bias: F32 | None = None,
+    bias: F32 | Buffer | None = None,
     adapter: Adapter | None = None,
     compute: str = "exact",
     threads: int = 0,
@@ -194,56 +221,43 @@ def linear(
     Args:
         x: (M * in_features,) float32, or uint16 bits of ``dtype``.
         dtype: "float32", "float16" or "bfloat16", of ``x`` and ``out``.
-        parts: of W.
-        fmt: how its bytes are read.
-        shape: (out_features, in_features) of W.
+        weight: W.
         out: (M * out_features,) like ``x``.
         bias: (out_features,) or None.
         adapter: what is added, or None.
         compute: "exact", or "int8" for products of 8-bit integers where the machine has them.
         threads: how many, 0 for one per core.
     """
-    weight, low_rank = _weight(parts, fmt, shape), _low_rank(adapter)
+    low_rank = _low_rank(adapter)
     _native.linear(x, dtype, *weight, out, bias=bias, compute=compute, threads=threads, **low_rank)
 
 
 def linear_backward(
-    grad: Array,
+    grad: Array | Buffer,
     dtype: str,
-    parts: Parts,
-    fmt: QuantFormat,
-    shape: tuple[int, int],
-    out: Array,
+    weight: Weight,
+    out: Array | Buffer,
     *,
     adapter: Adapter | None = None,
     threads: int = 0,
 ) -> None:
     """Write ``dY W``, and the adapter's part, into ``out``: arguments as ``linear``'s."""
-    weight, low_rank = _weight(parts, fmt, shape), _low_rank(adapter)
+    low_rank = _low_rank(adapter)
     _native.linear_backward(grad, dtype, *weight, out, threads=threads, **low_rank)
 
 
 def lora_gradients(
-    x: Array, grad: Array, dtype: str, adapter: Adapter, dA: F32, dB: F32, *, threads: int = 0
+    x: Array | Buffer,
+    grad: Array | Buffer,
+    dtype: str,
+    adapter: Adapter,
+    dA: F32 | Buffer,
+    dB: F32 | Buffer,
+    *,
+    threads: int = 0,
 ) -> None:
     """Write the gradients of an adapter: ``dA`` like ``lora_A``, ``dB`` like ``lora_B``."""
     _native.lora_gradients(x, grad, dtype, *adapter, grad_a=dA, grad_b=dB, threads=threads)
-
-
-# Codes, table, scales; table, second-level scales and offset of 8-bit ones; blocksize and shape.
-_Weight: TypeAlias = tuple[
-    Array, F32 | None, Array, F32 | None, F32 | None, int | None, int, int, int
-]
-
-
-def _weight(parts: Parts, fmt: QuantFormat, shape: tuple[int, int]) -> _Weight:
-    """What the extension takes for a weight."""
-    code = None if fmt.code is None else code_array(fmt.quant_type)
-    packed, absmax, nested_absmax, offset = parts
-    if nested_absmax is None or offset is None:
-        return (packed, code, absmax, None, None, None, fmt.blocksize, *shape)
-    nested = (nested_code_array(), nested_absmax, _bits(offset))
-    return (packed, code, absmax, *nested, fmt.blocksize, *shape)
 
 
 def _low_rank(adapter: Adapter | None) -> dict[str, Any]:

@@ -320,12 +320,14 @@ def linear(
     if not isinstance(weight, QuantizedTensor):
         msg = f"the weight is a {type(weight).__name__}: qkern.quantize it, or call F.linear"
         raise DTypeError(msg)
-    operands.check_linear(x, weight, bias, lora_A, lora_B, layer)
+    with torch._C.DisableTorchFunctionSubclass():  # a call for each property of the weight
+        operands.check_linear(x, weight, bias, lora_A, lora_B, layer)
+        dense = operands.need_dense_weight(x, weight)
+        out_features = weight.shape[0]
     check_choice("compute", compute, COMPUTE)
-    if operands.need_dense_weight(x, weight):
+    if dense:
         bias = None if bias is None else bias.to(x.dtype)
         return reference.linear(x, weight.dequantize(x.dtype), bias, lora_A, lora_B, scaling)
-    out_features = weight.shape[0]
     operand = (weight.parts, weight.format, out_features)
     return ops.linear(x, *operand, bias, lora_A, lora_B, scaling, compute)
 

@@ -1,4 +1,4 @@
-"""The CPU side of the operators: torch tensors seen as NumPy buffers."""
+"""The CPU side of the operators: the memory of torch tensors, lent to the codec."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 
 from qkern import codec
 from qkern.errors import DTypeError
@@ -26,29 +25,15 @@ def dtype_name(dtype: torch.dtype) -> str:
     Raises:
         DTypeError: unless the dtype is float32, float16 or bfloat16.
     """
-    name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        msg = f"dtype {name} is not supported: allowed are {', '.join(DTYPES)}; convert first"
+    name = _NAMES.get(dtype)
+    if name is None:
+        found = str(dtype).removeprefix("torch.")
+        msg = f"dtype {found} is not supported: allowed are {', '.join(DTYPES)}; convert first"
         raise DTypeError(msg)
     return name
 
 
-class _Capsule:
-    """A CPU tensor for ``numpy.from_dlpack``, without the checks of ``Tensor.__dlpack__``.
-
-    Those take as long as a small product.
-    """
-
-    __slots__ = ("tensor",)
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-    def __dlpack__(self, **_: Any) -> Any:
-        return to_dlpack(self.tensor)
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return 1, 0  # kDLCPU
+_NAMES = {getattr(torch, name): name for name in DTYPES}
 
 
 def as_array(tensor: Tensor) -> npt.NDArray[Any]:
@@ -56,11 +41,27 @@ def as_array(tensor: Tensor) -> npt.NDArray[Any]:
 
     Through DLPack: ``Tensor.numpy()`` would pin the storage's size, which FSDP2 changes.
     """
-    flat = tensor.detach().view(-1) if tensor.is_contiguous() else tensor.detach().reshape(-1)
+    flat = tensor.detach().reshape(-1)
     if flat.dtype in (torch.float16, torch.bfloat16):
-        bits: npt.NDArray[Any] = np.from_dlpack(_Capsule(flat.view(torch.int16)))
+        bits: npt.NDArray[Any] = np.from_dlpack(flat.view(torch.int16))
         return bits.view(np.uint16)
-    return np.from_dlpack(_Capsule(flat))
+    array: npt.NDArray[Any] = np.from_dlpack(flat)
+    return array
+
+
+# Of elements as the codec takes them.
+_STORED = {
+    torch.float32: "float32",
+    torch.float16: "uint16",
+    torch.bfloat16: "uint16",
+    torch.uint8: "uint8",
+    torch.int8: "int8",
+}
+
+
+def lend(tensor: Tensor) -> codec.Buffer:
+    """The memory of a contiguous CPU tensor, for one call; 16-bit floats as uint16."""
+    return codec.Buffer(tensor.data_ptr(), tensor.numel(), _STORED[tensor.dtype], tensor)
 
 
 def as_buffer(tensor: Tensor) -> npt.NDArray[Any]:
@@ -124,7 +125,7 @@ def dequantize_into(parts: Parts, fmt: QuantFormat, out: Tensor, *, reused: bool
 
 
 def adapter(lora_A: Tensor | None, lora_B: Tensor | None, scaling: float) -> codec.Adapter | None:
-    """A low-rank adapter as fp32 arrays, or None."""
+    """A low-rank adapter in fp32, or None."""
     if lora_A is None or lora_B is None:
         return None
     return codec.Adapter(_floats(lora_A), _floats(lora_B), lora_A.shape[0], scaling)
@@ -140,14 +141,13 @@ def linear(
     compute: str,
 ) -> Tensor:
     """``x W^T + bias`` and the adapter's part: (..., in_features) to (..., out_features)."""
-    out = x.new_empty((*x.shape[:-1], out_features))
+    *batch, in_features = x.shape
+    out = torch.empty((*batch, out_features), dtype=x.dtype, device="cpu")
     codec.linear(
-        as_array(x.contiguous()),
+        lend(x.contiguous()),
         dtype_name(x.dtype),
-        as_parts(parts),
-        fmt,
-        (out_features, x.shape[-1]),
-        as_buffer(out),
+        _weight(parts, fmt, (out_features, in_features)),
+        lend(out),
         bias=None if bias is None else _floats(bias),
         adapter=lora,
         compute=compute,
@@ -160,14 +160,13 @@ def linear_backward(
     grad: Tensor, parts: Parts, fmt: QuantFormat, in_features: int, lora: codec.Adapter | None
 ) -> Tensor:
     """``dY W`` and the adapter's part: (..., out_features) to (..., in_features)."""
-    out = grad.new_empty((*grad.shape[:-1], in_features))
+    *batch, out_features = grad.shape
+    out = torch.empty((*batch, in_features), dtype=grad.dtype, device="cpu")
     codec.linear_backward(
-        as_array(grad.contiguous()),
+        lend(grad.contiguous()),
         dtype_name(grad.dtype),
-        as_parts(parts),
-        fmt,
-        (grad.shape[-1], in_features),
-        as_buffer(out),
+        _weight(parts, fmt, (out_features, in_features)),
+        lend(out),
         adapter=lora,
         threads=torch.get_num_threads(),
     )
@@ -179,19 +178,32 @@ def lora_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Those of A (r, in_features) and B (out_features, r), in the adapter's dtypes."""
     lora = codec.Adapter(_floats(lora_A), _floats(lora_B), lora_A.shape[0], scaling)
-    dA, dB = torch.empty(lora_A.shape), torch.empty(lora_B.shape)
+    dA, dB = (torch.empty(t.shape, dtype=torch.float32, device="cpu") for t in (lora_A, lora_B))
     codec.lora_gradients(
-        as_array(x.contiguous()),
-        as_array(grad.to(x.dtype).contiguous()),
+        lend(x.contiguous()),
+        lend(grad.to(x.dtype).contiguous()),
         dtype_name(x.dtype),
         lora,
-        as_buffer(dA),
-        as_buffer(dB),
+        lend(dA),
+        lend(dB),
         threads=torch.get_num_threads(),
     )
     return dA.to(lora_A.dtype), dB.to(lora_B.dtype)
 
 
-def _floats(tensor: Tensor) -> npt.NDArray[np.float32]:
-    """A flat fp32 view or copy."""
-    return as_array(tensor.float())
+def _weight(parts: Parts, fmt: QuantFormat, shape: tuple[int, int]) -> codec.Weight:
+    """The memory of a weight (out_features, in_features)."""
+    packed, absmax, nested_absmax, offset = parts
+    return codec.weight(
+        lend(packed.contiguous()),
+        lend(absmax.contiguous()),
+        None if nested_absmax is None else lend(nested_absmax.contiguous()),
+        None if offset is None else lend(offset),
+        fmt,
+        shape,
+    )
+
+
+def _floats(tensor: Tensor) -> codec.Buffer:
+    """The memory of a tensor, or of a copy, in fp32."""
+    return lend(tensor.float().contiguous())

@@ -1,8 +1,8 @@
-//! Arrays as slices: the only place where Python's memory is touched.
+//! Arrays and buffers as slices: the only place where Python's memory is touched.
 //!
 //! Arrays are 1-D, C-contiguous and aligned. rust-numpy's borrow check keeps other calls away from
 //! an output; it goes by the owner of the memory, so the ranges of one call are compared here as
-//! well (two arrays can view one tensor without sharing an owner).
+//! well (two arrays can view one tensor without sharing an owner, and a [`Buffer`] has no check).
 
 use std::ops::Range;
 
@@ -15,50 +15,86 @@ use numpy::{
 use pyo3::prelude::*;
 use qkern_codec::{Values, ValuesMut};
 
+use crate::buffer::{Buffer, Stored};
 use crate::errors;
 
-/// An array that is read.
-pub(crate) struct Input<'py, T: Element> {
+/// What is read.
+pub(crate) struct Input<'py, T: Element + Stored> {
     name: &'static str,
-    array: PyReadonlyArray1<'py, T>,
+    source: Source<'py, PyReadonlyArray1<'py, T>>,
 }
 
-/// An array that is written.
-pub(crate) struct Output<'py, T: Element> {
+/// What is written.
+pub(crate) struct Output<'py, T: Element + Stored> {
     name: &'static str,
-    array: PyReadwriteArray1<'py, T>,
+    source: Source<'py, PyReadwriteArray1<'py, T>>,
 }
 
-impl<'py, T: Element> Input<'py, T> {
+enum Source<'py, A> {
+    Array(A),
+    Buffer(Bound<'py, Buffer>),
+}
+
+impl<'py, T: Element + Stored> Input<'py, T> {
     pub(crate) fn new(name: &'static str, object: &Bound<'py, PyAny>) -> PyResult<Self> {
-        let array = checked::<T>(name, object)?;
-        let array = array.try_readonly().map_err(|e| borrow_error(&array, name, &e))?;
-        Ok(Self { name, array })
+        let source = if let Ok(buffer) = object.cast::<Buffer>() {
+            buffer.get().check::<T>(name, object.py())?;
+            Source::Buffer(buffer.clone())
+        } else {
+            let array = checked::<T>(name, object)?;
+            Source::Array(array.try_readonly().map_err(|e| borrow_error(&array, name, &e))?)
+        };
+        Ok(Self { name, source })
     }
 
     pub(crate) fn slice(&self) -> PyResult<&[T]> {
-        self.array.as_slice().map_err(|_| layout_error(self.array.py(), self.name))
+        match &self.source {
+            Source::Array(array) => {
+                array.as_slice().map_err(|_| layout_error(array.py(), self.name))
+            }
+            // SAFETY: `new` checked the type; whoever made the buffer vouches for its memory, and
+            // `check_apart` for no output of this call being in it.
+            Source::Buffer(buffer) => Ok(unsafe { buffer.get().slice() }),
+        }
     }
 
     pub(crate) fn memory(&self) -> Memory {
-        Memory::of(self.name, &self.array)
+        match &self.source {
+            Source::Array(array) => Memory::of(self.name, array),
+            Source::Buffer(buffer) => Memory { name: self.name, bytes: buffer.get().bytes() },
+        }
     }
 }
 
-impl<'py, T: Element> Output<'py, T> {
+impl<'py, T: Element + Stored> Output<'py, T> {
     pub(crate) fn new(name: &'static str, object: &Bound<'py, PyAny>) -> PyResult<Self> {
-        let array = checked::<T>(name, object)?;
-        let array = array.try_readwrite().map_err(|e| borrow_error(&array, name, &e))?;
-        Ok(Self { name, array })
+        let source = if let Ok(buffer) = object.cast::<Buffer>() {
+            buffer.get().check::<T>(name, object.py())?;
+            Source::Buffer(buffer.clone())
+        } else {
+            let array = checked::<T>(name, object)?;
+            Source::Array(array.try_readwrite().map_err(|e| borrow_error(&array, name, &e))?)
+        };
+        Ok(Self { name, source })
     }
 
     pub(crate) fn slice(&mut self) -> PyResult<&mut [T]> {
-        let py = self.array.py();
-        self.array.as_slice_mut().map_err(|_| layout_error(py, self.name))
+        match &mut self.source {
+            Source::Array(array) => {
+                let py = array.py();
+                array.as_slice_mut().map_err(|_| layout_error(py, self.name))
+            }
+            // SAFETY: as for an input; `check_apart` keeps inputs and other outputs of this call
+            // out of the memory, and `&mut self` a second slice of this one.
+            Source::Buffer(buffer) => Ok(unsafe { buffer.get().slice_mut() }),
+        }
     }
 
     pub(crate) fn memory(&self) -> Memory {
-        Memory::of(self.name, &self.array)
+        match &self.source {
+            Source::Array(array) => Memory::of(self.name, array),
+            Source::Buffer(buffer) => Memory { name: self.name, bytes: buffer.get().bytes() },
+        }
     }
 }
 
@@ -179,7 +215,7 @@ fn checked<'py, T: Element>(
     let py = object.py();
     let Ok(untyped) = object.cast::<PyUntypedArray>() else {
         let found = object.get_type().name()?;
-        let message = format!("{name} is a {found}: pass a NumPy array");
+        let message = format!("{name} is a {found}: pass a NumPy array, or a Buffer");
         return Err(errors::dtype(py, message));
     };
     let needed = dtype::<T>(py);

@@ -4,6 +4,7 @@
 //! `qkern.errors`. It computes nothing.
 
 mod arrays;
+mod buffer;
 mod detached;
 mod errors;
 mod functions;
@@ -18,6 +19,9 @@ use pyo3::prelude::*;
 #[pymodule(gil_used = true)]
 mod _native {
     use pyo3::prelude::*;
+
+    #[pymodule_export]
+    use crate::buffer::Buffer;
 
     #[pymodule_export]
     use crate::functions::{

@@ -24,7 +24,7 @@ pub(crate) fn linear(
     absmax: &Bound<'_, PyAny>,
     nested_code: Option<&Bound<'_, PyAny>>,
     nested_absmax: Option<&Bound<'_, PyAny>>,
-    offset: Option<u32>,
+    offset: Option<&Bound<'_, PyAny>>,
     blocksize: usize,
     rows: usize,
     cols: usize,
@@ -46,7 +46,7 @@ pub(crate) fn linear(
             return Err(errors::format(py, message));
         }
     };
-    let parts = Parts::new(packed, code, absmax, (nested_code, nested_absmax, offset))?;
+    let parts = Parts::new(packed, code, absmax, [nested_code, nested_absmax, offset])?;
     let x = InputValues::new(x, dtype)?;
     let bias = bias.map(|bias| Input::<f32>::new("bias", bias)).transpose()?;
     let adapter = Adapter::new(py, lora_a, lora_b, scaling, (rows, cols))?;
@@ -80,7 +80,7 @@ pub(crate) fn linear_backward(
     absmax: &Bound<'_, PyAny>,
     nested_code: Option<&Bound<'_, PyAny>>,
     nested_absmax: Option<&Bound<'_, PyAny>>,
-    offset: Option<u32>,
+    offset: Option<&Bound<'_, PyAny>>,
     blocksize: usize,
     rows: usize,
     cols: usize,
@@ -92,7 +92,7 @@ pub(crate) fn linear_backward(
     simd: Option<&str>,
 ) -> PyResult<()> {
     let engine = engine(py, threads, simd)?;
-    let parts = Parts::new(packed, code, absmax, (nested_code, nested_absmax, offset))?;
+    let parts = Parts::new(packed, code, absmax, [nested_code, nested_absmax, offset])?;
     let grad = InputValues::new(grad, dtype)?;
     let adapter = Adapter::new(py, lora_a, lora_b, scaling, (rows, cols))?;
     let mut dx = OutputValues::new(dx, dtype)?;
@@ -162,8 +162,8 @@ enum ScaleArray<'py> {
     Nested { codes: Input<'py, u8>, table: Box<[f32; 256]>, nested: Input<'py, f32>, offset: f32 },
 }
 
-/// A table of 256 values, second-level scales and the bits of the offset.
-type Nested<'a, 'py> = (Option<&'a Bound<'py, PyAny>>, Option<&'a Bound<'py, PyAny>>, Option<u32>);
+/// A table of 256 values, second-level scales and the offset, (1,).
+type Nested<'a, 'py> = [Option<&'a Bound<'py, PyAny>>; 3];
 
 impl<'py> Parts<'py> {
     fn new(
@@ -180,12 +180,12 @@ impl<'py> Parts<'py> {
             None => CodeArray::Int8(Input::new("packed", packed)?),
         };
         let scales = match nested {
-            (None, None, None) => ScaleArray::Plain(Input::new("absmax", absmax)?),
-            (Some(code), Some(nested), Some(offset)) => ScaleArray::Nested {
+            [None, None, None] => ScaleArray::Plain(Input::new("absmax", absmax)?),
+            [Some(code), Some(nested), Some(offset)] => ScaleArray::Nested {
                 codes: Input::new("absmax", absmax)?,
                 table: Box::new(table("nested_code", code)?),
                 nested: Input::new("nested_absmax", nested)?,
-                offset: f32::from_bits(offset),
+                offset: table::<1>("offset", offset)?[0],
             },
             _ => {
                 let message = "8-bit scales need nested_code, nested_absmax and offset: pass all \
