@@ -14,7 +14,7 @@ use std::ops::Range;
 
 use crate::dequantize_int8::STEP;
 use crate::linear::matvec::by_token;
-use crate::linear::matvec::scales_avx512::{load_scales, Places};
+use crate::linear::matvec::scales_avx512::{load_scales, Places, MAX_CHUNKS};
 use crate::linear::weight::{Codes, Weight};
 use crate::x86::avx2::load_half;
 use crate::x86::avx512::{lanes, load, load_bytes, load_f32, load_some};
@@ -24,6 +24,8 @@ use crate::x86::prefetch;
 const CHUNK: usize = 128;
 /// The bytes that the four loads of a chunk touch.
 const WINDOW: usize = CHUNK / 2 + 3;
+/// The bytes that those of a group of chunks touch.
+const GROUP: usize = MAX_CHUNKS * CHUNK / 2 + 3;
 /// How far ahead bytes are fetched, in chunks.
 const AHEAD: usize = 64;
 
@@ -122,30 +124,33 @@ fn four_bit<const M: usize, const R: usize>(
     let x = x.as_chunks::<16>().0.as_chunks::<8>().0;
     let x: [&[[[f32; 16]; 8]]; M] = by_token(x);
     let mut sums = [[_mm512_setzero_ps(); M]; R];
-    let mut ends = [[0; WINDOW]; R];
+    let mut ends = [[0; GROUP]; R];
     for (g, first) in (0..chunks).step_by(places.chunks).enumerate() {
+        let count = places.chunks.min(chunks - first);
         let mut scales = [_mm512_setzero_ps(); R];
-        for (r, scales) in scales.iter_mut().enumerate() {
-            *scales = places.scales(weight, row + r, g, R);
+        let mut groups = [&[0; GROUP]; R];
+        let mut fetched = [0; R];
+        for (r, end) in ends.iter_mut().enumerate() {
+            scales[r] = places.scales(weight, row + r, g, R);
+            fetched[r] = ahead(r, first, chunks, R);
+            groups[r] = group_of(&bytes[r][first * 64..], end);
         }
-        for (c, places) in (first..chunks).zip(&places.lanes[..places.chunks]) {
+        let mut group_of_x: [&[_]; M] = [&[]; M];
+        for m in 0..M {
+            group_of_x[m] = &x[m][first..first + count];
+        }
+        for c in (0..MAX_CHUNKS).take_while(|&c| c < count) {
             let (mut windows, mut of_x) = ([&[0; WINDOW]; R], [&x[0][0]; M]);
-            for (r, end) in ends.iter_mut().enumerate() {
-                prefetch(bytes[0], ahead(r, c, chunks, R));
-                let rest = &bytes[r][c * 64..];
-                windows[r] = if let Some(window) = rest.first_chunk() {
-                    window
-                } else {
-                    *end = end_of(rest);
-                    end
-                };
+            for r in 0..R {
+                prefetch(bytes[0], fetched[r] + 64 * c);
+                windows[r] = groups[r][64 * c..].first_chunk().expect("8 chunks and 3 bytes");
             }
             for m in 0..M {
-                of_x[m] = &x[m][c];
+                of_x[m] = &group_of_x[m][c];
             }
             let products = products(windows, of_x, table);
             for r in 0..R {
-                let scales = _mm512_permutexvar_ps(load(places), scales[r]);
+                let scales = _mm512_permutexvar_ps(load(&places.lanes[c]), scales[r]);
                 for m in 0..M {
                     sums[r][m] = _mm512_fmadd_ps(products[r][m], scales, sums[r][m]);
                 }
@@ -153,6 +158,16 @@ fn four_bit<const M: usize, const R: usize>(
         }
     }
     sums
+}
+
+/// The first bytes of some: in place, or if there are fewer a copy with zeros behind it.
+#[inline(always)]
+pub(crate) fn group_of<'a, const N: usize>(bytes: &'a [u8], end: &'a mut [u8; N]) -> &'a [u8; N] {
+    if let Some(group) = bytes.first_chunk() {
+        return group;
+    }
+    *end = end_of(bytes);
+    end
 }
 
 /// The products of R chunks of codes with M of x, in 16 sums each.
@@ -184,7 +199,8 @@ pub(crate) fn end_of<T: Copy + Default, const N: usize>(bytes: &[T]) -> [T; N] {
     core::array::from_fn(|i| bytes.get(i).copied().unwrap_or_default())
 }
 
-/// Where to fetch while chunk `c` of row `r` of some is multiplied, from the first of these rows on.
+/// Where to fetch while the chunks from `c` on of row `r` of some are multiplied, in bytes from the
+/// first of these rows on.
 ///
 /// Short rows share a page: the next ones are fetched in the order of their addresses. Longer ones
 /// are fetched further on in the row, or in the row that will be read there when these are done.

@@ -7,11 +7,14 @@ use crate::linear::weight::{Scales, Weight};
 use crate::x86::avx512::{lanes, load_bytes, load_some, lookup, store};
 use crate::x86::prefetch;
 
-/// The scales that a lane of chunk `i` needs, of 16: two a chunk, and four where blocks are of 32.
-static PLACES: [[u32; 16]; 8] = places(8);
-static PLACES_32: [[u32; 16]; 8] = places(4);
+/// Most chunks that 16 scales reach for.
+pub(crate) const MAX_CHUNKS: usize = 8;
 
-const fn places(lanes: u32) -> [[u32; 16]; 8] {
+/// The scales that a lane of chunk `i` needs, of 16: two a chunk, and four where blocks are of 32.
+static PLACES: [[u32; 16]; MAX_CHUNKS] = places(8);
+static PLACES_32: [[u32; 16]; MAX_CHUNKS] = places(4);
+
+const fn places(lanes: u32) -> [[u32; 16]; MAX_CHUNKS] {
     let mut places = [[0; 16]; 8];
     let mut i = 0;
     while i < 128 {
@@ -26,7 +29,7 @@ pub(crate) struct Places {
     /// Chunks that 16 scales reach for.
     pub(crate) chunks: usize,
     /// Of those, the scale that each lane of each chunk needs.
-    pub(crate) lanes: &'static [[u32; 16]; 8],
+    pub(crate) lanes: &'static [[u32; 16]; MAX_CHUNKS],
     /// Blocks are of 64 values, shifted by this.
     shift: u32,
 }
@@ -37,7 +40,7 @@ impl Places {
         if weight.blocksize < 64 {
             Self { chunks: 4, lanes: &PLACES_32, shift: 0 }
         } else {
-            Self { chunks: 8, lanes: &PLACES, shift: (weight.blocksize / 64).ilog2() }
+            Self { chunks: MAX_CHUNKS, lanes: &PLACES, shift: (weight.blocksize / 64).ilog2() }
         }
     }
 

@@ -6,15 +6,17 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use crate::dequantize_int8::STEP;
-use crate::linear::matvec::avx512::{ahead, by_rows, end_of};
+use crate::linear::matvec::avx512::{ahead, by_rows, end_of, group_of};
 use crate::linear::matvec::int8::{Chunk, Piece, Rounded, BLOCK, CHUNK};
-use crate::linear::matvec::scales_avx512::{load_scales, Places};
+use crate::linear::matvec::scales_avx512::{load_scales, Places, MAX_CHUNKS};
 use crate::linear::weight::{Codes, Weight};
 use crate::x86::avx512::{lanes, load, load_f32};
 use crate::x86::prefetch;
 
 /// Rows that are multiplied together: they share the loads of x.
 const ROWS: usize = 4;
+/// The bytes of a group of chunks.
+const GROUP: usize = MAX_CHUNKS * CHUNK / 2;
 
 /// Writes the sums of some rows.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
@@ -63,25 +65,23 @@ fn four_bit<const R: usize>(
     let chunks = weight.cols.div_ceil(CHUNK);
     let bytes: [&[u8]; R] = core::array::from_fn(|r| &packed[(row + r) * weight.cols / 2..]);
     let mut sums = [[_mm512_setzero_ps()]; R];
-    let mut ends = [[0; 64]; R];
-    for (g, group) in x.chunks(places.chunks).enumerate() {
+    let mut ends = [[0; GROUP]; R];
+    for (g, x) in x.chunks(places.chunks).enumerate() {
+        let first = g * places.chunks;
         let mut scales = [_mm512_setzero_ps(); R];
-        for (r, scales) in scales.iter_mut().enumerate() {
-            *scales = places.scales(weight, row + r, g, R);
+        let mut groups = [&[0; GROUP]; R];
+        let mut fetched = [0; R];
+        for (r, end) in ends.iter_mut().enumerate() {
+            scales[r] = places.scales(weight, row + r, g, R);
+            fetched[r] = ahead(r, first, chunks, R);
+            groups[r] = group_of(&bytes[r][first * 64..], end);
         }
-        for (i, (x, lanes)) in group.iter().zip(places.lanes).enumerate() {
-            let c = g * places.chunks + i;
+        for (c, x) in (0..MAX_CHUNKS).zip(x) {
             for r in 0..R {
-                prefetch(bytes[0], ahead(r, c, chunks, R));
-                let rest = &bytes[r][c * 64..];
-                let codes = if let Some(codes) = rest.first_chunk() {
-                    codes
-                } else {
-                    ends[r] = end_of(rest);
-                    &ends[r]
-                };
-                let product = _mm512_mul_ps(product(load(codes), table, x), load_f32(&x.step));
-                let scales = _mm512_permutexvar_ps(load(lanes), scales[r]);
+                prefetch(bytes[0], fetched[r] + 64 * c);
+                let codes = load(&groups[r].as_chunks::<64>().0[c]);
+                let product = _mm512_mul_ps(product(codes, table, x), load_f32(&x.step));
+                let scales = _mm512_permutexvar_ps(load(&places.lanes[c]), scales[r]);
                 sums[r][0] = _mm512_fmadd_ps(product, scales, sums[r][0]);
             }
         }
