@@ -28,6 +28,15 @@ const MIN_WAKE: usize = 1 << 21;
 /// How long the calling thread works before it asks whether it shall stop.
 const PATIENCE: Duration = Duration::from_millis(25);
 
+/// How many threads a call may use.
+pub(crate) fn threads(engine: Engine) -> usize {
+    if engine.threads == 0 {
+        pool().size().max(1)
+    } else {
+        engine.threads
+    }
+}
+
 /// Runs `work` on every job, on up to `engine.threads` threads (0: as many as the pool has).
 ///
 /// `len`, the work of all jobs in values to quantize (about a quarter of a nanosecond each),
@@ -45,7 +54,7 @@ where
     let Some(pool) = pool else {
         return until_interrupted(engine, jobs, &work);
     };
-    let threads = if engine.threads == 0 { pool.size() } else { engine.threads };
+    let threads = threads(engine);
     let jobs = Mutex::new(jobs);
     let take = &|| jobs.lock().unwrap_or_else(PoisonError::into_inner).next();
     let (stop, work) = (&AtomicBool::new(false), &work);

@@ -9,8 +9,8 @@ use std::ops::Range;
 use half::bf16;
 
 use crate::error::CodecError;
-use crate::linear::amx::decode::PairDecoder;
-use crate::linear::amx::tiles::{Tiles, LINES, TOKENS};
+use crate::linear::amx::decode::{PairDecoder, TileRows};
+use crate::linear::amx::tiles::{Stack, Tiles, LINES, TOKENS};
 use crate::linear::amx::transpose::write_interleaved;
 use crate::linear::amx::work;
 use crate::linear::backward::{copy_columns, Adapter};
@@ -151,8 +151,8 @@ unsafe fn strip_sums(
                         _ => tiles.zero(),
                     }
                     for (a, b) in left.iter().zip(panel.as_chunks::<{ TILES * LINES }>().0) {
-                        let b = b.as_chunks::<LINES>().0;
-                        tiles.multiply_2x2(a, &b[2 * half], &b[2 * half + 1]);
+                        let b = [2 * half, 2 * half + 1].map(|tile| Stack::new(&b[tile..], TILES));
+                        tiles.multiply_2x2(Stack::dense(a), b);
                     }
                     match partial.get_mut(at..).and_then(<[Line]>::first_chunk_mut) {
                         Some(partial) if part + 1 < parts => tiles.store(partial),
@@ -171,7 +171,8 @@ unsafe fn strip_sums(
     }
 }
 
-/// Decodes some columns of some tiles of rows: for each 64 columns, for each 32 rows, four tiles.
+/// Decodes some columns of some tiles of rows: for each 64 columns, for each pair of rows its lines
+/// of four tiles.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 fn decode_panel(
@@ -202,14 +203,15 @@ fn decode_panel(
             }
         }
         for block in 0..blocks {
-            let to = ((block * PANEL + pair / LINES) * TILES) * LINES + pair % LINES;
+            let to = (block * PANEL * LINES + pair) * TILES;
             let at = (columns.start + block * BLOCK) / 2;
             let codes = |row: usize| {
                 let codes = packed.get(row * weight.cols / 2 + at..).unwrap_or_default();
                 codes.first_chunk::<{ BLOCK / 2 }>().unwrap_or(&[0; BLOCK / 2])
             };
             let scales = [scales[0][block], scales[1][block]];
-            decoder.rows(codes(row), codes(row + 1), scales, &mut panel[to..]);
+            let lines = decoder.rows(codes(row), codes(row + 1), scales);
+            TileRows::new(&mut panel[to..], TILES, 1).write(0, lines);
         }
     }
 }

@@ -10,7 +10,6 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use crate::linear::amx::tiles::LINES;
 use crate::linear::scratch::Line;
 use crate::x86::avx2;
 use crate::x86::avx512::{load, load_f32, store};
@@ -73,7 +72,8 @@ pub(crate) struct Rows<'a> {
 }
 
 impl Rows<'_> {
-    /// Calls `decode` with the place of a row among `rows`, its codes in a chunk and its numbers.
+    /// Calls `decode` with the place of each row among `rows`, which is less than their number, its
+    /// codes in a chunk and its numbers.
     ///
     /// Codes after the end of a row are those of the next, or zeros: their numbers are zeros.
     #[inline(always)]
@@ -92,24 +92,22 @@ impl Rows<'_> {
         let numbers = &self.numbers[(rows.start * self.chunks + chunk) * 2..];
         let fits = (rows.len() - 1) * 2 * self.chunks + 2 <= numbers.len();
         assert!(fits, "there are two numbers for each chunk of each row");
-        // Near the end of the weight a chunk may be cut short.
-        let whole = codes.len().checked_sub(CHUNK_BYTES).map_or(0, |rest| rest / stride + 1);
-        let whole = whole.min(rows.len());
-        for i in 0..whole {
-            // SAFETY: `i * stride` is at most `rest`, so that a chunk follows.
-            let codes = unsafe { array_at(codes, i * stride) };
-            // SAFETY: the last row has its numbers, as was checked, and so have those before it.
-            let numbers = unsafe { array_at(numbers, i * 2 * self.chunks) };
-            decode(i, codes, numbers);
+        // SAFETY: the last row has its numbers, as was checked, and so have those before it.
+        let numbers = |i| unsafe { array_at(numbers, i * 2 * self.chunks) };
+        if (rows.len() - 1) * stride + CHUNK_BYTES <= codes.len() {
+            for i in 0..rows.len() {
+                // SAFETY: the last row has a chunk, as was checked, and so have those before it.
+                decode(i, unsafe { array_at(codes, i * stride) }, numbers(i));
+            }
+            return;
         }
-        for i in whole..rows.len() {
+        // At the end of the weight a chunk is cut short.
+        for i in 0..rows.len() {
             let mut room = [0; CHUNK_BYTES];
             let rest = &codes[i * stride..];
             let len = rest.len().min(CHUNK_BYTES);
             room[..len].copy_from_slice(&rest[..len]);
-            // SAFETY: as above.
-            let numbers = unsafe { array_at(numbers, i * 2 * self.chunks) };
-            decode(i, &room, numbers);
+            decode(i, &room, numbers(i));
         }
     }
 }
@@ -127,15 +125,31 @@ unsafe fn array_at<T, const N: usize>(values: &[T], at: usize) -> &[T; N] {
     unsafe { &*first.cast() }
 }
 
-/// Writes lines `step` apart.
-#[inline]
-#[target_feature(enable = "avx512f")]
-pub(crate) fn store_apart<const N: usize>(to: &mut [Line], step: usize, lines: [__m512i; N]) {
-    assert!((N - 1) * step < to.len());
-    for (i, line) in lines.into_iter().enumerate() {
-        // SAFETY: the last of them is inside of the slice.
-        let to = unsafe { to.get_unchecked_mut(i * step) };
-        store(&mut to.0, line);
+/// Rows of `N` tiles to be written: a line of each tile side by side, rows `step` lines apart.
+pub(crate) struct TileRows<'a, const N: usize> {
+    lines: &'a mut [Line],
+    step: usize,
+    count: usize,
+}
+
+impl<'a, const N: usize> TileRows<'a, N> {
+    /// `count` rows, at least one, the first at the start of `lines`.
+    #[inline(always)]
+    pub(crate) fn new(lines: &'a mut [Line], step: usize, count: usize) -> Self {
+        assert!((count - 1) * step + N <= lines.len(), "all rows must be among the lines");
+        Self { lines, step, count }
+    }
+
+    /// Writes row `i` of each tile.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    pub(crate) fn write(&mut self, i: usize, row: [__m512i; N]) {
+        assert!(i < self.count);
+        for (tile, values) in row.into_iter().enumerate() {
+            // SAFETY: `new` checked that the last row is inside of the slice.
+            let to = unsafe { self.lines.get_unchecked_mut(i * self.step + tile) };
+            store(&mut to.0, values);
+        }
     }
 }
 
@@ -152,8 +166,8 @@ impl PairDecoder {
         Self { table: load_f32(table) }
     }
 
-    /// Writes a line of each of four tiles: the values of 64 columns of two rows, in pairs. Lane
-    /// `w` of tile `j` is column `4 w + (j ^ 1)`.
+    /// A line of each of four tiles: the values of 64 columns of two rows, in pairs. Lane `w` of
+    /// tile `j` is column `4 w + (j ^ 1)`.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     pub(crate) fn rows(
@@ -161,8 +175,7 @@ impl PairDecoder {
         first: &[u8; 32],
         second: &[u8; 32],
         scales: [f32; 2],
-        to: &mut [Line],
-    ) {
+    ) -> [__m512i; 4] {
         let table = scaled(self.table, &scales);
         let nibbles = _mm512_set1_epi32(0x000f_000f);
         let odd = _mm512_set1_epi32(0x0010_0000);
@@ -173,13 +186,12 @@ impl PairDecoder {
             let index = _mm512_ternarylogic_epi32::<0xea>(shifted, nibbles, odd);
             _mm512_permutexvar_epi16(index, table)
         };
-        let lines = [
+        [
             values(words),
             values(_mm512_srli_epi16::<4>(words)),
             values(_mm512_srli_epi16::<8>(words)),
             values(_mm512_srli_epi16::<12>(words)),
-        ];
-        store_apart(to, LINES, lines);
+        ]
     }
 }
 

@@ -9,17 +9,17 @@ use std::ops::Range;
 use half::bf16;
 
 use crate::error::CodecError;
-use crate::linear::amx::decode::{store_apart, Decoder, Rows, CHUNK, CHUNK_BYTES, TILES_PER_CHUNK};
+use crate::linear::amx::decode::{Decoder, Rows, TileRows, CHUNK_BYTES, TILES_PER_CHUNK};
+use crate::linear::amx::nibbles::Nibbles;
 use crate::linear::amx::pack::{Order, Packed, CHUNK_LINES};
-use crate::linear::amx::tiles::{Tiles, LINES, TOKENS};
+use crate::linear::amx::tiles::{Stack, Tiles, LINES, TOKENS};
 use crate::linear::amx::transpose::write_transposed;
 use crate::linear::amx::work;
 use crate::linear::epilogue::Epilogue;
-use crate::linear::matvec::scales_avx512::write_scales;
 use crate::linear::scratch::{Line, Scratch};
 use crate::linear::strips;
-use crate::linear::weight::{Codes, Weight};
-use crate::parallel;
+use crate::linear::weight::Weight;
+use crate::parallel::{self, threads};
 use crate::simd::{Bodies, Engine};
 use crate::values::{Element, ValuesMut};
 use crate::x86::prefetch_l2;
@@ -49,12 +49,7 @@ pub(crate) unsafe fn forward<T: Element>(
     let nibbles = Nibbles::of(weight);
     let order = if nibbles.is_some() { Order::Nibbles } else { Order::Natural };
     let x = Packed::new(engine, x, weight.cols, order)?;
-    // Strips must be many enough for all threads and large enough to use what they read.
-    let width = match (tokens > FEW && nibbles.is_some(), weight.rows) {
-        (true, 4096..) => 256,
-        (true, 1024..) => 128,
-        _ => 64,
-    };
+    let width = if nibbles.is_some() { width(engine, weight.rows, tokens) } else { 64 };
     let work = work(weight, tokens);
     let jobs = strips::split(y, weight.rows, width).into_iter();
     parallel::for_each(work, engine, jobs, |strip| {
@@ -73,6 +68,19 @@ pub(crate) unsafe fn forward<T: Element>(
     })
 }
 
+/// Rows of a strip of 4-bit codes: strips must be many enough for all threads.
+///
+/// With few tokens the rows behind those that are multiplied are fetched from memory, so most of
+/// them should be this thread's; with many, what was decoded should fill L2.
+pub(super) fn width(engine: Engine, rows: usize, tokens: usize) -> usize {
+    match (tokens > FEW, rows) {
+        (false, _) => (rows / (4 * threads(engine))).next_multiple_of(64).clamp(64, 512),
+        (true, 4096..) => 256,
+        (true, 1024..) => 128,
+        (true, _) => 64,
+    }
+}
+
 /// What a strip computes.
 struct Product<'a> {
     x: &'a Packed,
@@ -82,72 +90,39 @@ struct Product<'a> {
     finish: &'a mut dyn FnMut(usize, &mut [f32]),
 }
 
-/// A weight of 4-bit codes whose chunks have one scale in each half.
-pub(super) struct Nibbles<'a> {
-    pub(super) weight: &'a Weight<'a>,
-    pub(super) packed: &'a [u8],
-    pub(super) table: &'a [f32; 16],
-}
-
-impl<'a> Nibbles<'a> {
-    pub(super) fn of(weight: &'a Weight<'a>) -> Option<Self> {
-        match weight.codes {
-            Codes::FourBit { packed, table } if weight.chunks_have_scales() => {
-                Some(Self { weight, packed, table })
-            }
-            _ => None,
-        }
-    }
-
-    /// Two scales a chunk for each row: those of its halves, zero after the last column.
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-    pub(super) fn scales(&self, rows: Range<usize>, chunks: usize) -> Scratch<f32> {
-        let Weight { scales, blocksize, cols, .. } = *self.weight;
-        let blocks = cols / blocksize;
-        let halves = blocksize / (CHUNK / 2);
-        let mut room = Scratch::<f32>::new(rows.len() * 2 * chunks);
-        for (row, room) in rows.zip(room.chunks_exact_mut(2 * chunks)) {
-            let (used, rest) = room.split_at_mut(blocks * halves);
-            write_scales(&scales, row * blocks, &mut used[..blocks]);
-            for half in (0..used.len()).rev().filter(|_| halves > 1) {
-                used[half] = used[half / halves];
-            }
-            rest.fill(0.0);
-        }
-        room
-    }
-}
-
 /// Rows of codes of one strip, and what decodes them.
 struct Source<'a> {
     decoder: Decoder,
     rows: Rows<'a>,
-    /// Whether whole rows are decoded before the next group of rows, or some columns of all.
-    whole_rows: bool,
 }
 
-impl Source<'_> {
-    /// Decodes a chunk of some rows, the rows of a group from `first` on among them, into tiles.
-    /// Tile `j` of the group's rows 0 to 15 starts at `j * step`, that of its next 16 rows one tile
-    /// later.
-    ///
-    /// Codes of the next group are fetched from memory: where whole rows are decoded, its lines as
-    /// they follow each other, since all will be needed; else those of the same columns.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    fn decode(&self, rows: Range<usize>, first: usize, chunk: usize, step: usize, to: &mut [Line]) {
-        let Rows { codes, bytes_per_row, .. } = self.rows;
-        let (start, ahead) = (rows.start, step * bytes_per_row);
-        let (line, stride) = if self.whole_rows {
-            (chunk * step * CHUNK_BYTES + (start - first) * CHUNK_BYTES, CHUNK_BYTES)
-        } else {
-            ((start - first) * bytes_per_row + chunk * CHUNK_BYTES, bytes_per_row)
-        };
-        let next = first * bytes_per_row + ahead + line;
-        let to = &mut to[start - first..];
+impl<'a> Source<'a> {
+    /// Rows of the weight, with their scales.
+    #[target_feature(enable = "avx512f,avx512bw")]
+    fn new(nibbles: &Nibbles<'a>, rows: Range<usize>, chunks: usize, scales: &'a [f32]) -> Self {
+        let bytes_per_row = nibbles.weight.cols / 2;
+        let codes = &nibbles.packed[rows.start * bytes_per_row..];
+        let rows = Rows { codes, bytes_per_row, numbers: scales, chunks, count: rows.len() };
+        Self { decoder: Decoder::new(nibbles.table), rows }
+    }
+
+    /// Decodes a chunk of some rows into lines of tiles, `step` from row to row. Meanwhile lines of
+    /// codes are fetched from memory, each `stride` bytes after the one before, from `ahead` on.
+    #[inline(always)]
+    fn decode(
+        &self,
+        rows: Range<usize>,
+        chunk: usize,
+        (ahead, stride): (usize, usize),
+        (to, step): (&mut [Line], usize),
+    ) {
+        let mut to = TileRows::new(to, step, rows.len());
         self.rows.for_each(rows, chunk, |i, row, scales| {
-            prefetch_l2(codes, next + i * stride);
-            store_apart(&mut to[i..], step, self.decoder.row(row, scales));
+            prefetch_l2(self.rows.codes, ahead + i * stride);
+            // SAFETY: all processors with tiles have the vectors.
+            let lines = unsafe { self.decoder.row(row, scales) };
+            // SAFETY: as above.
+            unsafe { to.write(i, lines) };
         });
     }
 }
@@ -155,35 +130,30 @@ impl Source<'_> {
 /// Sums over a strip of codes.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 unsafe fn of_nibbles(nibbles: &Nibbles<'_>, rows: Range<usize>, product: Product<'_>) {
-    let bytes_per_row = nibbles.weight.cols / 2;
-    let scales = nibbles.scales(rows.clone(), product.x.chunks);
-    let codes = Source {
-        decoder: Decoder::new(nibbles.table),
-        rows: Rows {
-            codes: &nibbles.packed[rows.start * bytes_per_row..],
-            bytes_per_row,
-            numbers: &scales,
-            chunks: product.x.chunks,
-            count: rows.len(),
-        },
-        whole_rows: product.tokens <= FEW,
-    };
     // SAFETY: the caller vouches for the tiles.
     let tiles = unsafe { Tiles::configure() };
     if product.tokens <= TOKENS {
-        few_tokens::<4>(&tiles, &codes, product);
-    } else if product.tokens <= FEW {
-        few_tokens::<2>(&tiles, &codes, product);
-    } else {
-        many_tokens(&tiles, product, PANEL, |chunks, panel| {
-            let lines = chunks.len() * 2 * CHUNK_LINES;
-            for (pair, panel) in panel.chunks_exact_mut(lines).enumerate() {
-                for (chunk, to) in chunks.clone().zip(panel.chunks_exact_mut(2 * CHUNK_LINES)) {
-                    codes.decode(pair * PAIR..(pair + 1) * PAIR, pair * PAIR, chunk, PAIR, to);
-                }
-            }
-        });
+        return few_tokens::<4>(&tiles, nibbles, rows, product);
     }
+    if product.tokens <= FEW {
+        return few_tokens::<2>(&tiles, nibbles, rows, product);
+    }
+    let chunks = product.x.chunks;
+    let scales = nibbles.scales(rows.clone(), chunks);
+    let source = Source::new(nibbles, rows, chunks, &scales);
+    let bytes_per_row = source.rows.bytes_per_row;
+    many_tokens(&tiles, product, PANEL, |chunks, panel| {
+        let lines = chunks.len() * 2 * CHUNK_LINES;
+        for (pair, panel) in panel.chunks_exact_mut(lines).enumerate() {
+            let rows = pair * PAIR..(pair + 1) * PAIR;
+            for (chunk, to) in chunks.clone().zip(panel.chunks_exact_mut(2 * CHUNK_LINES)) {
+                // The next rows of these columns.
+                let ahead = rows.end * bytes_per_row + chunk * CHUNK_BYTES;
+                let to = (to, TILES_PER_CHUNK);
+                source.decode(rows.clone(), chunk, (ahead, bytes_per_row), to);
+            }
+        }
+    });
 }
 
 /// Sums over a strip of any weight, dequantized first.
@@ -203,15 +173,16 @@ unsafe fn of_values(
         let pairs = panel.chunks_exact_mut(chunks.len() * 2 * CHUNK_LINES);
         for (panel, rows) in pairs.zip(values.chunks(PAIR * weight.cols)) {
             for (row, values) in rows.chunks(weight.cols).enumerate() {
-                for (tile, values) in values.chunks(2 * LINES).enumerate() {
-                    let mut line = Line([0; 64]);
-                    for (to, from) in line.0.as_chunks_mut::<2>().0.iter_mut().zip(values) {
+                let chunks = panel.chunks_exact_mut(2 * CHUNK_LINES);
+                let lines =
+                    chunks.flat_map(|chunk| &mut chunk[row * TILES_PER_CHUNK..][..TILES_PER_CHUNK]);
+                let mut parts = values.chunks(2 * LINES);
+                for line in lines {
+                    *line = Line([0; 64]);
+                    let part = parts.next().unwrap_or_default();
+                    for (to, from) in line.0.as_chunks_mut::<2>().0.iter_mut().zip(part) {
                         *to = from.to_le_bytes();
                     }
-                    panel[tile * PAIR + row] = line;
-                }
-                for tile in weight.cols.div_ceil(2 * LINES)..chunks.len() * TILES_PER_CHUNK {
-                    panel[tile * PAIR + row] = Line([0; 64]);
                 }
             }
         }
@@ -222,34 +193,50 @@ unsafe fn of_values(
 /// tokens as four accumulators hold.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-fn few_tokens<const ROW_TILES: usize>(tiles: &Tiles, codes: &Source<'_>, product: Product<'_>) {
+fn few_tokens<const ROW_TILES: usize>(
+    tiles: &Tiles,
+    nibbles: &Nibbles<'_>,
+    strip: Range<usize>,
+    product: Product<'_>,
+) {
+    /// Lines from row to row: those of two chunks side by side, the one that is decoded and the one
+    /// that is multiplied. A load waits for earlier stores whose addresses agree with its own in
+    /// the low 12 bits: so none do.
+    const STEP: usize = 2 * TILES_PER_CHUNK;
     let Product { x, tokens, rows, finish } = product;
     let mut sums = Scratch::<f32>::new(tokens * rows);
-    let (step, height) = (ROW_TILES * LINES, ROW_TILES * LINES);
-    let mut room = Scratch::<Line>::new(2 * TILES_PER_CHUNK * step);
-    let (mut next, mut ready) = room.split_at_mut(TILES_PER_CHUNK * step);
-    let mut accumulators = [Line([0; 64]); 4 * LINES];
+    let height = ROW_TILES * LINES;
+    let quarter = height / TILES_PER_CHUNK;
+    let mut room = Scratch::<Line>::new(height * STEP);
     for first in (0..rows).step_by(height) {
+        let group = strip.start + first..strip.end.min(strip.start + first + height);
+        let scales = nibbles.scales(group.clone(), x.chunks);
+        let codes = Source::new(nibbles, group, x.chunks, &scales);
+        // The codes of the next group, line by line.
+        let next_group = height * codes.rows.bytes_per_row;
         tiles.zero();
         for chunk in 0..=x.chunks {
+            let [next, ready] = [chunk, chunk + 1].map(|chunk| chunk % 2 * TILES_PER_CHUNK);
             for tile in 0..TILES_PER_CHUNK {
                 if chunk < x.chunks {
-                    let quarter = first + tile * height / 4..first + (tile + 1) * height / 4;
-                    codes.decode(quarter, first, chunk, step, next);
+                    let row = tile * quarter;
+                    let ahead = next_group + (chunk * height + row) * CHUNK_BYTES;
+                    let to = (&mut room[row * STEP + next..], STEP);
+                    codes.decode(row..row + quarter, chunk, (ahead, CHUNK_BYTES), to);
                 }
                 if chunk > 0 {
                     let at = ((chunk - 1) * TILES_PER_CHUNK + tile) * LINES;
-                    let pairs = |group: usize| lines::<LINES>(&x.group(group)[at..]);
-                    let a = &ready[tile * step..];
+                    let pairs = |group: usize| Stack::dense(&x.group(group)[at..]);
+                    let a = Stack::new(&room[ready + tile..], STEP);
                     if ROW_TILES == 4 {
-                        tiles.multiply_4x1(lines(a), pairs(0));
+                        tiles.multiply_4x1(a, pairs(0));
                     } else {
-                        tiles.multiply_2x2(lines(a), pairs(0), pairs(1));
+                        tiles.multiply_2x2(a, [pairs(0), pairs(1)]);
                     }
                 }
             }
-            std::mem::swap(&mut next, &mut ready);
         }
+        let mut accumulators = [Line([0; 64]); 4 * LINES];
         tiles.store(&mut accumulators);
         for (i, tile) in accumulators.as_chunks::<LINES>().0.iter().enumerate() {
             let (row, token) = if ROW_TILES == 4 { (i, 0) } else { (i / 2, i % 2) };
@@ -263,7 +250,7 @@ fn few_tokens<const ROW_TILES: usize>(tiles: &Tiles, codes: &Source<'_>, product
 }
 
 /// Multiplies panels of decoded rows with all tokens. `decode` writes a panel: for each 32 rows,
-/// for each chunk of the range, four times two tiles.
+/// for each chunk of the range, for each row its lines of four tiles.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 fn many_tokens(
@@ -296,10 +283,11 @@ fn many_tokens(
                 } else {
                     tiles.load(lines(&partial[at..]));
                 }
-                let steps = panel.as_chunks::<{ 2 * LINES }>().0.iter();
                 let right = b0.as_chunks::<LINES>().0.iter().zip(b1.as_chunks::<LINES>().0);
-                for (a, (b0, b1)) in steps.zip(right) {
-                    tiles.multiply_2x2(a, b0, b1);
+                for (i, (b0, b1)) in right.enumerate() {
+                    let at = i / TILES_PER_CHUNK * 2 * CHUNK_LINES + i % TILES_PER_CHUNK;
+                    let a = Stack::new(&panel[at..], TILES_PER_CHUNK);
+                    tiles.multiply_2x2(a, [b0, b1].map(|b| Stack::dense(b)));
                 }
                 if part + 1 < parts {
                     tiles.store(lines_mut(&mut partial[at..]));

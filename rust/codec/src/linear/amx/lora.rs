@@ -13,7 +13,7 @@ use std::arch::x86_64::*;
 use half::bf16;
 
 use crate::error::CodecError;
-use crate::linear::amx::tiles::{Tiles, LINES};
+use crate::linear::amx::tiles::{Stack, Tiles, LINES};
 use crate::linear::scratch::{Line, Scratch};
 use crate::parallel;
 use crate::simd::Engine;
@@ -169,7 +169,7 @@ unsafe fn gradient_group(
             }
         }
         let [first, second] = halves(&right);
-        tiles.multiply_2x2(left, first, second);
+        tiles.multiply_2x2(Stack::dense(left), [first, second].map(|b| Stack::dense(b)));
     }
     tiles.store(&mut found);
     found

@@ -16,6 +16,7 @@ mod decode;
 mod forward;
 mod int8;
 mod lora;
+mod nibbles;
 mod pack;
 mod tiles;
 mod transpose;

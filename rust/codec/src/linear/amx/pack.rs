@@ -44,8 +44,8 @@ pub(crate) struct Packed {
 pub(crate) const CHUNK_LINES: usize = TILES_PER_CHUNK * LINES;
 
 impl Packed {
-    /// Packs (tokens, cols) values; columns to the end of the last chunk, and tokens to a pair of
-    /// tiles, are zero.
+    /// Packs (tokens, cols) values; columns to the end of the last chunk, and tokens to pairs of
+    /// tiles, are zero. Up to 16 tokens for nibbles have one tile.
     pub(crate) fn new(
         engine: Engine,
         x: &[bf16],
@@ -54,7 +54,8 @@ impl Packed {
     ) -> Result<Self, CodecError> {
         let tokens = x.len() / cols;
         let chunks = cols.div_ceil(CHUNK);
-        let groups = tokens.div_ceil(2 * TOKENS) * 2;
+        let one = tokens <= TOKENS && order == Order::Nibbles;
+        let groups = if one { 1 } else { tokens.div_ceil(2 * TOKENS) * 2 };
         let mut tiles = Scratch::new(groups * chunks * CHUNK_LINES);
         let jobs = tiles.chunks_mut(chunks * CHUNK_LINES).enumerate();
         parallel::for_each(x.len(), engine, jobs, |(group, tiles)| {

@@ -16,11 +16,12 @@ mod source;
 use std::arch::x86_64::*;
 
 use crate::error::CodecError;
-use crate::linear::amx::decode::{store_apart, ByteDecoder, CHUNK_BYTES};
-use crate::linear::amx::forward::{lines, Nibbles, FEW, PAIR};
+use crate::linear::amx::decode::{ByteDecoder, TileRows, CHUNK_BYTES};
+use crate::linear::amx::forward::{width, FEW, PAIR};
 use crate::linear::amx::int8::pack::Packed;
 use crate::linear::amx::int8::source::{Scaled, Source};
-use crate::linear::amx::tiles::{Tiles, LINES, TOKENS};
+use crate::linear::amx::nibbles::Nibbles;
+use crate::linear::amx::tiles::{Stack, Tiles, LINES, TOKENS};
 use crate::linear::amx::transpose::write_transposed;
 use crate::linear::amx::work;
 use crate::linear::epilogue::Epilogue;
@@ -55,11 +56,7 @@ pub(crate) unsafe fn forward<T: Element>(
     let tokens = y.len() / weight.rows;
     let nibbles = Nibbles::of(weight);
     let x = Packed::new(engine, x, weight.cols, nibbles.is_some())?;
-    let width = match (tokens > FEW, weight.rows) {
-        (true, 4096..) => 256,
-        (true, 1024..) => 128,
-        _ => 64,
-    };
+    let width = width(engine, weight.rows, tokens);
     let work = work(weight, tokens);
     let jobs = strips::split(y, weight.rows, width).into_iter();
     parallel::for_each(work, engine, jobs, |strip| {
@@ -107,10 +104,10 @@ unsafe fn strip_sums(
             let kept = partial.as_chunks_mut::<{ 4 * LINES }>().0.iter_mut();
             for ((pair, panel), kept) in panel.chunks_exact(lines_per_pair).enumerate().zip(kept) {
                 tiles.zero();
-                let steps = panel.as_chunks::<{ 2 * LINES }>().0.iter();
                 let right = b0.as_chunks::<LINES>().0.iter().zip(b1.as_chunks::<LINES>().0);
-                for (a, (b0, b1)) in steps.zip(right) {
-                    tiles.multiply_int8_2x2(a, b0, b1);
+                for (i, (b0, b1)) in right.enumerate() {
+                    let a = Stack::new(&panel[i / TILES * TILES * PAIR + i % TILES..], TILES);
+                    tiles.multiply_int8_2x2(a, [b0, b1].map(|b| Stack::dense(b)));
                 }
                 tiles.store(&mut found);
                 // Accumulators 0 and 1 are of the first 16 rows.
@@ -139,10 +136,11 @@ fn few_tokens(
     sums: &mut [f32],
 ) {
     const HEIGHT: usize = 4 * LINES;
+    /// Lines from row to row, as for bfloat16.
+    const STEP: usize = 2 * TILES;
     let decoder = ByteDecoder::new(nibbles.table);
     let rows = source.codes(nibbles, scaled, x.chunks);
-    let mut room = Scratch::<Line>::new(2 * TILES * HEIGHT);
-    let (mut next, mut ready) = room.split_at_mut(TILES * HEIGHT);
+    let mut room = Scratch::<Line>::new(HEIGHT * STEP);
     let mut found = [Line([0; 64]); 4 * LINES];
     for first in (0..rows.count).step_by(HEIGHT) {
         let mut kept = [Line([0; 64]); 4 * LINES];
@@ -152,22 +150,25 @@ fn few_tokens(
             let chunks = part * PART..((part + 1) * PART).min(x.chunks);
             tiles.zero();
             for chunk in chunks.start..=chunks.end {
-                for tile in 0..TILES {
+                let [next, ready] = [chunk, chunk + 1].map(|chunk| chunk % 2 * TILES);
+                for quarter in 0..4 {
                     if chunk < chunks.end {
-                        let start = tile * HEIGHT / TILES;
-                        let half = first + start..first + start + HEIGHT / TILES;
-                        rows.for_each(half, chunk, |i, row, factors| {
+                        let row = quarter * LINES;
+                        let mut to = TileRows::new(&mut room[row * STEP + next..], STEP, LINES);
+                        let rows_of_w = first + row..first + row + LINES;
+                        rows.for_each(rows_of_w, chunk, |i, row, factors| {
                             prefetch_l2(rows.codes, ahead);
                             ahead += CHUNK_BYTES;
-                            store_apart(&mut next[start + i..], HEIGHT, decoder.row(row, factors));
+                            to.write(i, decoder.row(row, factors));
                         });
                     }
-                    if chunk > chunks.start {
+                    let tile = quarter / 2;
+                    if chunk > chunks.start && quarter % 2 == 1 {
                         let pairs = &x.group(0)[((chunk - 1) * TILES + tile) * LINES..];
-                        tiles.multiply_int8_4x1(lines(&ready[tile * HEIGHT..]), lines(pairs));
+                        let a = Stack::new(&room[ready + tile..], STEP);
+                        tiles.multiply_int8_4x1(a, Stack::dense(pairs));
                     }
                 }
-                std::mem::swap(&mut next, &mut ready);
             }
             tiles.store(&mut found);
             accumulate(&found, |line| scaled.step(first + line, part), part == 0, &mut kept);

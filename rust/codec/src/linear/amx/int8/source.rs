@@ -2,10 +2,11 @@
 
 use std::ops::Range;
 
-use crate::linear::amx::decode::{store_apart, ByteDecoder, Rows, CHUNK, CHUNK_BYTES};
-use crate::linear::amx::forward::{Nibbles, PAIR};
+use crate::linear::amx::decode::{ByteDecoder, Rows, TileRows, CHUNK, CHUNK_BYTES};
+use crate::linear::amx::forward::PAIR;
 use crate::linear::amx::int8::pack::to_bytes;
 use crate::linear::amx::int8::{PART, TILES};
+use crate::linear::amx::nibbles::Nibbles;
 use crate::linear::amx::tiles::LINES;
 use crate::linear::matvec::scales_avx512::write_scales;
 use crate::linear::scratch::{Line, Scratch};
@@ -96,7 +97,8 @@ impl Source<'_> {
         }
     }
 
-    /// Writes a part of all rows as left-hand tiles: for each 32 rows, for each chunk, twice two.
+    /// Writes a part of all rows as left-hand tiles: for each 32 rows, for each chunk, for each row its
+    /// lines of two tiles.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
     pub(super) fn decode(
@@ -118,10 +120,11 @@ impl Source<'_> {
                 let steps = panel.chunks_exact_mut(2 * TILES * LINES);
                 for (chunk, to) in chunks.clone().zip(steps) {
                     let at = (pair + 1) * PAIR * bytes_per_row + chunk * CHUNK_BYTES;
+                    let mut to = TileRows::new(to, TILES, PAIR);
                     rows.for_each(pair * PAIR..(pair + 1) * PAIR, chunk, |i, row, factors| {
                         prefetch_l2(rows.codes, if low { next } else { at + i * bytes_per_row });
                         next += CHUNK_BYTES;
-                        store_apart(&mut to[i..], PAIR, decoder.row(row, factors));
+                        to.write(i, decoder.row(row, factors));
                     });
                 }
             }
@@ -142,7 +145,7 @@ impl Source<'_> {
             for (values, to) in values[columns.clone()].chunks(CHUNK).zip(to) {
                 let bytes = to_bytes(values, factor);
                 for (tile, bytes) in bytes.as_chunks::<64>().0.iter().enumerate() {
-                    to[tile * PAIR + row % PAIR] = Line(*bytes);
+                    to[row % PAIR * TILES + tile] = Line(*bytes);
                 }
             }
         }
