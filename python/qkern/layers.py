@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qkern import operands, shards
+from qkern.codec import COMPUTE, check_choice
 from qkern.errors import FormatError, ShapeError
 from qkern.flat_weight import FlatWeight
 from qkern.formats import QuantFormat, resolve_format
@@ -30,17 +31,34 @@ class QuantizedLinear(FlatWeight, nn.Linear):
     Its ``state_dict`` holds bitsandbytes' flat keys (of ``Linear4bit``, or of ``Linear8bitLt`` for
     int8_row) and loads strictly. Build it with ``from_linear``.
 
+    Args:
+        weight: (out_features, in_features).
+        bias: (out_features,) or None.
+        compute: "exact" or "int8", see ``qkern.linear``. It is no part of a ``state_dict``.
+
     Attributes:
         path: where a model holds the layer, for errors; empty until a model is quantized or loaded.
-        compute: "exact" or "int8", see ``qkern.linear``; may be set at any time.
+        compute: as above; may be set at any time.
+
+    Raises:
+        ShapeError: for a weight that has not 2 dimensions, or a bias that does not fit.
+        FormatError: for another ``compute``.
     """
 
     weight: nn.Parameter
     path: str = ""
     compute: str = "exact"
 
-    def __init__(self, weight: QuantizedTensor, bias: nn.Parameter | None = None) -> None:
+    def __init__(
+        self,
+        weight: QuantizedTensor,
+        bias: nn.Parameter | None = None,
+        *,
+        compute: str = "exact",
+    ) -> None:
         nn.Module.__init__(self)
+        check_choice("compute", compute, COMPUTE)
+        self.compute = compute
         if weight.dim() != 2:
             msg = f"a linear layer needs a weight of 2 dimensions, got {tuple(weight.shape)}"
             raise ShapeError(msg)
@@ -64,6 +82,7 @@ class QuantizedLinear(FlatWeight, nn.Linear):
         method: str = "absmax",
         importance: Tensor | None = None,
         nonfinite: str = "error",
+        compute: str = "exact",
     ) -> QuantizedLinear:
         """Quantize a dense layer's weight; its bias is kept, frozen.
 
@@ -75,10 +94,12 @@ class QuantizedLinear(FlatWeight, nn.Linear):
             method: "absmax" or "search", see ``qkern.quantize``.
             importance: (in_features,) weights of the errors for "search".
             nonfinite: "error" or "keep", see ``qkern.quantize``.
+            compute: "exact" or "int8", see ``qkern.linear``.
 
         Raises:
             FormatError: if the layer is quantized already, has a forward of its own, or computes
-                its weight from other parameters (``parametrize``, weight norm, pruning).
+                its weight from other parameters (``parametrize``, weight norm, pruning), and for
+                an unknown format or setting.
             DTypeError: unless the layer is an ``nn.Linear`` and its weight a plain float32, float16
                 or bfloat16 tensor.
             NonFiniteError: for NaN or infinity in the weight.
@@ -87,13 +108,14 @@ class QuantizedLinear(FlatWeight, nn.Linear):
             msg = "the layer is quantized already"
             raise FormatError(msg)
         operands.check_layer(layer)
+        check_choice("compute", compute, COMPUTE)
         fmt = resolve_format(quant_type, blocksize=blocksize, double_quant=double_quant)
         weight = QuantizedTensor.from_dense(
             layer.weight, fmt, method=method, importance=importance, nonfinite=nonfinite
         )
         if layer.bias is not None:
             layer.bias.requires_grad_(False)
-        return _take_over(cls(weight, layer.bias), layer)
+        return _take_over(cls(weight, layer.bias, compute=compute), layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
@@ -103,7 +125,8 @@ class QuantizedLinear(FlatWeight, nn.Linear):
         """Sizes and format, for ``print(model)``."""
         weight = self.weight
         fmt = getattr(shards.local_part(weight), "format", None)
-        return f"{super().extra_repr()}, {fmt}"
+        how = "" if self.compute == "exact" else f", compute={self.compute}"
+        return f"{super().extra_repr()}, {fmt}{how}"
 
     def dequantize(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """A dense ``nn.Linear`` with the weight that this layer multiplies."""
@@ -129,6 +152,7 @@ class QLoRALinear(QuantizedLinear):
         init_lora_weights: True: A as ``nn.Linear`` is, B zero, so that training starts at the
             base; False: B random too.
         dtype: of the adapter; fp32 unless given.
+        compute: "exact" or "int8", see ``qkern.linear``; gradients are exact with either.
     """
 
     lora_A: nn.Parameter
@@ -145,8 +169,9 @@ class QLoRALinear(QuantizedLinear):
         use_rslora: bool = False,
         init_lora_weights: bool = True,
         dtype: torch.dtype = torch.float32,
+        compute: str = "exact",
     ) -> None:
-        super().__init__(weight, bias)
+        super().__init__(weight, bias, compute=compute)
         if r < 1:
             msg = f"the rank r must be 1 or more, got {r}"
             raise ShapeError(msg)
@@ -173,6 +198,7 @@ class QLoRALinear(QuantizedLinear):
         method: str = "absmax",
         importance: Tensor | None = None,
         nonfinite: str = "error",
+        compute: str | None = None,
         **lora: Any,
     ) -> QLoRALinear:
         """Quantize a dense layer, or take a quantized one over, and add an adapter.
@@ -185,8 +211,16 @@ class QLoRALinear(QuantizedLinear):
             method: "absmax" or "search".
             importance: (in_features,) weights of the errors for "search".
             nonfinite: "error" or "keep".
+            compute: "exact" or "int8"; None for what a quantized layer has, "exact" for a dense
+                one.
             **lora: ``r``, ``lora_alpha`` and the other arguments of the class.
+
+        Raises:
+            FormatError: as ``QuantizedLinear.from_linear`` does, and for a layer that has an
+                adapter already.
         """
+        if compute is not None:
+            check_choice("compute", compute, COMPUTE)
         if isinstance(layer, QLoRALinear):
             msg = "the layer has an adapter already"
             raise FormatError(msg)
@@ -196,7 +230,9 @@ class QLoRALinear(QuantizedLinear):
             layer = QuantizedLinear.from_linear(
                 layer, quant_type=fmt, method=method, importance=importance, nonfinite=nonfinite
             )
-        return _take_over(cls(layer.quantized_weight, layer.bias, **lora), layer)
+        made = _take_over(cls(layer.quantized_weight, layer.bias, **lora), layer)
+        made.compute = made.compute if compute is None else compute
+        return made
 
     def set_scaling(self, lora_alpha: float, *, use_rslora: bool) -> None:
         """Set the factor of the adapter's part."""
