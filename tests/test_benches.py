@@ -81,6 +81,9 @@ def test_cpu_bench_runs_each_section_and_reports_it(
     cases = {row["case"] for row in timed}
     layers = {"linear", "linear, small", "forward and backward with LoRA", "LoRA on top"}
     assert cases == {"limits", "quantize", "dequantize", "decode", "training step"} | layers
+    for case in ("linear", "forward and backward with LoRA", "decode", "training step"):
+        engines = {row["engine"] for row in timed if row["case"] == case}
+        assert {"qkern", "qkern, int8 compute", "torch bf16"} <= engines, case
     exact = [r for r in timed if r["case"] == "linear" and r["dtype"] == "fp32" and "error" in r]
     assert all(row["error"] < 1e-6 for row in exact)
     report = importlib.import_module("cpu_report")
