@@ -148,14 +148,11 @@ def _other_goals() -> list[Goal]:
     ]
 
 
-LARGE_GROUPS = ("limits", "codec", "linear", "train")
-
-
 def _threads(rows: Rows, *, small: bool) -> float | None:
     found = [
         row["times faster than one thread"]
         for row in matching(rows, case="threads", threads=2)
-        if (row["group"] not in LARGE_GROUPS) == small
+        if ("small" in row["group"]) == small
         if not row["engine"].startswith(("torch", "limit"))
     ]
     return min(found, default=None)

@@ -166,6 +166,11 @@ def train(size: tuple[int, int], M: int, effort: Effort) -> Iterator[Row]:
         yield about | row
 
 
+def tokens(M: int, features: int) -> Tensor:
+    """(M, features) in bf16."""
+    return torch.randn(M, features, generator=torch.Generator().manual_seed(M)).bfloat16()
+
+
 def lora(size: tuple[int, int], Ms: list[int], effort: Effort) -> Iterator[Row]:
     """The forward alone, with the adapter and without it."""
     w = random_weight(*size)
@@ -179,7 +184,7 @@ def lora(size: tuple[int, int], Ms: list[int], effort: Effort) -> Iterator[Row]:
             fill_adapter(layer)
         copies[name] = clones(layer, w, effort)
     for M in Ms:
-        x = torch.randn(M, size[1], generator=torch.Generator().manual_seed(M)).bfloat16()
+        x = tokens(M, size[1])
         engines = [Engine(n, [partial(c, x) for c in made]) for n, made in copies.items()]
         rows = interleaved(engines, effort)
         times = {row["engine"]: row["median"] for row in rows}
