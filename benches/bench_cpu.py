@@ -7,10 +7,10 @@ time, minima. Engines take turns; weights rotate through 300 MiB; each engine is
 fp64 before it is timed. Peers are ``requirements-peers.txt``; one that is missing is listed with
 the reason. Needs a C compiler for the memory limits. Sections:
 
-limits, codec    read, NT write, copy; quantize and dequantize
+limits, codec    read, NT write, copy; quantize and dequantize, small shapes
 linear           forward at M = 1 to 2048, exact fp32, a tall weight, small shapes
 train            forward and backward with LoRA; LoRA on top
-threads          two threads beside one
+threads          two threads beside one, of codec, linear and train, small shapes
 model            a Llama of a billion parameters: decoding, a training step
 """
 
@@ -59,6 +59,11 @@ class Plan:
         """Rows of x."""
         return [1, 4, 32] if self.quick else [1 << i for i in range(12)]
 
+    @property
+    def small(self) -> list[int]:
+        """N of the weights (N, N) that stay in the caches."""
+        return [64] if self.quick else [64, 128, 256, 512]
+
 
 def limits_section(plan: Plan, effort: Any) -> Iterator[Row]:
     """One thread's limits, in buffers of the usual pages."""
@@ -75,7 +80,7 @@ def codec_section(plan: Plan, effort: Any) -> Iterator[Row]:
     import cpu_codec
 
     sizes = [plan.size] if plan.quick else [plan.size, (14336, 4096)]
-    return cpu_codec.run(sizes, effort, peers=plan.peers)
+    return cpu_codec.run(sizes, plan.small, effort, peers=plan.peers)
 
 
 def linear_section(plan: Plan, effort: Any) -> Iterator[Row]:
@@ -85,8 +90,7 @@ def linear_section(plan: Plan, effort: Any) -> Iterator[Row]:
     yield from cpu_linear.ladder(plan.size, plan.ladder, effort, peers=plan.peers)
     if not plan.quick:
         yield from cpu_linear.large([(14336, 4096)], [1, 8, 32, 512], effort)
-    small = [64] if plan.quick else [64, 128, 256, 512]
-    yield from cpu_linear.small([(n, n) for n in small], [1, 32], effort)
+    yield from cpu_linear.small([(n, n) for n in plan.small], [1, 32], effort)
 
 
 def train_section(plan: Plan, effort: Any) -> Iterator[Row]:

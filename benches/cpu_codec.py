@@ -126,6 +126,37 @@ def dequantize_rows(w: Tensor, effort: Effort) -> Iterator[Row]:
     yield from finish(rows, "dequantize", w, "NT write")
 
 
+def small_rows(w: Tensor, effort: Effort) -> Iterator[Row]:
+    """Both ways in the caches, where what a call costs by itself shows."""
+    inputs, q = copies(w, effort), qkern.quantize(w)
+    outputs = [torch.zeros_like(x) for x in inputs]
+    cases = {
+        "quantize, small": {
+            "qkern": each(qkern.quantize, inputs),
+            "qkern, int8": each(partial(qkern.quantize, quant_type="int8"), inputs),
+            "qkern, search": each(partial(qkern.quantize, method="search"), inputs),
+        },
+        "dequantize, small": {
+            "qkern, reused output": [partial(qkern.dequantize, q, out=out) for out in outputs],
+            "qkern, fresh output": [partial(qkern.dequantize, q)],
+        },
+    }
+    try:
+        bnb = bitsandbytes()
+        options = {"blocksize": 64, "quant_type": "nf4", "compress_statistics": True}
+        packed, state = bnb.quantize_4bit(w, **options)
+        theirs = each(bnb.quantize_4bit, inputs, **options)
+        cases["quantize, small"]["bitsandbytes"] = theirs
+        theirs = [partial(bnb.dequantize_4bit, packed, quant_state=state)]
+        cases["dequantize, small"]["bitsandbytes"] = theirs
+    except ImportError as error:
+        yield absent("bitsandbytes", error, case="quantize, small")
+    for case, engines in cases.items():
+        rows = interleaved([Engine(name, calls) for name, calls in engines.items()], effort)
+        add_ratios(rows, "bitsandbytes", "times faster than bitsandbytes")
+        yield from finish(rows, case, w, "")
+
+
 def peer_rows(w: Tensor, effort: Effort) -> Iterator[Row]:
     """Quantize by packages that take seconds for what takes milliseconds: a smaller weight."""
     builders: dict[str, Callable[[], Callable[[], object]]] = {
@@ -196,12 +227,17 @@ def finish(rows: list[Row], case: str, w: Tensor, limit: str) -> list[Row]:
     return rows
 
 
-def run(sizes: list[tuple[int, int]], effort: Effort, *, peers: bool) -> Iterator[Row]:
-    """All rows of the section."""
+def run(
+    sizes: list[tuple[int, int]], small: list[int], effort: Effort, *, peers: bool
+) -> Iterator[Row]:
+    """All rows of the section; ``small``: N of N x N."""
     for N, K in sizes:
         for dtype in (torch.float32, torch.bfloat16):
             w = random_weight(N, K).to(dtype)
             yield from quantize_rows(w, effort)
             yield from dequantize_rows(w, effort)
+    for N in small:
+        for dtype in (torch.float32, torch.bfloat16):
+            yield from small_rows(random_weight(N, N).to(dtype), effort)
     if peers:
         yield from peer_rows(random_weight(min(sizes[0][0], 1024), sizes[0][1]), effort)

@@ -120,16 +120,17 @@ def qkern_weights(w: Tensor, effort: Effort, quant_type: str = "nf4") -> list[Qu
 
 
 def with_qkern(
-    w: Tensor, effort: Effort, *, dtype: torch.dtype = torch.bfloat16, compute: str | None = None
+    w: Tensor, effort: Effort, *, dtype: torch.dtype = torch.bfloat16, compute: str = "exact"
 ) -> Linear:
-    """``qkern.linear(x, q)``; ``compute`` where this version has it."""
+    """``qkern.linear(x, q)``."""
     weights = qkern_weights(w, effort)
     name, tolerance = "qkern", 1e-6 if dtype == torch.float32 else 5e-3
-    call: Callable[[Any, Tensor], Tensor] = lambda q, x: qkern.linear(x, q)  # noqa: E731
-    if compute is not None:
+    if compute != "exact":
         name, tolerance = f"qkern, {compute} compute", 5e-2
-        call = lambda q, x: qkern.linear(x, q, compute=compute)  # noqa: E731
-        call(weights[0], torch.zeros(1, w.shape[1], dtype=dtype))  # refused here, or never
+
+    def call(q: Any, x: Tensor) -> Tensor:
+        return qkern.linear(x, q, compute=compute)
+
     return Linear(name, weights, call, weights[0].dequantize(torch.float32), dtype, tolerance)
 
 
@@ -162,7 +163,7 @@ def build(
         try:
             layers.append(builder(w, effort))
         except Exception as error:  # noqa: PERF203 - whatever a peer raises is its reason
-            if name in OWN and not isinstance(error, TypeError):  # what this version lacks
+            if name in OWN:
                 raise
             missing.append(absent(name, error))
     return layers, missing

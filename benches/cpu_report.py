@@ -126,8 +126,11 @@ def _linear_goals() -> list[Goal]:
 def _other_goals() -> list[Goal]:
     times = "times faster than torch bf16"
     train = _value(times, case="forward and backward with LoRA", engine="qkern", M=512)
-    decode = _value(times, case="decode", engine="qkern")
-    step = _value(times, case="training step", engine="qkern")
+    model = [
+        Goal(f"{case}, {engine}, {times}", must, aim, _value(times, case=case, engine=engine))
+        for case, must, aim in (("decode", 2.5, 3.5), ("training step", 0.95, 1.1))
+        for engine in ("qkern", "qkern, int8 compute")
+    ]
     lora = {"case": "LoRA on top", "engine": "qkern with LoRA"}
     return [
         Goal(f"M=512 forward, dX, adapter's gradients, {times}", 0.95, 1.15, train),
@@ -141,19 +144,15 @@ def _other_goals() -> list[Goal]:
         ),
         Goal("two threads, least of large cases", 1.8, 1.95, lambda r: _threads(r, small=False)),
         Goal("two threads, least of small shapes", 1.0, 1.0, lambda r: _threads(r, small=True)),
-        Goal(f"decode, {times}", 2.5, 3.5, decode),
-        Goal(f"training step, {times}", 0.95, 1.1, step),
+        *model,
     ]
-
-
-LARGE_GROUPS = ("limits", "codec", "linear", "train")
 
 
 def _threads(rows: Rows, *, small: bool) -> float | None:
     found = [
         row["times faster than one thread"]
         for row in matching(rows, case="threads", threads=2)
-        if (row["group"] not in LARGE_GROUPS) == small
+        if ("small" in row["group"]) == small
         if not row["engine"].startswith(("torch", "limit"))
     ]
     return min(found, default=None)

@@ -1,29 +1,37 @@
-"""Two threads beside one, for bench_cpu.py: two processes that measure the same cases in turn.
+"""Two threads beside one, for bench_cpu.py: the same calls on the same buffers, in turn.
 
-One process is held on one core, the other has both, so that every package's own pool of threads
-has its size from the start. Wall time, minimum: a process that waits for a core has no say in it.
+All in one process, in which the number of threads is switched before each measurement. It is a
+process of its own, since bench_cpu.py is held on one core: this one has two from its start, when
+every package's own pool of threads gets its size. Wall time, minimum: a process that waits for a
+core has no say in it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from multiprocessing.connection import Connection
+from functools import cache, partial
+from types import SimpleNamespace
 from typing import Any
 
 from cpu_timing import Effort, Engine, Seconds, absent, interleaved
 
 Row = dict[str, Any]
-LARGE, SMALL = (4096, 4096), ((64, 64), (128, 128), (256, 256), (512, 512))
+TALL, SMALL = (14336, 4096), ((64, 64), (128, 128), (256, 256), (512, 512))
 
 
 def memory_limits(effort: Effort, threads: int) -> list[Engine]:
-    """Reading, filling and copying two halves of buffers that leave the caches, in GB/s."""
+    """Reading, filling and copying buffers that leave the caches, in GB/s.
+
+    Args:
+        effort: see there.
+        threads: that the buffers are cut for; torch's number of them is used.
+    """
     import limits
     import torch
 
@@ -38,8 +46,9 @@ def memory_limits(effort: Effort, threads: int) -> list[Engine]:
     }
 
     def run(calls: list[Callable[[], object]]) -> None:
-        if threads == 1:  # on this thread, whose CPU time is measured
-            calls[0]()
+        if torch.get_num_threads() == 1:  # on this thread, whose CPU time may be measured
+            for call in calls:
+                call()
             return
         for done in [pool.submit(call) for call in calls]:
             done.result()
@@ -50,7 +59,7 @@ def memory_limits(effort: Effort, threads: int) -> list[Engine]:
     return [Engine(n, [partial(run, calls)], {"bytes": moved(n)}) for n, calls in parts.items()]
 
 
-def codec_engines(effort: Effort, threads: int, *, size: tuple[int, int]) -> list[Engine]:
+def codec_engines(effort: Effort, *, size: tuple[int, int]) -> list[Engine]:
     """Quantize and dequantize."""
     import torch
     from cpu_codec import SHORT, copies, each
@@ -58,28 +67,26 @@ def codec_engines(effort: Effort, threads: int, *, size: tuple[int, int]) -> lis
 
     import qkern
 
-    engines = []
+    shape, engines = f"{size[0]}x{size[1]}", []
     for dtype in (torch.float32, torch.bfloat16):
         w = random_weight(*size).to(dtype)
-        inputs, short = copies(w, effort), SHORT[dtype]
+        inputs, about = copies(w, effort), f"{SHORT[dtype]}, {shape}"
         sources = [qkern.quantize(w) for _ in range(effort.copies(w.numel() // 2))]
         reused = [
             partial(qkern.dequantize, q, out=inputs[i % len(inputs)]) for i, q in enumerate(sources)
         ]
+        int8, search = {"quant_type": "int8"}, {"method": "search"}
         engines += [
-            Engine(f"quantize {short}", each(qkern.quantize, inputs)),
-            Engine(
-                f"quantize int8 {short}", each(partial(qkern.quantize, quant_type="int8"), inputs)
-            ),
-            Engine(f"dequantize {short}, fresh output", each(qkern.dequantize, sources)),
-            Engine(f"dequantize {short}, reused output", reused),
+            Engine(f"quantize {about}", each(qkern.quantize, inputs)),
+            Engine(f"quantize int8 {about}", each(partial(qkern.quantize, **int8), inputs)),
+            Engine(f"quantize, search, {about}", each(partial(qkern.quantize, **search), inputs)),
+            Engine(f"dequantize {about}, fresh output", each(qkern.dequantize, sources)),
+            Engine(f"dequantize {about}, reused output", reused),
         ]
     return engines
 
 
-def linear_engines(
-    effort: Effort, threads: int, *, size: tuple[int, int], Ms: tuple[int, ...]
-) -> list[Engine]:
+def linear_engines(effort: Effort, *, size: tuple[int, int], Ms: tuple[int, ...]) -> list[Engine]:
     """qkern's linear layers and torch's."""
     import cpu_engines
     import torch
@@ -102,7 +109,7 @@ def linear_engines(
     return engines
 
 
-def train_engines(effort: Effort, threads: int, *, size: tuple[int, int], M: int) -> list[Engine]:
+def train_engines(effort: Effort, *, size: tuple[int, int], M: int) -> list[Engine]:
     """Forward and backward with LoRA."""
     import cpu_train
     import torch
@@ -112,7 +119,7 @@ def train_engines(effort: Effort, threads: int, *, size: tuple[int, int], M: int
     x = torch.randn(M, size[1]).bfloat16().requires_grad_()
     grad = torch.randn(M, size[0]).bfloat16()
     engines = []
-    for name in ("qkern", "torch bf16"):
+    for name in ("qkern", "qkern, int8 compute", "torch bf16"):
         layer = cpu_train.MAKERS[name](w)
         cpu_train.fill_adapter(layer)
         made = cpu_train.clones(layer, w, effort)
@@ -121,48 +128,92 @@ def train_engines(effort: Effort, threads: int, *, size: tuple[int, int], M: int
     return engines
 
 
-Builder = Callable[[Effort, int], list[Engine]]
+def lora_engines(effort: Effort, *, size: tuple[int, int], Ms: tuple[int, ...]) -> list[Engine]:
+    """The forward with LoRA."""
+    import cpu_train
+    from cpu_timing import random_weight
+
+    w = random_weight(*size)
+    layer = cpu_train.with_qkern(w)
+    cpu_train.fill_adapter(layer)
+    made = cpu_train.clones(layer, w, effort)
+    xs = {M: cpu_train.tokens(M, size[1]) for M in Ms}
+    return [
+        Engine(f"qkern with LoRA, M={M}", [partial(one, x) for one in made]) for M, x in xs.items()
+    ]
+
+
+Builder = Callable[[Effort], list[Engine]]
 
 
 def cases(size: tuple[int, int], *, quick: bool) -> dict[str, Builder]:
     """What builds the engines of each group; the groups are measured one after the other."""
     Ms = (1, 32) if quick else (1, 8, 32, 512)
     found: dict[str, Builder] = {
-        "limits": memory_limits,
+        "limits": partial(memory_limits, threads=2),
         "codec": partial(codec_engines, size=size),
         "linear": partial(linear_engines, size=size, Ms=Ms),
+        "lora": partial(lora_engines, size=size, Ms=(Ms[0], Ms[-1])),
     }
     if quick:
         return found
+    found["codec, tall"] = partial(codec_engines, size=TALL)
     found["train"] = partial(train_engines, size=size, M=Ms[-1])
     for s in SMALL:
+        found[f"codec, small, {s[0]}"] = partial(codec_engines, size=s)
         found[f"linear, small, {s[0]}"] = partial(linear_engines, size=s, Ms=(1, 32))
     return found
 
 
-def serve(pipe: Connection, threads: int) -> None:
-    """The other end of ``Worker``."""
+@cache
+def native(threads: int) -> SimpleNamespace:
+    """The extension as ``qkern.codec`` calls it, with a number of threads where it names none.
+
+    That is so for quantize and dequantize, which take all cores whatever torch is told.
+    """
+    from qkern import _native
+
+    told = {
+        name: partial(function, threads=threads)
+        for name, function in inspect.getmembers(_native, inspect.isbuiltin)
+        if "threads" in inspect.signature(function).parameters
+    }
+    return SimpleNamespace(**vars(_native) | told)
+
+
+def set_threads(threads: int) -> None:
+    """For torch and for qkern's codec; in a process that measures and does nothing else."""
     import torch
 
+    from qkern import codec
+
     torch.set_num_threads(threads)
+    codec._native = native(threads)
+
+
+@dataclass
+class Switched(Engine):
+    """An engine with a number of threads."""
+
+    threads: int = 1
+
+    def measure(self, loops: int, start: int = 0) -> Seconds:
+        set_threads(self.threads)
+        return super().measure(loops, start)
+
+
+def measured(builder: Builder, effort: Effort) -> list[Row]:
+    """Rows of each engine of a group with one thread and with two; called in the other process."""
+    import torch
+
     torch.set_grad_enabled(False)
-    engines: list[Engine] = []
-    while True:
-        try:
-            verb, *arguments = pipe.recv()
-        except EOFError:
-            return
-        try:
-            if verb == "build":
-                builder, effort = arguments
-                engines = []  # the last group's weights are freed first
-                engines = builder(effort, threads)
-                pipe.send([(engine.name, dict(engine.facts)) for engine in engines])
-            else:
-                index, loops, start = arguments
-                pipe.send(engines[index].measure(loops, start))
-        except Exception as error:
-            pipe.send(error)
+    set_threads(2)
+    engines = [
+        Switched(f"{engine.name} ({threads})", engine.calls, engine.facts, threads=threads)
+        for engine in builder(effort)
+        for threads in (1, 2)
+    ]
+    return interleaved(engines, effort, wall=True)
 
 
 @contextlib.contextmanager
@@ -184,45 +235,6 @@ def _surroundings(threads: int, cores: set[int]) -> Iterator[None]:
             os.sched_setaffinity(0, mine)
 
 
-class Worker:
-    """A process with a fixed number of threads."""
-
-    def __init__(self, threads: int, cores: set[int]) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.threads = threads
-        self.pipe, theirs = context.Pipe()
-        with _surroundings(threads, cores):
-            self.process = context.Process(target=serve, args=(theirs, threads), daemon=True)
-            self.process.start()
-        theirs.close()
-
-    def ask(self, *message: Any) -> Any:
-        """What ``serve`` answers; its error is raised here."""
-        self.pipe.send(message)
-        answer = self.pipe.recv()
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    def close(self) -> None:
-        """Ends the process."""
-        self.pipe.close()
-        self.process.join()
-
-
-@dataclass
-class Remote(Engine):
-    """An engine in a worker."""
-
-    worker: Worker | None = None
-    index: int = 0
-
-    def measure(self, loops: int, start: int = 0) -> Seconds:
-        assert self.worker is not None
-        found: Seconds = self.worker.ask("measure", self.index, loops, start)
-        return found
-
-
 def run(
     size: tuple[int, int], effort: Effort, cores: set[int], *, quick: bool = False
 ) -> Iterator[Row]:
@@ -231,21 +243,12 @@ def run(
     if len(available) < 2 and not quick:
         yield absent("two threads", "this process may use one core only", case="threads")
         return
-    pinned = {available[0]} if len(available) > 1 else set()
-    workers = [Worker(1, pinned), Worker(2, set(available[:2]) if len(available) > 1 else set())]
-    try:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as other:
+        with _surroundings(2, set(available[:2]) if len(available) > 1 else set()):
+            other.submit(os.getpid).result()  # the process begins with the first task
         for group, builder in cases(size, quick=quick).items():
-            engines: list[Engine] = []
-            built = [worker.ask("build", builder, effort) for worker in workers]
-            for index, (name, facts) in enumerate(built[0]):
-                for worker in workers:
-                    full = f"{name} ({worker.threads})"
-                    engines.append(Remote(full, (), facts, worker=worker, index=index))
-            rows = interleaved(engines, effort, wall=True)
-            yield from paired(rows, group)
-    finally:
-        for worker in workers:
-            worker.close()
+            yield from paired(other.submit(measured, builder, effort).result(), group)
 
 
 def paired(rows: list[Row], group: str) -> Iterator[Row]:

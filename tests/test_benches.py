@@ -6,12 +6,15 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+
+import qkern
 
 BENCHES = Path(__file__).parents[1] / "benches"
 
@@ -80,7 +83,11 @@ def test_cpu_bench_runs_each_section_and_reports_it(
     assert all(row["median"] > 0 for row in timed)
     cases = {row["case"] for row in timed}
     layers = {"linear", "linear, small", "forward and backward with LoRA", "LoRA on top"}
-    assert cases == {"limits", "quantize", "dequantize", "decode", "training step"} | layers
+    codec = {"quantize", "dequantize", "quantize, small", "dequantize, small"}
+    assert cases == {"limits", "decode", "training step"} | codec | layers
+    for case in ("linear", "forward and backward with LoRA", "decode", "training step"):
+        engines = {row["engine"] for row in timed if row["case"] == case}
+        assert {"qkern", "qkern, int8 compute", "torch bf16"} <= engines, case
     exact = [r for r in timed if r["case"] == "linear" and r["dtype"] == "fp32" and "error" in r]
     assert all(row["error"] < 1e-6 for row in exact)
     report = importlib.import_module("cpu_report")
@@ -96,7 +103,33 @@ def test_cpu_bench_measures_two_threads_beside_one(
     assert {row["clock"] for row in rows} == {"wall"}
     one, two = ([r["engine"] for r in rows if r["threads"] == n] for n in (1, 2))
     assert one == two
-    assert {"quantize fp32", "qkern, 256x256, M=1"} <= set(one)
+    assert {"quantize fp32, 256x256", "qkern, 256x256, M=1", "qkern with LoRA, M=1"} <= set(one)
+
+
+def test_cpu_bench_switches_the_threads_of_codec_and_torch(
+    load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads, asked = load("cpu_threads"), []
+    native = importlib.import_module("qkern._native")
+    codec = importlib.import_module("qkern.codec")
+
+    def quantize_4bit(*args: Any, **settings: Any) -> None:
+        asked.append((settings["threads"], torch.get_num_threads()))
+        return native.quantize_4bit(*args, **settings)
+
+    before = torch.get_num_threads()
+    monkeypatch.setattr(codec, "_native", native)  # what is set below does not stay
+    calls = [partial(qkern.quantize, torch.randn(64, 64))]
+    try:
+        for n in (2, 1, 2):
+            told = threads.native(n)
+            monkeypatch.setattr(
+                told, "quantize_4bit", partial(quantize_4bit, **told.quantize_4bit.keywords)
+            )
+            threads.Switched("quantize", calls, threads=n).measure(1)
+    finally:
+        torch.set_num_threads(before)
+    assert asked == [(2, 2), (1, 1), (2, 2)]
 
 
 def test_cpu_bench_times_no_layer_that_multiplies_another_weight(

@@ -209,6 +209,27 @@ def test_generate_uses_the_adapters_own_format(adapter: Path, model_dir: Path) -
     assert formats == {QuantFormat("int8", 32, double_quant=False)}
 
 
+def test_generate_computes_in_int8_where_weights_are_quantized(
+    adapter: Path, model_dir: Path, tmp_path: Path, capsys: Any
+) -> None:
+    import qkern
+    from qkern.formats import QuantFormat
+    from qkern.layers import QuantizedLinear
+    from qkern.training.base import load_finetuned
+
+    arguments = ["generate", model_dir, "hi", "--max-new-tokens", "2", "--compute", "int8"]
+    assert call(*arguments, "--adapter", adapter) == exit_codes.DONE
+    capsys.readouterr()
+    assert call(*arguments) == exit_codes.USAGE
+    assert "compute is 'int8', but no weight of" in capsys.readouterr().err
+    qkern.save(load_finetuned(model_dir, fmt=QuantFormat()), tmp_path)
+    sources = ((model_dir, adapter, None), (model_dir, None, QuantFormat()), (tmp_path, None, None))
+    for path, own, fmt in sources:
+        model = load_finetuned(path, own, fmt=fmt, compute="int8")
+        layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+        assert {layer.compute for layer in layers} == {"int8"}
+
+
 @pytest.mark.parametrize(
     ("error", "code"),
     [

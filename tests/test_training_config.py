@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from qkern import codec
 from qkern.formats import QuantFormat
 from qkern.training import FinetuneConfig, SettingError
+from qkern.training.config import COMPUTE
 from qkern.training.order import LengthGroupedOrder
 
 
@@ -42,6 +44,7 @@ def test_int8_rows_need_no_blocksize_and_no_double_quantization() -> None:
         ({"batch_size": 0}, "batch_size is 0: allowed is 1 or more"),
         ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
         ({"dtype": "int4"}, "dtype is 'int4': allowed is auto, float32, bfloat16, float16"),
+        ({"compute": "fp8"}, "compute is 'fp8': allowed is exact, int8"),
         ({"schedule": "step"}, "schedule is 'step'"),
         ({"max_length": 1}, "max_length is 1: allowed is 2 or more"),
     ],
@@ -51,9 +54,15 @@ def test_settings_out_of_range(changes: dict[str, Any], message: str) -> None:
         FinetuneConfig(**changes)
 
 
+def test_compute_is_what_the_codec_has() -> None:
+    assert COMPUTE == codec.COMPUTE
+
+
 def test_settings_survive_json() -> None:
     config = FinetuneConfig(steps=9, lora_dropout=0.1, target_modules=("q_proj", "v_proj"))
     assert FinetuneConfig.from_dict(json.loads(json.dumps(config.as_dict()))) == config
+    older = {k: v for k, v in config.as_dict().items() if k != "compute"}
+    assert FinetuneConfig.from_dict(older) == config
 
 
 def test_steps_of_a_run() -> None:

@@ -31,7 +31,7 @@ from qkern.training import (
     finetune,
     prepare_data,
 )
-from qkern.training.base import load_finetuned, load_frozen
+from qkern.training.base import check_compute, load_finetuned, load_frozen
 from qkern.training.run import Session
 from qkern.training.trainer import AdapterTrainer, trained_token_loss
 
@@ -301,6 +301,16 @@ def test_gradient_checkpointing_and_bfloat16(model_dir: Path, data: Path, tmp_pa
     assert result.losses[-1] < result.losses[0]
 
 
+def test_a_base_that_computes_in_int8(model_dir: Path, data: Path, tmp_path: Path) -> None:
+    config, said = dataclasses.replace(CONFIG, steps=3, compute="int8"), []
+    result = finetune(model_dir, data, tmp_path, config, say=said.append)
+    assert result.losses[-1] < result.losses[0]
+    assert {m.compute for m in result.model.modules() if hasattr(m, "lora_A")} == {"int8"}
+    assert "computing in float32 on cpu, the base with int8 inputs" in said
+    with pytest.raises(SettingError, match="compute int8 to exact"):
+        finetune(model_dir, data, tmp_path, dataclasses.replace(CONFIG, steps=3), resume=True)
+
+
 def test_loss_on_trained_positions_equals_the_models_own(model_dir: Path) -> None:
     model = load_frozen(model_dir, QuantFormat(), dtype=torch.float32).model
     ids = torch.randint(3, 259, (3, 12))
@@ -320,6 +330,8 @@ def test_settings_of_the_format_and_the_machine(
 ) -> None:
     with pytest.raises(FormatError, match="blocksize 60"):
         FinetuneConfig(blocksize=60)
+    with pytest.raises(SettingError, match="compute is 'int8', which is for a CPU, not for cuda"):
+        check_compute("int8", torch.device("cuda"))
     with pytest.raises(SettingError, match="does not train on a CPU"):
         finetune(model_dir, data, tmp_path / "a", FinetuneConfig(dtype="float16", device="cpu"))
     if not torch.cuda.is_available():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 
+from qkern.errors import CoverageError
 from qkern.text_table import format_bytes, format_table
 
 
@@ -57,6 +58,19 @@ class CoverageReport:
     def bytes_after(self) -> int:
         """Bytes of all weights now."""
         return sum(row.bytes_after for row in self.rows)
+
+    def check(self, least: float) -> None:
+        """Refuse a coverage below ``least``, 0 to 1.
+
+        Raises:
+            CoverageError: with the whole table.
+        """
+        if self.coverage < least:
+            msg = (
+                f"{self.coverage:.1%} of the values are quantized, at least {least:.1%} "
+                f"were asked for:\n{self}"
+            )
+            raise CoverageError(msg)
 
     def __str__(self) -> str:
         groups: dict[tuple[str, ...], list[CoverageRow]] = {}

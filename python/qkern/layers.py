@@ -10,37 +10,55 @@ https://arxiv.org/abs/2305.14314.
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from qkern import flat_keys, operands, shards
-from qkern.errors import FormatError, QkernError, ShapeError, StateDictError
+from qkern import operands, shards
+from qkern.codec import COMPUTE, check_choice
+from qkern.errors import FormatError, ShapeError
+from qkern.flat_weight import FlatWeight
 from qkern.formats import QuantFormat, resolve_format
 from qkern.tensor import QuantizedTensor, linear
 
 _Layer = TypeVar("_Layer", bound=nn.Linear)
 
 
-class QuantizedLinear(nn.Linear):
+class QuantizedLinear(FlatWeight, nn.Linear):
     """``nn.Linear`` whose frozen weight is a ``QuantizedTensor``.
 
     Its ``state_dict`` holds bitsandbytes' flat keys (of ``Linear4bit``, or of ``Linear8bitLt`` for
     int8_row) and loads strictly. Build it with ``from_linear``.
 
+    Args:
+        weight: (out_features, in_features).
+        bias: (out_features,) or None.
+        compute: "exact" or "int8", see ``qkern.linear``. It is no part of a ``state_dict``.
+
     Attributes:
         path: where a model holds the layer, for errors; empty until a model is quantized or loaded.
-        compute: "exact" or "int8", see ``qkern.linear``; may be set at any time.
+        compute: as above; may be set at any time.
+
+    Raises:
+        ShapeError: for a weight that has not 2 dimensions, or a bias that does not fit.
+        FormatError: for another ``compute``.
     """
 
     weight: nn.Parameter
     path: str = ""
     compute: str = "exact"
 
-    def __init__(self, weight: QuantizedTensor, bias: nn.Parameter | None = None) -> None:
+    def __init__(
+        self,
+        weight: QuantizedTensor,
+        bias: nn.Parameter | None = None,
+        *,
+        compute: str = "exact",
+    ) -> None:
         nn.Module.__init__(self)
+        check_choice("compute", compute, COMPUTE)
+        self.compute = compute
         if weight.dim() != 2:
             msg = f"a linear layer needs a weight of 2 dimensions, got {tuple(weight.shape)}"
             raise ShapeError(msg)
@@ -64,6 +82,7 @@ class QuantizedLinear(nn.Linear):
         method: str = "absmax",
         importance: Tensor | None = None,
         nonfinite: str = "error",
+        compute: str = "exact",
     ) -> QuantizedLinear:
         """Quantize a dense layer's weight; its bias is kept, frozen.
 
@@ -75,10 +94,12 @@ class QuantizedLinear(nn.Linear):
             method: "absmax" or "search", see ``qkern.quantize``.
             importance: (in_features,) weights of the errors for "search".
             nonfinite: "error" or "keep", see ``qkern.quantize``.
+            compute: "exact" or "int8", see ``qkern.linear``.
 
         Raises:
             FormatError: if the layer is quantized already, has a forward of its own, or computes
-                its weight from other parameters (``parametrize``, weight norm, pruning).
+                its weight from other parameters (``parametrize``, weight norm, pruning), and for
+                an unknown format or setting.
             DTypeError: unless the layer is an ``nn.Linear`` and its weight a plain float32, float16
                 or bfloat16 tensor.
             NonFiniteError: for NaN or infinity in the weight.
@@ -87,18 +108,14 @@ class QuantizedLinear(nn.Linear):
             msg = "the layer is quantized already"
             raise FormatError(msg)
         operands.check_layer(layer)
+        check_choice("compute", compute, COMPUTE)
         fmt = resolve_format(quant_type, blocksize=blocksize, double_quant=double_quant)
         weight = QuantizedTensor.from_dense(
             layer.weight, fmt, method=method, importance=importance, nonfinite=nonfinite
         )
         if layer.bias is not None:
             layer.bias.requires_grad_(False)
-        return _take_over(cls(weight, layer.bias), layer)
-
-    @property
-    def quantized_weight(self) -> QuantizedTensor:
-        """The weight, with its type."""
-        return self.weight  # type: ignore[return-value]
+        return _take_over(cls(weight, layer.bias, compute=compute), layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
@@ -108,7 +125,8 @@ class QuantizedLinear(nn.Linear):
         """Sizes and format, for ``print(model)``."""
         weight = self.weight
         fmt = getattr(shards.local_part(weight), "format", None)
-        return f"{super().extra_repr()}, {fmt}"
+        how = "" if self.compute == "exact" else f", compute={self.compute}"
+        return f"{super().extra_repr()}, {fmt}{how}"
 
     def dequantize(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """A dense ``nn.Linear`` with the weight that this layer multiplies."""
@@ -118,104 +136,6 @@ class QuantizedLinear(nn.Linear):
         if self.bias is not None:
             layer.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=False)
         return layer.train(self.training)
-
-    def _save_to_state_dict(
-        self,
-        destination: dict[str, Any],
-        prefix: str,
-        keep_vars: bool,  # noqa: FBT001 - torch's signature
-    ) -> None:
-        weight = self._parameters.pop("weight")
-        try:
-            super()._save_to_state_dict(destination, prefix, keep_vars)
-        finally:
-            self._parameters = {"weight": weight, **self._parameters}
-        destination.update(shards.entries(weight, f"{prefix}weight"))
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,  # noqa: FBT001 - torch's signature
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        key = f"{prefix}weight"
-        owned = flat_keys.owned_keys(state_dict, key)
-        rest = {k: v for k, v in state_dict.items() if k not in set(owned)}
-        weight = self._parameters.pop("weight")
-        try:
-            super()._load_from_state_dict(
-                rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-            )
-        finally:
-            self._parameters = {"weight": weight, **self._parameters}
-        fmt = shards.local_part(weight).format
-        missing = flat_keys.missing_keys(state_dict, key, fmt)
-        if missing and not owned:
-            missing_keys += missing
-            return
-        if missing:  # never half of the file and half of what was there, strict or not
-            msg = (
-                f"{key}: expected {fmt.quant_type} codes with their scales, missing "
-                f"{', '.join(missing)}, found only {', '.join(owned)}; dense weights are loaded "
-                "into a dense model, then quantized, or given to the layer's weight.assign()"
-            )
-            raise StateDictError(msg)
-        if strict:
-            known = flat_keys.known_keys(shards.local_part(weight), key)
-            unexpected_keys += [k for k in owned if k not in known]
-        try:
-            assign = bool(local_metadata.get("assign_to_params_buffers", False))
-            self._load_weight({k: state_dict[k] for k in owned}, key, assign=assign)
-        except QkernError as error:
-            raise StateDictError(str(error)) from error
-
-    def _load_weight(self, entries: dict[str, Any], key: str, *, assign: bool) -> None:
-        weight = self.weight
-        if shards.is_sharded(weight):
-            shards.load(weight, entries, key)
-            return
-        mine = self.quantized_weight
-        loaded = flat_keys.unflatten(entries, key, mine.dtype)
-        same = loaded.format.replace(double_quant=False) == mine.format.replace(double_quant=False)
-        if loaded.shape != mine.shape or not same:
-            msg = (
-                f"{key}: the file holds {tuple(loaded.shape)} {loaded.format}, "
-                f"the module {tuple(mine.shape)} {mine.format}"
-            )
-            raise FormatError(msg)
-        with torch.no_grad():
-            if assign or mine.is_meta:
-                if not assign:
-                    msg = f"{key}: the module is on meta: pass assign=True"
-                    raise FormatError(msg)
-                self.weight = nn.Parameter(loaded, requires_grad=False)
-            elif loaded.format == mine.format:
-                mine.copy_(loaded.to(mine.dtype))
-                mine.undo.parts = None
-            else:  # 8-bit scales on one side, fp32 on the other
-                mine.data = loaded.to(device=mine.device, dtype=mine.dtype)
-
-    def _fqn_modifiers(self) -> dict[str, str]:
-        """For ``torch.distributed.checkpoint``: the keys of the weight are no submodules."""
-        return {key.partition(".")[0]: "_flat_names" for key in self._weight_keys()}
-
-    def _weight_keys(self) -> set[str]:
-        return flat_keys.known_keys(shards.local_part(self.weight), "weight")
-
-    @property
-    def _flat_names(self) -> SimpleNamespace:
-        names = SimpleNamespace()
-        for key in self._weight_keys():
-            at = names
-            for name in key.split("."):
-                if not hasattr(at, name):
-                    setattr(at, name, SimpleNamespace())
-                at = getattr(at, name)
-        return names
 
 
 class QLoRALinear(QuantizedLinear):
@@ -232,6 +152,7 @@ class QLoRALinear(QuantizedLinear):
         init_lora_weights: True: A as ``nn.Linear`` is, B zero, so that training starts at the
             base; False: B random too.
         dtype: of the adapter; fp32 unless given.
+        compute: "exact" or "int8", see ``qkern.linear``; gradients are exact with either.
     """
 
     lora_A: nn.Parameter
@@ -248,8 +169,9 @@ class QLoRALinear(QuantizedLinear):
         use_rslora: bool = False,
         init_lora_weights: bool = True,
         dtype: torch.dtype = torch.float32,
+        compute: str = "exact",
     ) -> None:
-        super().__init__(weight, bias)
+        super().__init__(weight, bias, compute=compute)
         if r < 1:
             msg = f"the rank r must be 1 or more, got {r}"
             raise ShapeError(msg)
@@ -276,6 +198,7 @@ class QLoRALinear(QuantizedLinear):
         method: str = "absmax",
         importance: Tensor | None = None,
         nonfinite: str = "error",
+        compute: str | None = None,
         **lora: Any,
     ) -> QLoRALinear:
         """Quantize a dense layer, or take a quantized one over, and add an adapter.
@@ -288,8 +211,16 @@ class QLoRALinear(QuantizedLinear):
             method: "absmax" or "search".
             importance: (in_features,) weights of the errors for "search".
             nonfinite: "error" or "keep".
+            compute: "exact" or "int8"; None for what a quantized layer has, "exact" for a dense
+                one.
             **lora: ``r``, ``lora_alpha`` and the other arguments of the class.
+
+        Raises:
+            FormatError: as ``QuantizedLinear.from_linear`` does, and for a layer that has an
+                adapter already.
         """
+        if compute is not None:
+            check_choice("compute", compute, COMPUTE)
         if isinstance(layer, QLoRALinear):
             msg = "the layer has an adapter already"
             raise FormatError(msg)
@@ -299,7 +230,9 @@ class QLoRALinear(QuantizedLinear):
             layer = QuantizedLinear.from_linear(
                 layer, quant_type=fmt, method=method, importance=importance, nonfinite=nonfinite
             )
-        return _take_over(cls(layer.quantized_weight, layer.bias, **lora), layer)
+        made = _take_over(cls(layer.quantized_weight, layer.bias, **lora), layer)
+        made.compute = made.compute if compute is None else compute
+        return made
 
     def set_scaling(self, lora_alpha: float, *, use_rslora: bool) -> None:
         """Set the factor of the adapter's part."""

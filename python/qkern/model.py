@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from qkern.codec import COMPUTE, check_choice
 from qkern.coverage import CoverageReport, CoverageRow
-from qkern.errors import AdapterMismatchError, CoverageError, FormatError, QkernError
+from qkern.errors import AdapterMismatchError, FormatError, QkernError
 from qkern.formats import QuantFormat, resolve_format
 from qkern.layers import QLoRALinear, QuantizedLinear
 from qkern.module_tree import leave_inference_mode, module_at, module_paths, replace_module
@@ -33,6 +34,7 @@ def quantize_model(
     method: str = "absmax",
     importance: Mapping[str, torch.Tensor] | None = None,
     nonfinite: str = "error",
+    compute: str | None = None,
 ) -> CoverageReport:
     """Replace every ``nn.Linear`` of a model by ``QuantizedLinear``, in place.
 
@@ -53,16 +55,20 @@ def quantize_model(
         importance: for "search", weights of the errors, (in_features,) for each module path; a
             layer without an entry weighs all columns alike.
         nonfinite: "error" or "keep", see ``qkern.quantize``.
+        compute: "exact" or "int8", see ``qkern.linear``: how the layers multiply, those too that
+            were quantized before. None: new ones "exact", the others as they do.
 
     Raises:
         CoverageError: if less than ``min_coverage`` was quantized.
-        FormatError: if an ``exclude`` matches no linear layer, or the model is a single one, which
-            cannot be replaced in place.
+        FormatError: for an unknown format or setting, if an ``exclude`` matches no linear layer, or
+            if the model is a single one, which cannot be replaced in place.
         NonFiniteError: for NaN or infinity in a weight, naming the layer.
     """
     fmt = resolve_format(quant_type, blocksize=blocksize, double_quant=double_quant)
     importance = importance or {}
     _check_importance(model, importance)
+    if compute is not None:
+        check_choice("compute", compute, COMPUTE)
     rows = []
     leave_inference_mode(model)
     for site in _sites(model, exclude):
@@ -75,6 +81,8 @@ def quantize_model(
             module = _quantize_layer(name, module, fmt, how)
             weight = module.quantized_weight
             replace_module(model, site.names, module)
+        if compute is not None and isinstance(module, QuantizedLinear) and not site.reason:
+            module.compute = compute
         row = _row(name, weight, site.reason or _class_reason(module, site.parameter), fmt)
         if site.parameter != "weight":
             row = dataclasses.replace(row, name=f"{name}.{site.parameter}")
@@ -82,12 +90,8 @@ def quantize_model(
             row = dataclasses.replace(row, numel=0, bytes_before=0, bytes_after=0)
         rows.append(row)
     report = CoverageReport(tuple(rows))
-    if min_coverage is not None and report.coverage < min_coverage:
-        msg = (
-            f"{report.coverage:.1%} of the values are quantized, at least {min_coverage:.1%} "
-            f"were asked for:\n{report}"
-        )
-        raise CoverageError(msg)
+    if min_coverage is not None:
+        report.check(min_coverage)
     return report
 
 

@@ -1,4 +1,4 @@
-"""A model's modules by path: find one, replace one, and leave inference mode."""
+"""A model's modules: find and replace one by path; what is done to all of them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qkern.codec import COMPUTE, check_choice
 from qkern.layers import QuantizedLinear
 
 
@@ -49,6 +50,19 @@ def _place(model: nn.Module, path: str) -> tuple[nn.Module, str]:
                 return _place(child, path.removeprefix(f"{key}."))
     msg = f"the model has no module {path}"
     raise AttributeError(msg)
+
+
+def set_compute(model: nn.Module, compute: str) -> int:
+    """Tell every quantized layer how to multiply, see ``qkern.linear``; how many there are.
+
+    Raises:
+        FormatError: for anything but "exact" and "int8"; nothing is changed then.
+    """
+    check_choice("compute", compute, COMPUTE)
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    for layer in layers:
+        layer.compute = compute
+    return len(layers)
 
 
 def leave_inference_mode(model: nn.Module) -> None:

@@ -13,7 +13,7 @@ from qkern.cli import exit_codes
 from qkern.cli.terminal import say, wants_colour
 from qkern.formats import BLOCKSIZES, QUANT_TYPES
 from qkern.text_table import format_bytes, format_table
-from qkern.training.config import DEVICES, DTYPES, SCHEDULES, FinetuneConfig
+from qkern.training.config import COMPUTE, DEVICES, DTYPES, SCHEDULES, FinetuneConfig
 from qkern.training.finetune import FinetuneResult, finetune
 from qkern.training.libraries import quiet_libraries
 from qkern.training.prepare import PreparedData, prepare_data
@@ -53,6 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _setting(run, "max_length", int, "most tokens of a sequence")
     _flag(run, "group_by_length", "--no-group-by-length", "batches of mixed lengths", on=False)
     _setting(run, "dtype", str, "of the arithmetic", choices=DTYPES)
+    int8 = "int8 rounds inputs of the frozen layers to 8 bits, faster on a CPU"
+    _setting(run, "compute", str, int8, choices=COMPUTE)
     _setting(run, "device", str, "where to train", choices=DEVICES)
     _flag(run, "gradient_checkpointing", "--gradient-checkpointing", "less memory, more time")
     _setting(run, "save_steps", int, "steps between checkpoints, 0 for none")

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from qkern.checkpoint.load import is_quantized, load_into
+from qkern.codec import COMPUTE, check_choice
 from qkern.errors import CorruptFileError, MissingDependencyError
 from qkern.files import read_json
+from qkern.module_tree import set_compute
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,6 +26,7 @@ def load(
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    compute: str | None = None,
 ) -> nn.Module:
     """A quantized checkpoint as a model, ready to run; with its adapter if there is one.
 
@@ -34,15 +37,22 @@ def load(
         device: where to put it.
         dtype: of the dense parameters and of what quantized ones dequantize to; that of the file
             if None.
+        compute: "exact" or "int8", see ``qkern.linear``; files do not say. None: "exact", but for
+            quantized layers that ``model`` has already.
 
     Raises:
+        FormatError: for another ``compute``.
         FileNotFoundError: if a file is missing.
         CorruptFileError: if the files contradict the model or each other.
         MissingDependencyError: if transformers is needed and not installed.
     """
+    if compute is not None:
+        check_choice("compute", compute, COMPUTE)
     directory = Path(path)
     built = _empty_model(directory) if model is None else model
     load_into(built, directory)
+    if compute is not None:
+        set_compute(built, compute)
     if dtype is not None:
         cast_parameters(built, dtype)
     built = built if device is None else built.to(device)

@@ -12,6 +12,7 @@ from qkern import adapters
 from qkern.formats import QuantFormat
 from qkern.integrations.pretrained import cast_parameters, load_model
 from qkern.model import memory_footprint, quantize_model
+from qkern.module_tree import set_compute
 from qkern.training.errors import SettingError
 
 if TYPE_CHECKING:
@@ -38,7 +39,11 @@ class FrozenModel:
 
 
 def load_frozen(
-    path: str | PathLike[str], fmt: QuantFormat, *, dtype: torch.dtype | None = None
+    path: str | PathLike[str],
+    fmt: QuantFormat,
+    *,
+    dtype: torch.dtype | None = None,
+    compute: str = "exact",
 ) -> FrozenModel:
     """Load a model and quantize its linear layers; one that is quantized already stays as it is.
 
@@ -46,6 +51,7 @@ def load_frozen(
         path: a model directory or GGUF file.
         fmt: how the frozen weights are stored.
         dtype: of what stays dense, and of what the weights dequantize to; the file's if None.
+        compute: "exact" or "int8", see ``qkern.linear``.
 
     Raises:
         FileNotFoundError: there is no model at ``path``.
@@ -53,7 +59,7 @@ def load_frozen(
     """
     model = load_model(path)
     before = memory_footprint(model)
-    coverage = quantize_model(model, fmt)
+    coverage = quantize_model(model, fmt, compute=compute)
     if dtype is not None:
         cast_parameters(model, dtype)
     return FrozenModel(model, coverage, before, memory_footprint(model))
@@ -65,6 +71,7 @@ def load_finetuned(
     *,
     fmt: QuantFormat | None = None,
     dtype: torch.dtype | None = None,
+    compute: str = "exact",
 ) -> PreTrainedModel:
     """Load a model and the adapter that was trained on it, quantized as it was in training.
 
@@ -74,9 +81,13 @@ def load_finetuned(
         fmt: how the frozen weights are stored; what the adapter's file says if None, and nothing
             is quantized if there is no adapter either.
         dtype: as in ``load_frozen``.
+        compute: as in ``load_frozen``.
 
     Returns:
         The model in evaluation mode, on the CPU.
+
+    Raises:
+        SettingError: "int8" where no weight is quantized.
     """
     own = None if adapter is None else adapters.read_quantization(adapter) or QuantFormat()
     # A format that was asked for gives other bytes than the adapter was trained over.
@@ -84,8 +95,14 @@ def load_finetuned(
     fmt = own if fmt is None else fmt
     if fmt is None:
         model = load_model(path, dtype=dtype)
+        if set_compute(model, compute) == 0 and compute != "exact":
+            msg = (
+                f"compute is {compute!r}, but no weight of {path} is quantized: name a format "
+                "(--quant-type nf4) or an adapter, or leave compute out"
+            )
+            raise SettingError(msg)
     else:
-        model = load_frozen(path, fmt, dtype=dtype).model
+        model = load_frozen(path, fmt, dtype=dtype, compute=compute).model
     if adapter is not None:
         adapters.load_adapter(model, adapter, force=force)
     model.train(mode=False)
@@ -120,6 +137,17 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
         raise SettingError(msg)
     dtype: torch.dtype = getattr(torch, name)
     return dtype
+
+
+def check_compute(compute: str, device: torch.device) -> None:
+    """Refuse what the device does not compute, before a model is loaded for it.
+
+    Raises:
+        SettingError: "int8" for anything but a CPU.
+    """
+    if compute != "exact" and device.type != "cpu":
+        msg = f"compute is {compute!r}, which is for a CPU, not for {device}: use 'exact' there"
+        raise SettingError(msg)
 
 
 def has_bfloat16(device: torch.device) -> bool:

@@ -12,6 +12,7 @@ from qkern.training.errors import SettingError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
+COMPUTE = ("exact", "int8")  # as in ``codec``, which loads the native extension
 SCHEDULES = ("cosine", "linear", "constant")
 
 
@@ -40,6 +41,8 @@ class FinetuneConfig:
         blocksize: values that share a scale; unused by int8_row, where a row does.
         double_quant: scales in 8 bits; unused by int8_row.
         dtype: dtype of the arithmetic; "auto" is bfloat16 where the machine has it, else float32.
+        compute: "exact", or on a CPU "int8": inputs of the frozen layers are rounded to 8 bits, an
+            error of about one per cent; gradients stay exact.
         device: "cpu", "cuda", or "auto" for the GPU where there is one.
         gradient_checkpointing: trade a second forward pass for less memory.
         save_steps: steps between checkpoints; 0 for none but at an interrupt.
@@ -75,6 +78,7 @@ class FinetuneConfig:
     blocksize: int = 64
     double_quant: bool = True
     dtype: str = "auto"
+    compute: str = "exact"
     device: str = "auto"
     gradient_checkpointing: bool = False
     save_steps: int = 50
@@ -95,7 +99,8 @@ class FinetuneConfig:
         _check("save_steps", self.save_steps, "0 or more", self.save_steps >= 0)
         for name in ("batch_size", "grad_accum", "r", "save_total_limit"):
             _check(name, getattr(self, name), "1 or more", getattr(self, name) >= 1)
-        for name, allowed in (("dtype", DTYPES), ("device", DEVICES), ("schedule", SCHEDULES)):
+        choices = {"dtype": DTYPES, "compute": COMPUTE, "device": DEVICES, "schedule": SCHEDULES}
+        for name, allowed in choices.items():
             _check(name, getattr(self, name), ", ".join(allowed), getattr(self, name) in allowed)
 
     @property

@@ -16,7 +16,7 @@ from trl.trainer.sft_config import SFTConfig
 from qkern import adapters
 from qkern.model import add_lora
 from qkern.text_table import format_bytes
-from qkern.training.base import load_frozen, resolve_device, resolve_dtype
+from qkern.training.base import check_compute, load_frozen, resolve_device, resolve_dtype
 from qkern.training.errors import TrainingInterrupted
 from qkern.training.finetune import FinetuneResult
 from qkern.training.interrupt import InterruptCallback
@@ -52,7 +52,10 @@ class Session:
         self.config, self.tokenizer, self._say = config, tokenizer, say
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.dtype, self.device)
-        self.frozen = load_frozen(model_path, config.format, dtype=self.dtype)
+        check_compute(config.compute, self.device)
+        self.frozen = load_frozen(
+            model_path, config.format, dtype=self.dtype, compute=config.compute
+        )
         self.model = self.frozen.model
         torch.manual_seed(config.seed)
         add_lora(
@@ -69,7 +72,8 @@ class Session:
         )
         share = f"{self.frozen.coverage.coverage:.0%} of the weights in {config.format.quant_type}"
         say(f"model: {before} -> {after} ({share}), {self.trainable} trainable parameters")
-        say(f"computing in {str(self.dtype).removeprefix('torch.')} on {self.device}")
+        rounded = "" if config.compute == "exact" else f", the base with {config.compute} inputs"
+        say(f"computing in {str(self.dtype).removeprefix('torch.')} on {self.device}{rounded}")
 
     def train(
         self, data: PreparedData, output: Path, checkpoint: Path | None, *, progress: bool
