@@ -39,6 +39,7 @@ def forced_body(w: Tensor, body: str) -> Callable[[Tensor], object]:
     """NF4 with 8-bit scales by one SIMD body, on raw buffers that are there."""
     packed, absmax = np.empty(w.numel() // 2, np.uint8), np.empty(w.numel() // 64, np.float32)
     codes, nested = np.empty(absmax.size, np.uint8), np.empty(-(-absmax.size // 256), np.float32)
+    offset = np.empty(1, np.float32)
     table, nested_table = codec.code_array("nf4"), codec.nested_code_array()
     name = str(w.dtype).removeprefix("torch.")
 
@@ -46,7 +47,7 @@ def forced_body(w: Tensor, body: str) -> Callable[[Tensor], object]:
         bits = x.numpy() if x.dtype == torch.float32 else x.view(torch.int16).numpy()
         flat = bits.reshape(-1) if x.dtype == torch.float32 else bits.reshape(-1).view(np.uint16)
         _native.quantize_4bit(flat, name, table, 64, packed, absmax, simd=body)
-        return _native.quantize_absmax(absmax, nested_table, codes, nested)
+        return _native.quantize_absmax(absmax, nested_table, codes, nested, offset)
 
     return run
 

@@ -68,12 +68,16 @@ def dequantize_int8(n: int = 1 << 35) -> tuple[Call, np.ndarray]:
 
 def quantize_absmax(n: int = 1 << 30) -> tuple[Call, np.ndarray]:
     absmax, codes, nested = zeros(n, np.float32), zeros(n, np.uint8), zeros(n // 256, np.float32)
-    return partial(_native.quantize_absmax, absmax, NESTED, codes, nested), codes
+    return partial(
+        _native.quantize_absmax, absmax, NESTED, codes, nested, np.empty(1, np.float32)
+    ), codes
 
 
 def dequantize_absmax(n: int = 1 << 35) -> tuple[Call, np.ndarray]:
     codes, nested, absmax = zeros(n, np.uint8), zeros(n // 256, np.float32), zeros(n, np.float32)
-    return partial(_native.dequantize_absmax, codes, NESTED, nested, 0, absmax), absmax
+    return partial(
+        _native.dequantize_absmax, codes, NESTED, nested, np.zeros(1, np.float32), absmax
+    ), absmax
 
 
 OPERATIONS = (

@@ -46,7 +46,7 @@ def interrupt() -> dict[str, float]:
     seconds["again"] = seconds_to_interrupt(partial(call, threads=threads), out)
     absmax = zeros(1 << 34, np.float32)
     codes, nested = zeros(absmax.size, np.uint8), zeros(absmax.size // 256, np.float32)
-    call = partial(_native.quantize_absmax, absmax, NESTED, codes, nested)
+    call = partial(_native.quantize_absmax, absmax, NESTED, codes, nested, np.empty(1, np.float32))
     seconds["quantize_absmax mean"] = seconds_to_interrupt(call, None)
     assert not codes[0], "it was to be interrupted before it wrote anything"
     assert small_result() == expected

@@ -24,9 +24,10 @@ def weight(kind: str, rng: np.random.Generator) -> tuple[tuple[object, ...], np.
     if kind == "nested":
         table = np.linspace(-1, 1, 256, dtype=np.float32)
         codes, second = np.empty(blocks, np.uint8), np.empty(-(-blocks // 256), np.float32)
-        offset, _ = _native.quantize_absmax(absmax, table, codes, second)
+        offset = np.empty(1, np.float32)
+        _native.quantize_absmax(absmax, table, codes, second, offset)
         _native.dequantize_absmax(codes, table, second, offset, absmax)
-        nested = (codes, table, second, np.array([offset], np.uint32).view(np.float32))
+        nested = (codes, table, second, offset)
     _native.dequantize_4bit(packed, absmax, CODE, 64, dense, "float32")
     return (packed, CODE, *nested, 64, ROWS, COLS), dense
 

@@ -1,4 +1,4 @@
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, final
 
 import numpy as np
 import numpy.typing as npt
@@ -10,15 +10,16 @@ _F32: TypeAlias = npt.NDArray[np.float32]
 _U8: TypeAlias = npt.NDArray[np.uint8]
 _I8: TypeAlias = npt.NDArray[np.int8]
 
+@final
 class Buffer:
-    def __new__(  # noqa: PYI034 - typing.Self needs Python 3.11
-        cls, address: int, numel: int, dtype: str, owner: object
-    ) -> Buffer: ...
+    @property
+    def size(self) -> int: ...
+    def __new__(cls, address: int, numel: int, dtype: str, owner: object) -> Buffer: ...
 
 __version__: str
 
 def quantize_4bit(
-    values: _Values,
+    values: _Values | Buffer,
     dtype: str,
     code: _F32,
     blocksize: int,
@@ -30,42 +31,45 @@ def quantize_4bit(
     simd: str | None = None,
 ) -> None: ...
 def search_scales(
-    values: _Values,
+    values: _Values | Buffer,
     dtype: str,
     code: _F32,
     blocksize: int,
     absmax: _F32,
     *,
-    importance: _F32 | None = None,
+    importance: _F32 | Buffer | None = None,
     nonfinite: str = "error",
     threads: int = 0,
     simd: str | None = None,
 ) -> None: ...
 def encode_4bit(
-    values: _Values,
+    values: _Values | Buffer,
     dtype: str,
     code: _F32,
     blocksize: int,
-    absmax: _F32,
+    absmax: _F32 | Buffer,
     packed: _U8,
     *,
     threads: int = 0,
     simd: str | None = None,
 ) -> None: ...
 def dequantize_4bit(
-    packed: _U8,
-    absmax: _F32,
+    packed: _U8 | Buffer,
+    absmax: _F32 | _U8 | Buffer,
     code: _F32,
     blocksize: int,
-    values: _Values,
+    values: _Values | Buffer,
     dtype: str,
     *,
+    nested_code: _F32 | None = None,
+    nested_absmax: _F32 | Buffer | None = None,
+    offset: _F32 | Buffer | None = None,
     reused: bool = False,
     threads: int = 0,
     simd: str | None = None,
 ) -> None: ...
 def quantize_int8(
-    values: _Values,
+    values: _Values | Buffer,
     dtype: str,
     blocksize: int,
     packed: _I8,
@@ -76,7 +80,7 @@ def quantize_int8(
     simd: str | None = None,
 ) -> None: ...
 def quantize_int8_rows(
-    values: _Values,
+    values: _Values | Buffer,
     dtype: str,
     row: int,
     packed: _I8,
@@ -87,24 +91,33 @@ def quantize_int8_rows(
     simd: str | None = None,
 ) -> None: ...
 def dequantize_int8(
-    packed: _I8,
-    absmax: _F32,
+    packed: _I8 | Buffer,
+    absmax: _F32 | _U8 | Buffer,
     blocksize: int,
-    values: _Values,
+    values: _Values | Buffer,
     dtype: str,
     *,
+    nested_code: _F32 | None = None,
+    nested_absmax: _F32 | Buffer | None = None,
+    offset: _F32 | Buffer | None = None,
     reused: bool = False,
     threads: int = 0,
     simd: str | None = None,
 ) -> None: ...
 def quantize_absmax(
-    absmax: _F32, nested_code: _F32, codes: _U8, nested_absmax: _F32, *, threads: int = 0
-) -> tuple[int, bool]: ...
-def dequantize_absmax(
-    codes: _U8,
+    absmax: _F32 | Buffer,
     nested_code: _F32,
+    codes: _U8,
     nested_absmax: _F32,
-    offset: int,
+    offset: _F32,
+    *,
+    threads: int = 0,
+) -> bool: ...
+def dequantize_absmax(
+    codes: _U8 | Buffer,
+    nested_code: _F32,
+    nested_absmax: _F32 | Buffer,
+    offset: _F32 | Buffer,
     absmax: _F32,
     *,
     threads: int = 0,

@@ -40,6 +40,15 @@ class Parts(NamedTuple):
     offset: F32 | None  # fp32 (1,)
 
 
+class LentParts(NamedTuple):
+    """Parts by their addresses."""
+
+    packed: Buffer
+    absmax: Buffer
+    nested_absmax: Buffer | None
+    offset: Buffer | None
+
+
 class Weight(NamedTuple):
     """A quantized weight of 2 dimensions as the products take it, in the extension's order."""
 
@@ -63,7 +72,9 @@ class Adapter(NamedTuple):
     scaling: float
 
 
-def encode(values: Array, dtype: str, fmt: QuantFormat, *, nonfinite: str = "error") -> Parts:
+def encode(
+    values: Array | Buffer, dtype: str, fmt: QuantFormat, *, nonfinite: str = "error"
+) -> Parts:
     """Codes and scales of a flat C-contiguous buffer.
 
     Args:
@@ -120,10 +131,10 @@ def encode_searched(
 
 
 def search_scales(
-    values: Array,
+    values: Array | Buffer,
     dtype: str,
     fmt: QuantFormat,
-    importance: F32 | None = None,
+    importance: F32 | Buffer | None = None,
     *,
     nonfinite: str = "error",
 ) -> F32:
@@ -136,7 +147,7 @@ def search_scales(
     return scales
 
 
-def encode_codes(values: Array, dtype: str, fmt: QuantFormat, scales: F32) -> U8:
+def encode_codes(values: Array | Buffer, dtype: str, fmt: QuantFormat, scales: F32 | Buffer) -> U8:
     """Packed codes of the values (n,) against fp32 scales (blocks,) of either sign."""
     packed = np.empty(fmt.packed_size(values.size), np.uint8)
     code = code_array(fmt.quant_type)
@@ -144,15 +155,23 @@ def encode_codes(values: Array, dtype: str, fmt: QuantFormat, scales: F32) -> U8
     return packed
 
 
-def encode_absmax(absmax: F32) -> tuple[U8, F32, F32, bool]:
+def encode_absmax(absmax: F32 | Buffer) -> tuple[U8, F32, F32, bool]:
     """8-bit codes (blocks,), nested_absmax (groups,), offset (1,) of scales, and if it is safe."""
     codes = np.empty(absmax.size, np.uint8)
     nested = np.empty(-(-absmax.size // NESTED_BLOCKSIZE), np.float32)
-    offset, safe = _native.quantize_absmax(absmax, nested_code_array(), codes, nested)
-    return codes, nested, np.array([offset], np.uint32).view(np.float32), safe
+    offset = np.empty(1, np.float32)
+    safe = _native.quantize_absmax(absmax, nested_code_array(), codes, nested, offset)
+    return codes, nested, offset, safe
 
 
-def decode(parts: Parts, fmt: QuantFormat, out: Array, dtype: str, *, reused: bool = False) -> None:
+def decode(
+    parts: Parts | LentParts,
+    fmt: QuantFormat,
+    out: Array | Buffer,
+    dtype: str,
+    *,
+    reused: bool = False,
+) -> None:
     """Write the values of ``parts`` into ``out``.
 
     Args:
@@ -163,14 +182,17 @@ def decode(parts: Parts, fmt: QuantFormat, out: Array, dtype: str, *, reused: bo
         reused: whether the memory of ``out`` was in use before, and is not read at once: a large
             one is then written past the caches, which is twice as fast, but slower on fresh pages.
     """
-    absmax = decode_absmax(parts)
+    packed, absmax, nested_absmax, offset = parts
+    scales: dict[str, Any] = {}
+    if nested_absmax is not None:
+        nested_code = nested_code_array()
+        scales = {"nested_code": nested_code, "nested_absmax": nested_absmax, "offset": offset}
     if fmt.code is not None:
         code = code_array(fmt.quant_type)
-        _native.dequantize_4bit(
-            parts.packed, absmax, code, fmt.blocksize, out, dtype, reused=reused
-        )
+        operands = (packed, absmax, code, fmt.blocksize, out, dtype)
+        _native.dequantize_4bit(*operands, **scales, reused=reused)
     else:
-        _native.dequantize_int8(parts.packed, absmax, fmt.blocksize, out, dtype, reused=reused)
+        _native.dequantize_int8(packed, absmax, fmt.blocksize, out, dtype, **scales, reused=reused)
 
 
 def decode_range(
@@ -267,17 +289,12 @@ def _low_rank(adapter: Adapter | None) -> dict[str, Any]:
     return {"lora_a": adapter.lora_A, "lora_b": adapter.lora_B, "scaling": adapter.scaling}
 
 
-def _bits(offset: F32) -> int:
-    """The bits of an offset (1,): as a Python float a subnormal one might be flushed to zero."""
-    return int(offset.view(np.uint32)[0])
-
-
 def decode_absmax(parts: Parts) -> F32:
     """The fp32 scales (blocks,), decoded if they are double-quantized."""
     if parts.nested_absmax is None or parts.offset is None:
         return parts.absmax
     absmax = np.empty(parts.absmax.size, np.float32)
-    nested = (nested_code_array(), parts.nested_absmax, _bits(parts.offset))
+    nested = (nested_code_array(), parts.nested_absmax, parts.offset)
     _native.dequantize_absmax(parts.absmax, *nested, absmax)
     return absmax
 

@@ -195,10 +195,10 @@ class QuantizedTensor(torch.Tensor):
             msg = "this is one rank's shard of a weight: gather it (unshard()) to dequantize it"
             raise ShapeError(msg)
         if self.is_whole:
-            return _dense(self.parts, fmt, self.shape, dtype)
+            return ops.decoded(self.parts, fmt, self.shape, dtype)
         if self.has_rows:
-            return _dense(_decode_shard(self), fmt, self.shape, dtype)
-        flat = _dense(self.parts, fmt, self.whole_shape, dtype).reshape(-1)
+            return ops.decoded(_decode_shard(self), fmt, self.shape, dtype)
+        flat = ops.decoded(self.parts, fmt, self.whole_shape, dtype).reshape(-1)
         return flat[self.start : self.start + self.numel()].reshape(self.shape)
 
     def assign(self, values: Tensor) -> QuantizedTensor:
@@ -339,11 +339,6 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     if isinstance(weight, QuantizedTensor):
         return linear(input, weight, bias)
     return torch.nn.functional.linear(input, weight, bias)
-
-
-def _dense(parts: Parts, fmt: QuantFormat, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    out: Tensor = ops.dequantize(*parts, fmt.quant_type, fmt.blocksize, list(shape), dtype)
-    return out
 
 
 def _decode_shard(q: QuantizedTensor) -> Parts:

@@ -4,7 +4,7 @@ The only importer of ``kernels``. Every operator has the readable fallback of ``
 default implementation, for devices that have no kernels of their own.
 """
 
-from qkern.ops.dequantize import dequantize
+from qkern.ops.dequantize import decoded, dequantize
 from qkern.ops.linear import linear
 from qkern.ops.quantize import (
     encode,
@@ -16,6 +16,7 @@ from qkern.ops.quantize import (
 )
 
 __all__ = [
+    "decoded",
     "dequantize",
     "encode",
     "has_data",

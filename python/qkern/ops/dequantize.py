@@ -13,6 +13,7 @@ from torch import Tensor
 from qkern import kernels, reference
 from qkern.formats import QuantFormat
 from qkern.ops import host
+from qkern.ops.direct import is_unobserved
 
 # Schema fragment of a quantized tensor, the same in every operator.
 PARTS_SCHEMA = "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? offset"
@@ -52,6 +53,16 @@ def _(
     dtype: torch.dtype,
 ) -> Tensor:
     return packed.new_empty(shape, dtype=dtype)
+
+
+def decoded(
+    parts: reference.Parts, fmt: QuantFormat, shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """The operator, or its work where nothing watches."""
+    if is_unobserved(parts.packed, parts.absmax):
+        return dense(parts, fmt, shape, dtype)
+    out: Tensor = dequantize(*parts, fmt.quant_type, fmt.blocksize, list(shape), dtype)
+    return out
 
 
 def dense(

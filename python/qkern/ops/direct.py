@@ -22,6 +22,7 @@ def is_unobserved(*tensors: Tensor | None) -> bool:
     return not (
         torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
         or torch._C._autograd._profiler_enabled()
     )

@@ -78,7 +78,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     The first write to each page of 4 KiB costs several times what the codec does for it. NumPy
     asks for huge pages under its large arrays by itself.
     """
-    out = torch.empty(tuple(shape), dtype=dtype)
+    out = torch.empty(tuple(shape), dtype=dtype, device="cpu")
     if out.nbytes >= HUGE_BYTES:
         codec.advise_huge_pages(as_buffer(out).view(np.uint8))
     return out
@@ -89,10 +89,21 @@ def as_parts(parts: Parts) -> codec.Parts:
     return codec.Parts(*(None if part is None else as_array(part) for part in parts))  # type: ignore[arg-type]
 
 
+def lend_parts(parts: Parts) -> codec.LentParts:
+    """The memory of a quantized tensor on the CPU."""
+    packed, absmax, nested_absmax, offset = parts
+    return codec.LentParts(
+        lend(packed.contiguous()),
+        lend(absmax.contiguous()),
+        None if nested_absmax is None else lend(nested_absmax.contiguous()),
+        None if offset is None else lend(offset),
+    )
+
+
 def quantize(values: Tensor, fmt: QuantFormat, nonfinite: str) -> tuple[Tensor, Tensor]:
     """Flat packed codes and fp32 absmax (blocks,) of values of any shape and strides."""
     name = dtype_name(values.dtype)
-    parts = codec.encode(as_array(values.contiguous()), name, fmt, nonfinite=nonfinite)
+    parts = codec.encode(lend(values.contiguous()), name, fmt, nonfinite=nonfinite)
     return torch.from_numpy(parts.packed), torch.from_numpy(parts.absmax)
 
 
@@ -101,27 +112,27 @@ def search_scales(
 ) -> Tensor:
     """Scales (blocks,) of least squared error for values of any shape and strides."""
     name = dtype_name(values.dtype)
-    weights = None if importance is None else as_array(importance.contiguous())
-    flat = as_array(values.contiguous())
+    weights = None if importance is None else lend(importance.contiguous())
+    flat = lend(values.contiguous())
     return torch.from_numpy(codec.search_scales(flat, name, fmt, weights, nonfinite=nonfinite))
 
 
 def encode(values: Tensor, scales: Tensor, fmt: QuantFormat) -> Tensor:
     """Flat packed codes of values of any shape and strides against scales (blocks,)."""
-    flat, scale = as_array(values.contiguous()), as_array(scales.contiguous())
+    flat, scale = lend(values.contiguous()), lend(scales.contiguous())
     return torch.from_numpy(codec.encode_codes(flat, dtype_name(values.dtype), fmt, scale))
 
 
-def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """8-bit codes, nested_absmax, offset (1,) and safe (1,) of fp32 scales (blocks,)."""
-    codes, nested, offset, safe = codec.encode_absmax(as_array(absmax.contiguous()))
-    arrays = (torch.from_numpy(codes), torch.from_numpy(nested), torch.from_numpy(offset))
-    return (*arrays, torch.tensor([safe]))
+def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """8-bit codes, nested_absmax, offset (1,) of fp32 scales (blocks,), and if they are safe."""
+    codes, nested, offset, safe = codec.encode_absmax(lend(absmax.contiguous()))
+    return torch.from_numpy(codes), torch.from_numpy(nested), torch.from_numpy(offset), safe
 
 
 def dequantize_into(parts: Parts, fmt: QuantFormat, out: Tensor, *, reused: bool = False) -> None:
     """Write the values into ``out``, (n,) contiguous; ``reused`` as in ``codec.decode``."""
-    codec.decode(as_parts(parts), fmt, as_buffer(out), dtype_name(out.dtype), reused=reused)
+    name = dtype_name(out.dtype)
+    codec.decode(lend_parts(parts), fmt, lend(out), name, reused=reused)
 
 
 def adapter(lora_A: Tensor | None, lora_B: Tensor | None, scaling: float) -> codec.Adapter | None:
@@ -193,15 +204,7 @@ def lora_gradients(
 
 def _weight(parts: Parts, fmt: QuantFormat, shape: tuple[int, int]) -> codec.Weight:
     """The memory of a weight (out_features, in_features)."""
-    packed, absmax, nested_absmax, offset = parts
-    return codec.weight(
-        lend(packed.contiguous()),
-        lend(absmax.contiguous()),
-        None if nested_absmax is None else lend(nested_absmax.contiguous()),
-        None if offset is None else lend(offset),
-        fmt,
-        shape,
-    )
+    return codec.weight(*lend_parts(parts), fmt, shape)
 
 
 def _floats(tensor: Tensor) -> codec.Buffer:

@@ -16,6 +16,7 @@ from qkern import reference
 from qkern.errors import FormatError, NonFiniteError, ShapeError
 from qkern.formats import NESTED_BLOCKSIZE, QuantFormat
 from qkern.ops import host
+from qkern.ops.direct import is_unobserved
 
 
 @torch.library.custom_op(
@@ -145,7 +146,8 @@ def _(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @quantize_absmax.register_kernel("cpu")
 def _(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return host.quantize_absmax(absmax)
+    codes, nested, offset, safe = host.quantize_absmax(absmax)
+    return codes, nested, offset, torch.tensor([safe])
 
 
 def to_parts(
@@ -163,7 +165,12 @@ def to_parts(
             scales = reference.dequantize_absmax(absmax, nested_absmax, offset)
         packed = encode(values, scales, *kind)
     else:
-        packed, scales = quantize(values, *kind, nonfinite)
+        if is_unobserved(values):
+            packed, scales = host.quantize(
+                values, QuantFormat(*kind, double_quant=False), nonfinite
+            )
+        else:
+            packed, scales = quantize(values, *kind, nonfinite)
         (absmax, nested_absmax, offset), fmt = _store_scales(scales, fmt)
     return reference.Parts(packed, absmax, nested_absmax, offset), fmt
 
@@ -174,8 +181,12 @@ def _store_scales(
     """absmax, nested_absmax and offset: in 8 bits if the format says so and it is safe."""
     if not fmt.double_quant:
         return (scales, None, None), fmt
-    codes, nested_absmax, offset, safe = quantize_absmax(scales)
-    if not has_data(safe) or bool(safe):
+    safe: Tensor | bool
+    if is_unobserved(scales):
+        codes, nested_absmax, offset, safe = host.quantize_absmax(scales)
+    else:
+        codes, nested_absmax, offset, safe = quantize_absmax(scales)
+    if (isinstance(safe, Tensor) and not has_data(safe)) or bool(safe):
         return (codes, nested_absmax, offset), fmt
     return (scales, None, None), fmt.replace(double_quant=False)
 

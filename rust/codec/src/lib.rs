@@ -57,6 +57,8 @@ mod pool;
 mod quantize;
 mod quantize_int8;
 mod quantize_int8_rows;
+mod scales;
+mod scratch;
 mod search;
 mod simd;
 #[cfg(test)]
@@ -73,7 +75,7 @@ pub use double_quant::{dequantize_absmax, quantize_absmax, NestedScales, NESTED_
 pub use error::CodecError;
 pub use features::cpu_features;
 pub use layout::{num_blocks, packed_len, MAX_BLOCKSIZE, MIN_BLOCKSIZE};
-pub use linear::{linear, linear_backward, lora_gradients, Codes, Compute, Lora, Scales, Weight};
+pub use linear::{linear, linear_backward, lora_gradients, Codes, Compute, Lora, Weight};
 #[doc(hidden)]
 pub use parallel::panic_in_a_job;
 #[doc(hidden)]
@@ -81,6 +83,7 @@ pub use pool::THREAD_PREFIX;
 pub use quantize::{encode_4bit, quantize_4bit};
 pub use quantize_int8::quantize_int8;
 pub use quantize_int8_rows::quantize_int8_rows;
+pub use scales::Scales;
 pub use search::search_scales;
 pub use simd::{available, Bodies, Engine};
 pub use values::{NonFinite, Stores, Values, ValuesMut};

@@ -98,6 +98,12 @@ impl Buffer {
         }
         Ok(Self { address, len: numel, dtype, _owner: owner })
     }
+
+    /// Elements, as an array calls them.
+    #[getter]
+    fn size(&self) -> usize {
+        self.len
+    }
 }
 
 impl Buffer {

@@ -6,6 +6,7 @@ use qkern_codec::{Bodies, Codebook, Engine, NonFinite, Stores, ValuesMut};
 use crate::arrays::{check_apart, table, Input, InputValues, Output, OutputValues};
 use crate::detached::{detached, signal_raised};
 use crate::errors;
+use crate::scales::ScaleArray;
 
 /// Quantizes `values` to 4-bit codes; writes `packed` and `absmax`.
 #[pyfunction]
@@ -97,7 +98,7 @@ pub(crate) fn encode_4bit(
 
 /// Writes the `values` of 4-bit codes; `reused` if their memory was in use before.
 #[pyfunction]
-#[pyo3(signature = (packed, absmax, code, blocksize, values, dtype, *, reused=false, threads=0, simd=None))]
+#[pyo3(signature = (packed, absmax, code, blocksize, values, dtype, *, nested_code=None, nested_absmax=None, offset=None, reused=false, threads=0, simd=None))]
 #[allow(clippy::too_many_arguments)] // the signature that Python sees
 pub(crate) fn dequantize_4bit(
     py: Python<'_>,
@@ -107,6 +108,9 @@ pub(crate) fn dequantize_4bit(
     blocksize: usize,
     values: &Bound<'_, PyAny>,
     dtype: &str,
+    nested_code: Option<&Bound<'_, PyAny>>,
+    nested_absmax: Option<&Bound<'_, PyAny>>,
+    offset: Option<&Bound<'_, PyAny>>,
     reused: bool,
     threads: usize,
     simd: Option<&str>,
@@ -114,14 +118,16 @@ pub(crate) fn dequantize_4bit(
     let engine = engine(py, threads, simd)?;
     let code = table("code", code)?;
     let packed = Input::<u8>::new("packed", packed)?;
-    let absmax = Input::<f32>::new("absmax", absmax)?;
+    let scales = ScaleArray::new(absmax, [nested_code, nested_absmax, offset])?;
     let mut values = OutputValues::new(values, dtype)?;
-    check_apart(py, &[values.memory()], &[packed.memory(), absmax.memory()])?;
+    let mut inputs = vec![packed.memory()];
+    inputs.extend(scales.memory());
+    check_apart(py, &[values.memory()], &inputs)?;
 
-    let (packed, absmax, values) = (packed.slice()?, absmax.slice()?, values.slice()?);
+    let (packed, scales, values) = (packed.slice()?, scales.scales()?, values.slice()?);
     let stores = stores(reused, &values);
     detached(py, || {
-        qkern_codec::dequantize_4bit(engine, packed, absmax, &code, blocksize, values, stores)
+        qkern_codec::dequantize_4bit(engine, packed, scales, &code, blocksize, values, stores)
     })
 }
 
@@ -182,7 +188,7 @@ pub(crate) fn quantize_int8_rows(
 /// Writes the `values` of 8-bit integers, in blocks of any length; `reused` if their memory was in
 /// use before.
 #[pyfunction]
-#[pyo3(signature = (packed, absmax, blocksize, values, dtype, *, reused=false, threads=0, simd=None))]
+#[pyo3(signature = (packed, absmax, blocksize, values, dtype, *, nested_code=None, nested_absmax=None, offset=None, reused=false, threads=0, simd=None))]
 #[allow(clippy::too_many_arguments)] // the signature that Python sees
 pub(crate) fn dequantize_int8(
     py: Python<'_>,
@@ -191,49 +197,59 @@ pub(crate) fn dequantize_int8(
     blocksize: usize,
     values: &Bound<'_, PyAny>,
     dtype: &str,
+    nested_code: Option<&Bound<'_, PyAny>>,
+    nested_absmax: Option<&Bound<'_, PyAny>>,
+    offset: Option<&Bound<'_, PyAny>>,
     reused: bool,
     threads: usize,
     simd: Option<&str>,
 ) -> PyResult<()> {
     let engine = engine(py, threads, simd)?;
     let packed = Input::<i8>::new("packed", packed)?;
-    let absmax = Input::<f32>::new("absmax", absmax)?;
+    let scales = ScaleArray::new(absmax, [nested_code, nested_absmax, offset])?;
     let mut values = OutputValues::new(values, dtype)?;
-    check_apart(py, &[values.memory()], &[packed.memory(), absmax.memory()])?;
+    let mut inputs = vec![packed.memory()];
+    inputs.extend(scales.memory());
+    check_apart(py, &[values.memory()], &inputs)?;
 
-    let (packed, absmax, values) = (packed.slice()?, absmax.slice()?, values.slice()?);
+    let (packed, scales, values) = (packed.slice()?, scales.scales()?, values.slice()?);
     let stores = stores(reused, &values);
-    detached(py, || qkern_codec::dequantize_int8(engine, packed, absmax, blocksize, values, stores))
+    detached(py, || qkern_codec::dequantize_int8(engine, packed, scales, blocksize, values, stores))
 }
 
-/// Codes scales in 8 bits; writes `codes` and `nested_absmax`, returns `(offset, safe)`.
-///
-/// The offset is its bits: as a number of Python's it would pass through a conversion that flushes
-/// a subnormal one to zero where another library has asked for that.
+/// Codes scales in 8 bits; writes `codes`, `nested_absmax` and the `offset`, (1,). Returns whether
+/// all scales survive.
 #[pyfunction]
-#[pyo3(signature = (absmax, nested_code, codes, nested_absmax, *, threads=0))]
+#[pyo3(signature = (absmax, nested_code, codes, nested_absmax, offset, *, threads=0))]
 pub(crate) fn quantize_absmax(
     py: Python<'_>,
     absmax: &Bound<'_, PyAny>,
     nested_code: &Bound<'_, PyAny>,
     codes: &Bound<'_, PyAny>,
     nested_absmax: &Bound<'_, PyAny>,
+    offset: &Bound<'_, PyAny>,
     threads: usize,
-) -> PyResult<(u32, bool)> {
+) -> PyResult<bool> {
     let engine = engine(py, threads, None)?;
     let absmax = Input::<f32>::new("absmax", absmax)?;
     let table = table("nested_code", nested_code)?;
     let mut codes = Output::<u8>::new("codes", codes)?;
     let mut nested = Output::<f32>::new("nested_absmax", nested_absmax)?;
-    check_apart(py, &[codes.memory(), nested.memory()], &[absmax.memory()])?;
+    let mut offset = Output::<f32>::new("offset", offset)?;
+    let outputs = [codes.memory(), nested.memory(), offset.memory()];
+    check_apart(py, &outputs, &[absmax.memory()])?;
 
+    let [to] = offset.slice()? else {
+        return Err(errors::shape(py, "offset is one value: pass an array of it".to_owned()));
+    };
     let (absmax, codes, nested) = (absmax.slice()?, codes.slice()?, nested.slice()?);
     let work = || qkern_codec::quantize_absmax(engine, absmax, &table, codes, nested);
     let scales = detached(py, work)?;
-    Ok((scales.offset.to_bits(), scales.safe))
+    *to = scales.offset;
+    Ok(scales.safe)
 }
 
-/// Writes the scales, `absmax`, of 8-bit codes; `offset` as `quantize_absmax` returns it.
+/// Writes the scales, `absmax`, of 8-bit codes.
 #[pyfunction]
 #[pyo3(signature = (codes, nested_code, nested_absmax, offset, absmax, *, threads=0))]
 pub(crate) fn dequantize_absmax(
@@ -241,17 +257,17 @@ pub(crate) fn dequantize_absmax(
     codes: &Bound<'_, PyAny>,
     nested_code: &Bound<'_, PyAny>,
     nested_absmax: &Bound<'_, PyAny>,
-    offset: u32,
+    offset: &Bound<'_, PyAny>,
     absmax: &Bound<'_, PyAny>,
     threads: usize,
 ) -> PyResult<()> {
     let engine = engine(py, threads, None)?;
     let codes = Input::<u8>::new("codes", codes)?;
+    let [offset] = table("offset", offset)?;
     let table = table("nested_code", nested_code)?;
     let nested = Input::<f32>::new("nested_absmax", nested_absmax)?;
     let mut absmax = Output::<f32>::new("absmax", absmax)?;
     check_apart(py, &[absmax.memory()], &[codes.memory(), nested.memory()])?;
-    let offset = f32::from_bits(offset);
 
     let (codes, nested, absmax) = (codes.slice()?, nested.slice()?, absmax.slice()?);
     detached(py, || qkern_codec::dequantize_absmax(engine, codes, &table, nested, offset, absmax))

@@ -10,6 +10,7 @@ mod errors;
 mod functions;
 mod linear;
 mod pages;
+mod scales;
 
 use pyo3::exceptions::PyImportError;
 use pyo3::prelude::*;

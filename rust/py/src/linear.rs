@@ -1,12 +1,13 @@
 //! Linear layers on packed weights, as functions of `qkern._native`.
 
 use pyo3::prelude::*;
-use qkern_codec::{Codes, Compute, Lora, Scales, Weight};
+use qkern_codec::{Codes, Compute, Lora, Weight};
 
 use crate::arrays::{check_apart, table, Input, InputValues, Memory, Output, OutputValues};
 use crate::detached::detached;
 use crate::errors;
 use crate::functions::engine;
+use crate::scales::{Nested, ScaleArray};
 
 /// Writes `y = x W^T + bias`, and the adapter's part.
 #[pyfunction]
@@ -157,14 +158,6 @@ enum CodeArray<'py> {
     Int8(Input<'py, i8>),
 }
 
-enum ScaleArray<'py> {
-    Plain(Input<'py, f32>),
-    Nested { codes: Input<'py, u8>, table: Box<[f32; 256]>, nested: Input<'py, f32>, offset: f32 },
-}
-
-/// A table of 256 values, second-level scales and the offset, (1,).
-type Nested<'a, 'py> = [Option<&'a Bound<'py, PyAny>>; 3];
-
 impl<'py> Parts<'py> {
     fn new(
         packed: &Bound<'py, PyAny>,
@@ -179,21 +172,7 @@ impl<'py> Parts<'py> {
             },
             None => CodeArray::Int8(Input::new("packed", packed)?),
         };
-        let scales = match nested {
-            [None, None, None] => ScaleArray::Plain(Input::new("absmax", absmax)?),
-            [Some(code), Some(nested), Some(offset)] => ScaleArray::Nested {
-                codes: Input::new("absmax", absmax)?,
-                table: Box::new(table("nested_code", code)?),
-                nested: Input::new("nested_absmax", nested)?,
-                offset: table::<1>("offset", offset)?[0],
-            },
-            _ => {
-                let message = "8-bit scales need nested_code, nested_absmax and offset: pass all \
-                               three, or none of them with fp32 scales";
-                return Err(errors::format(packed.py(), message.to_owned()));
-            }
-        };
-        Ok(Self { codes, scales })
+        Ok(Self { codes, scales: ScaleArray::new(absmax, nested)? })
     }
 
     fn memory(&self) -> Vec<Memory> {
@@ -201,12 +180,9 @@ impl<'py> Parts<'py> {
             CodeArray::FourBit { packed, .. } => packed.memory(),
             CodeArray::Int8(codes) => codes.memory(),
         };
-        match &self.scales {
-            ScaleArray::Plain(scales) => vec![codes, scales.memory()],
-            ScaleArray::Nested { codes: scales, nested, .. } => {
-                vec![codes, scales.memory(), nested.memory()]
-            }
-        }
+        let mut memory = vec![codes];
+        memory.extend(self.scales.memory());
+        memory
     }
 
     fn weight(&self, blocksize: usize, rows: usize, cols: usize) -> PyResult<Weight<'_>> {
@@ -216,15 +192,7 @@ impl<'py> Parts<'py> {
             }
             CodeArray::Int8(codes) => Codes::Int8(codes.slice()?),
         };
-        let scales = match &self.scales {
-            ScaleArray::Plain(scales) => Scales::Plain(scales.slice()?),
-            ScaleArray::Nested { codes, table, nested, offset } => Scales::Nested {
-                codes: codes.slice()?,
-                table,
-                nested: nested.slice()?,
-                offset: *offset,
-            },
-        };
+        let scales = self.scales.scales()?;
         Ok(Weight { codes, scales, blocksize, rows, cols })
     }
 }

@@ -16,22 +16,23 @@ mod tests;
 use crate::codebook::check_table;
 use crate::error::CodecError;
 use crate::float_env::in_default_float_env;
-use crate::layout::{check_blocksize, check_len, num_blocks, packed_len};
+use crate::layout::{check_blocksize, check_len, packed_len};
 use crate::parallel::{self, JOB};
+use crate::scales::Scales;
 use crate::simd::Engine;
 use crate::values::{with_slice, Stores, ValuesMut};
 
-/// Writes the values of 4-bit codes in `packed` with one scale a block in `absmax`.
+/// Writes the values of 4-bit codes in `packed` with one scale a block.
 ///
-/// Scales may be negative, zero, infinite or NaN.
+/// Scales may be in 8 bits, and they may be negative, zero, infinite or NaN.
 ///
 /// # Errors
 /// [`CodecError::TableNotFinite`], [`CodecError::Blocksize`], [`CodecError::Length`] and
 /// [`CodecError::Interrupted`].
-pub fn dequantize_4bit(
+pub fn dequantize_4bit<'a>(
     engine: Engine,
     packed: &[u8],
-    absmax: &[f32],
+    scales: impl Into<Scales<'a>>,
     table: &[f32; 16],
     blocksize: usize,
     values: ValuesMut<'_>,
@@ -41,21 +42,26 @@ pub fn dequantize_4bit(
     check_blocksize(blocksize)?;
     let len = values.len();
     check_len("packed", packed.len(), packed_len(len), (len, "values"))?;
-    check_len("absmax", absmax.len(), num_blocks(len, blocksize), (len, "values"))?;
+    let scales = scales.into();
+    scales.check(len, blocksize)?;
 
     let whole = len / blocksize * blocksize;
     let (blocks, tail) = values.split_at(whole);
     let (packed, tail_packed) = packed.split_at(whole / 2);
-    let (absmax, tail_absmax) = absmax.split_at(whole / blocksize);
 
-    let inputs = packed.chunks(JOB / 2).zip(absmax.chunks(JOB / blocksize));
-    parallel::for_each(whole, engine, inputs.zip(blocks.chunks(JOB)), |((p, a), v)| {
-        (engine.bodies.dequantize_4bit)(p, a, table, blocksize, stores, v);
+    let count = JOB / blocksize;
+    let jobs = packed.chunks(JOB / 2).zip(blocks.chunks(JOB)).enumerate();
+    parallel::for_each(whole, engine, jobs, |(job, (packed, values))| {
+        scales.with(engine.bodies, job * count, values.len() / blocksize, |absmax| {
+            (engine.bodies.dequantize_4bit)(packed, absmax, table, blocksize, stores, values);
+        });
     })?;
-    if let &[absmax] = tail_absmax {
+    if !tail.is_empty() {
         in_default_float_env(|| {
-            with_slice!(tail, ValuesMut, v => {
-                scalar::dequantize_block(tail_packed, absmax, table, v);
+            scales.with(engine.bodies, whole / blocksize, 1, |absmax| {
+                with_slice!(tail, ValuesMut, v => {
+                    scalar::dequantize_block(tail_packed, absmax[0], table, v);
+                });
             });
         });
     }

@@ -5,6 +5,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::codebook::tests::{fp4, NF4};
 use crate::float_env::flushing_subnormals;
+use crate::layout::num_blocks;
 use crate::oracle;
 use crate::simd::available;
 use crate::testing::{

@@ -13,8 +13,9 @@ mod tests;
 
 use crate::error::CodecError;
 use crate::float_env::in_default_float_env;
-use crate::layout::{check_len, check_row, num_blocks};
+use crate::layout::{check_len, check_row};
 use crate::parallel::{self, JOB};
+use crate::scales::Scales;
 use crate::simd::{Bodies, Engine};
 use crate::values::{plain_nan, with_slice, Stores, ValuesMut};
 
@@ -24,16 +25,16 @@ pub(crate) const STEP: f32 = 7.874015718698502e-3;
 /// The SIMD bodies take blocks of a multiple of this many values.
 const STRIP: usize = 32;
 
-/// Writes the values of 8-bit `codes` with one scale a block in `absmax`.
+/// Writes the values of 8-bit `codes` with one scale a block, in 8 bits too or in fp32.
 ///
 /// A block may have any length: a row of a matrix is one too.
 ///
 /// # Errors
 /// [`CodecError::Row`], [`CodecError::Length`] and [`CodecError::Interrupted`].
-pub fn dequantize_int8(
+pub fn dequantize_int8<'a>(
     engine: Engine,
     codes: &[i8],
-    absmax: &[f32],
+    scales: impl Into<Scales<'a>>,
     blocksize: usize,
     values: ValuesMut<'_>,
     stores: Stores,
@@ -41,26 +42,32 @@ pub fn dequantize_int8(
     check_row(blocksize)?;
     let len = values.len();
     check_len("packed", codes.len(), len, (len, "values"))?;
-    check_len("absmax", absmax.len(), num_blocks(len, blocksize), (len, "values"))?;
+    let scales = scales.into();
+    scales.check(len, blocksize)?;
 
     let whole = len / blocksize * blocksize;
     let (blocks, tail) = values.split_at(whole);
     let (codes, tail_codes) = codes.split_at(whole);
-    let (absmax, tail_absmax) = absmax.split_at(whole / blocksize);
 
     let count = (JOB / blocksize).max(1);
     let job = count * blocksize;
-    let inputs = codes.chunks(job).zip(absmax.chunks(count));
-    parallel::for_each(whole, engine, inputs.zip(blocks.chunks(job)), |((q, a), v)| {
-        if blocksize.is_multiple_of(STRIP) {
-            (engine.bodies.dequantize_int8)(q, a, blocksize, stores, v);
-        } else {
-            dequantize_each(engine.bodies, q, a, blocksize, v);
-        }
+    let jobs = codes.chunks(job).zip(blocks.chunks(job)).enumerate();
+    parallel::for_each(whole, engine, jobs, |(job, (codes, values))| {
+        scales.with(engine.bodies, job * count, values.len() / blocksize, |absmax| {
+            if blocksize.is_multiple_of(STRIP) {
+                (engine.bodies.dequantize_int8)(codes, absmax, blocksize, stores, values);
+            } else {
+                dequantize_each(engine.bodies, codes, absmax, blocksize, values);
+            }
+        });
     })?;
-    if let &[absmax] = tail_absmax {
+    if !tail.is_empty() {
         in_default_float_env(|| {
-            with_slice!(tail, ValuesMut, v => scalar::dequantize_block(tail_codes, absmax, v));
+            scales.with(engine.bodies, whole / blocksize, 1, |absmax| {
+                with_slice!(tail, ValuesMut, v => {
+                    scalar::dequantize_block(tail_codes, absmax[0], v);
+                });
+            });
         });
     }
     Ok(())

@@ -4,6 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::float_env::flushing_subnormals;
+use crate::layout::num_blocks;
 use crate::oracle;
 use crate::simd::available;
 use crate::testing::{

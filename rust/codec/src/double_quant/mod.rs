@@ -24,6 +24,7 @@ use crate::error::CodecError;
 use crate::float_env::in_default_float_env;
 use crate::layout::check_len;
 use crate::parallel;
+use crate::scales::Scales;
 use crate::simd::Engine;
 use search::Search;
 
@@ -97,15 +98,10 @@ pub fn dequantize_absmax(
     let len = absmax.len();
     check_len("codes", codes.len(), len, (len, "scales"))?;
     check_len("nested_absmax", nested.len(), len.div_ceil(NESTED_BLOCKSIZE), (len, "scales"))?;
-    let inputs = codes.chunks(DECODE_JOB).zip(nested.chunks(DECODE_JOB / NESTED_BLOCKSIZE));
-    let jobs = absmax.chunks_mut(DECODE_JOB).zip(inputs);
-    parallel::for_each(work(len, DECODE_JOB), engine, jobs, |(absmax, (codes, nested))| {
-        let groups = absmax.chunks_mut(NESTED_BLOCKSIZE).zip(codes.chunks(NESTED_BLOCKSIZE));
-        for ((absmax, codes), &nested) in groups.zip(nested) {
-            for (absmax, &code) in absmax.iter_mut().zip(codes) {
-                *absmax = decode(table, code, nested, offset);
-            }
-        }
+    let scales = Scales::Nested { codes, table, nested, offset };
+    let jobs = absmax.chunks_mut(DECODE_JOB).enumerate();
+    parallel::for_each(work(len, DECODE_JOB), engine, jobs, |(job, absmax)| {
+        (engine.bodies.write_scales)(&scales, job * DECODE_JOB, absmax);
     })
 }
 

@@ -8,10 +8,10 @@ use crate::linear::dense::forward::TOKENS;
 use crate::linear::forward::Lora;
 use crate::linear::lora::thin;
 use crate::linear::pieces::cut;
-use crate::linear::scratch::Scratch;
 use crate::linear::strips::{self, Strip};
 use crate::linear::weight::Weight;
 use crate::parallel;
+use crate::scratch::Scratch;
 use crate::simd::Engine;
 use crate::values::{with_slice, Element, Values, ValuesMut};
 

@@ -6,9 +6,9 @@ use crate::error::CodecError;
 use crate::linear::dense::tokens::turn;
 use crate::linear::forward::Lora;
 use crate::linear::lora;
-use crate::linear::scratch::Scratch;
 use crate::linear::strips::Strip;
 use crate::linear::weight::Weight;
+use crate::scratch::Scratch;
 use crate::simd::{Bodies, Engine};
 use crate::values::{Element, Values};
 

@@ -7,8 +7,8 @@ use crate::layout::check_len;
 use crate::linear::dense;
 use crate::linear::epilogue::Epilogue;
 use crate::linear::matvec;
-use crate::linear::scratch::Scratch;
 use crate::linear::weight::Weight;
+use crate::scratch::Scratch;
 use crate::simd::{Bodies, Engine};
 use crate::values::{with_slice, Element, Values, ValuesMut};
 

@@ -14,8 +14,8 @@ use crate::error::CodecError;
 use crate::layout::check_len;
 use crate::linear::dense::tokens::turn;
 use crate::linear::forward::Lora;
-use crate::linear::scratch::Scratch;
 use crate::parallel;
+use crate::scratch::Scratch;
 use crate::simd::{Bodies, Engine};
 use crate::values::Values;
 

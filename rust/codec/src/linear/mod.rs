@@ -27,7 +27,6 @@ mod gradient_tests;
 mod lora;
 pub(crate) mod matvec;
 mod pieces;
-mod scratch;
 mod strips;
 #[cfg(test)]
 pub(crate) mod tests;
@@ -39,4 +38,4 @@ pub(crate) use epilogue::Epilogue;
 pub(crate) use forward::TileInput;
 pub use forward::{linear, Compute, Lora};
 pub use lora::lora_gradients;
-pub use weight::{Codes, Scales, Weight};
+pub use weight::{Codes, Weight};

@@ -119,7 +119,7 @@ pub(crate) fn cut(len: usize, target: usize, unit: usize) -> Vec<Range<usize>> {
 mod tests {
     use super::*;
     use crate::codebook::tests::NF4;
-    use crate::linear::weight::Scales;
+    use crate::scales::Scales;
     use crate::testing::{Random, Weights};
     use crate::{available, Engine};
 

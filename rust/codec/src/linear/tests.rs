@@ -3,6 +3,7 @@
 use super::*;
 use crate::codebook::tests::NF4;
 use crate::testing::{Random, Weights};
+use crate::Scales;
 use crate::{
     available, dequantize_4bit, quantize_4bit, Bodies, Codebook, Engine, NonFinite, Values,
     ValuesMut,

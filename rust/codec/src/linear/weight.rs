@@ -5,9 +5,9 @@ use std::ops::Range;
 use crate::codebook::check_table;
 use crate::dequantize::dequantize_4bit;
 use crate::dequantize_int8::dequantize_int8;
-use crate::double_quant::{decode, NESTED_BLOCKSIZE};
 use crate::error::CodecError;
-use crate::layout::{check_blocksize, check_len, check_row, num_blocks, packed_len};
+use crate::layout::{check_blocksize, check_len, check_row, packed_len};
+use crate::scales::Scales;
 use crate::simd::{Bodies, Engine};
 use crate::values::{with_slice, Element, Stores, ValuesMut};
 
@@ -25,24 +25,6 @@ pub enum Codes<'a> {
     Int8(&'a [i8]),
 }
 
-/// The scales of a weight, one a block.
-#[derive(Clone, Copy, Debug)]
-pub enum Scales<'a> {
-    /// As they are.
-    Plain(&'a [f32]),
-    /// In 8 bits (see [`crate::quantize_absmax`]).
-    Nested {
-        /// One a block.
-        codes: &'a [u8],
-        /// 256 ascending values.
-        table: &'a [f32; 256],
-        /// One a group of 256 blocks.
-        nested: &'a [f32],
-        /// Added to each decoded scale.
-        offset: f32,
-    },
-}
-
 /// A quantized matrix, (rows, cols): blocks run over the flat tensor.
 #[derive(Clone, Copy, Debug)]
 pub struct Weight<'a> {
@@ -56,28 +38,6 @@ pub struct Weight<'a> {
     pub rows: usize,
     /// In-features.
     pub cols: usize,
-}
-
-impl Scales<'_> {
-    fn len(&self) -> usize {
-        match self {
-            Self::Plain(scales) => scales.len(),
-            Self::Nested { codes, .. } => codes.len(),
-        }
-    }
-
-    /// Writes the scales from that of block `first` on.
-    pub(crate) fn write(&self, first: usize, out: &mut [f32]) {
-        match *self {
-            Self::Plain(scales) => out.copy_from_slice(&scales[first..first + out.len()]),
-            Self::Nested { codes, table, nested, offset } => {
-                let codes = &codes[first..first + out.len()];
-                for (i, (out, &code)) in out.iter_mut().zip(codes).enumerate() {
-                    *out = decode(table, code, nested[(first + i) / NESTED_BLOCKSIZE], offset);
-                }
-            }
-        }
-    }
 }
 
 impl Weight<'_> {
@@ -98,13 +58,7 @@ impl Weight<'_> {
                 check_len("packed", codes.len(), len, (len, "values"))?;
             }
         }
-        let blocks = num_blocks(len, self.blocksize);
-        check_len("absmax", self.scales.len(), blocks, (len, "values"))?;
-        if let Scales::Nested { nested, .. } = self.scales {
-            let groups = blocks.div_ceil(NESTED_BLOCKSIZE);
-            check_len("nested_absmax", nested.len(), groups, (blocks, "scales"))?;
-        }
-        Ok(())
+        self.scales.check(len, self.blocksize)
     }
 
     /// Whether every row is whole blocks.
@@ -131,7 +85,7 @@ impl Weight<'_> {
         let from = blocks.start * self.blocksize;
         let until = (blocks.end * self.blocksize).min(self.rows * self.cols);
         let mut scales = vec![0.0; blocks.len()];
-        self.scales.write(blocks.start, &mut scales);
+        (bodies.write_scales)(&self.scales, blocks.start, &mut scales);
         with_slice!(out, ValuesMut, out => {
             if (from, until) == (first, last) {
                 self.dequantize_range(bodies, from..until, &scales, Element::values_mut(out));

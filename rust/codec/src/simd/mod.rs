@@ -22,6 +22,7 @@ use crate::error::CodecError;
 use crate::linear::matvec::{self, Matvec};
 use crate::linear::{dense, Adapter, Epilogue, TileInput, Weight};
 use crate::quantize_int8_rows;
+use crate::scales::Scales;
 use crate::search::{self, Way};
 use crate::values::{Stores, Values, ValuesMut};
 use crate::{dequantize, dequantize_int8, double_quant, quantize, quantize_int8};
@@ -52,6 +53,7 @@ pub struct Bodies {
     pub(crate) transpose: fn(&mut [[f32; 16]; 16]),
     pub(crate) widen: WidenFn,
     pub(crate) quantize_scales: QuantizeScalesFn,
+    pub(crate) write_scales: WriteScalesFn,
 }
 
 /// Products with instructions for tiles of matrices, for two tokens or more.
@@ -102,6 +104,8 @@ type MatmulFn = fn(&[f32], &[f32], usize, &mut [f32]);
 type RoundFn = fn(&[f32], ValuesMut<'_>);
 /// Whole groups of scales, offset, table -> codes, second-level scales, and whether all survive.
 type QuantizeScalesFn = fn(&[f32], f32, &ScaleSearch, &mut [u8], &mut [f32]) -> bool;
+/// Scales, the block of the first that is wanted -> those from it on.
+type WriteScalesFn = fn(&Scales<'_>, usize, &mut [f32]);
 
 impl Bodies {
     /// `"amx"`, `"avx512"`, `"avx2"`, `"neon"` or `"scalar"`.
@@ -199,6 +203,7 @@ const SCALAR_BODIES: Bodies = Bodies {
     transpose: dense::scalar::transpose,
     widen: dense::scalar::widen,
     quantize_scales: double_quant::scalar::quantize,
+    write_scales: |s, f, o| s.write(f, o),
 };
 
 #[cfg(test)]

@@ -5,6 +5,7 @@ use std::arch::is_x86_feature_detected as has;
 use super::{Bodies, Tiles};
 use crate::linear::matvec::{self, Matvec};
 use crate::linear::{amx, dense, TileInput};
+
 use crate::values::with_slice;
 use crate::{
     dequantize, dequantize_int8, double_quant, quantize, quantize_int8, quantize_int8_rows, search,
@@ -75,6 +76,8 @@ const AVX512_BODIES: Bodies = Bodies {
     // SAFETY: as above.
     quantize_scales: |a, o, s, c, n| unsafe { double_quant::avx512::quantize(a, o, s, c, n) },
     // SAFETY: as above.
+    write_scales: |s, f, o| unsafe { matvec::scales_avx512::write_scales(s, f, o) },
+    // SAFETY: as above.
     matmul_nt: |x, w, k, s| unsafe { dense::avx512::nt(x, w, k, s) },
     // SAFETY: as above.
     matmul_nn: |x, w, n, s, next| unsafe { dense::avx512::nn(x, w, n, s, next) },
@@ -114,6 +117,7 @@ static AVX2: Bodies = Bodies {
     quantize_int8_row: |v, q| unsafe { quantize_int8_rows::avx2::quantize(v, q) },
     // SAFETY: as above.
     quantize_scales: |a, o, s, c, n| unsafe { double_quant::avx2::quantize(a, o, s, c, n) },
+    write_scales: |s, f, o| s.write(f, o),
     // SAFETY: as above.
     matmul_nt: |x, w, k, s| unsafe { dense::avx2::nt(x, w, k, s) },
     // SAFETY: as above.

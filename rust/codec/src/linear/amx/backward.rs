@@ -15,10 +15,10 @@ use crate::linear::amx::transpose::write_interleaved;
 use crate::linear::amx::work;
 use crate::linear::backward::{copy_columns, Adapter};
 use crate::linear::matvec::scales_avx512::write_scales;
-use crate::linear::scratch::{Line, Scratch};
 use crate::linear::strips::{self, Strip};
 use crate::linear::weight::{Codes, Weight};
 use crate::parallel;
+use crate::scratch::{Line, Scratch};
 use crate::simd::Engine;
 use crate::values::Element;
 

@@ -10,7 +10,7 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use crate::linear::scratch::Line;
+use crate::scratch::Line;
 use crate::x86::avx2;
 use crate::x86::avx512::{load, load_f32, store};
 

@@ -14,8 +14,8 @@ use half::bf16;
 
 use crate::error::CodecError;
 use crate::linear::amx::tiles::{Stack, Tiles, LINES};
-use crate::linear::scratch::{Line, Scratch};
 use crate::parallel;
+use crate::scratch::{Line, Scratch};
 use crate::simd::Engine;
 use crate::x86::avx512::{load, load_f32, store};
 

@@ -4,8 +4,8 @@ use std::ops::Range;
 
 use crate::linear::amx::decode::CHUNK;
 use crate::linear::matvec::scales_avx512::write_scales;
-use crate::linear::scratch::Scratch;
 use crate::linear::weight::{Codes, Weight};
+use crate::scratch::Scratch;
 
 /// A weight of 4-bit codes whose chunks have one scale in each half.
 pub(crate) struct Nibbles<'a> {

@@ -8,8 +8,8 @@ use crate::error::CodecError;
 use crate::linear::amx::decode::{CHUNK, TILES_PER_CHUNK};
 use crate::linear::amx::tiles::{LINES, TOKENS};
 use crate::linear::amx::transpose::transpose;
-use crate::linear::scratch::{Line, Scratch};
 use crate::parallel;
+use crate::scratch::{Line, Scratch};
 use crate::simd::Engine;
 use crate::x86::avx512::{load, store};
 

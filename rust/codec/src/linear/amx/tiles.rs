@@ -10,7 +10,7 @@ use std::sync::OnceLock;
 
 use half::bf16;
 
-use crate::linear::scratch::Line;
+use crate::scratch::Line;
 
 /// Lines of a tile in memory: its rows, without gaps.
 pub(crate) const LINES: usize = 16;

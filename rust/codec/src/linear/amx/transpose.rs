@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 
 use crate::linear::amx::tiles::{LINES, TOKENS};
-use crate::linear::scratch::Line;
+use crate::scratch::Line;
 use crate::x86::avx512::{load, store};
 
 /// Adds nothing, writes everything: `sums[first_token + m][column + n] = tile[n][m]`.

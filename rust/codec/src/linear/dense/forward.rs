@@ -4,10 +4,10 @@ use crate::error::CodecError;
 use crate::linear::dense::tokens::{turn, Tokens};
 use crate::linear::epilogue::Epilogue;
 use crate::linear::pieces::cut;
-use crate::linear::scratch::Scratch;
 use crate::linear::strips::{self, Strip};
 use crate::linear::weight::Weight;
 use crate::parallel;
+use crate::scratch::Scratch;
 use crate::simd::Engine;
 use crate::values::{Element, Values};
 

@@ -14,7 +14,8 @@ use std::ops::Range;
 use crate::dequantize_int8::STEP;
 use crate::double_quant::NESTED_BLOCKSIZE;
 use crate::linear::matvec::by_token;
-use crate::linear::weight::{Codes, Scales, Weight};
+use crate::linear::weight::{Codes, Weight};
+use crate::scales::Scales;
 use crate::x86::avx2::{lanes, load, load_eight, load_f32, load_quarter, lookup};
 use crate::x86::prefetch;
 

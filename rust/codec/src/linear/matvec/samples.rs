@@ -1,8 +1,9 @@
 //! What the products of a few tokens are tested with: weights, tokens, and how a product is run.
 
 use crate::double_quant::{decode, NESTED_BLOCKSIZE};
-use crate::linear::weight::{Codes, Scales, Weight};
+use crate::linear::weight::{Codes, Weight};
 use crate::linear::{linear, Compute};
+use crate::scales::Scales;
 use crate::simd::{available, Bodies, Engine};
 use crate::testing::{tables, Random};
 use crate::{Values, ValuesMut};

@@ -3,7 +3,8 @@
 use std::arch::x86_64::*;
 
 use crate::double_quant::NESTED_BLOCKSIZE;
-use crate::linear::weight::{Scales, Weight};
+use crate::linear::weight::Weight;
+use crate::scales::Scales;
 use crate::x86::avx512::{lanes, load_bytes, load_some, lookup, store};
 use crate::x86::prefetch;
 
