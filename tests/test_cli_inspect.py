@@ -252,7 +252,7 @@ def test_an_interrupt_ends_with_130(dense: Path, monkeypatch: Any, capsys: Any) 
     def interrupt(*_: Any, **__: Any) -> InspectionReport:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qkern.checkpoint.inspection.inspect_checkpoint", interrupt)
+    monkeypatch.setattr("qkern.inspect_checkpoint", interrupt)
     assert call(dense) == exit_codes.INTERRUPTED
     assert capsys.readouterr().err == "qkern inspect: interrupted\n"
 
