@@ -144,7 +144,7 @@ fn blocks<T: Plain>(
 /// Codes by a binary search over any 15 ascending bounds.
 ///
 /// A place has bit `2 + k` set where the value is not above the bound of step `k`.
-struct Tree {
+pub(crate) struct Tree {
     first: float32x4_t,
     /// The bounds that the other steps look at, by place.
     second: uint8x16_t,
@@ -157,9 +157,7 @@ struct Tree {
 impl Tree {
     #[inline]
     #[target_feature(enable = "neon")]
-    fn new(code: &Codebook) -> Self {
-        // The index that the first `steps` bits of a place mean.
-        let index = |place: u8, steps: u32| usize::from((!place).reverse_bits() >> (8 - steps));
+    pub(crate) fn new(code: &Codebook) -> Self {
         // Of a value that overflowed to minus infinity a comparison with that says "not above";
         // one with NaN never does.
         let bound = |i: usize| match code.bounds()[i] {
@@ -170,11 +168,13 @@ impl Tree {
         let bounds = |first: u8, steps: u32| {
             let distance = 16 >> steps;
             load(&core::array::from_fn::<f32, 4, _>(|i| {
-                bound(distance * index(first + i as u8, steps) + distance / 2 - 1)
+                bound(distance * Self::index(first + i as u8, steps) + distance / 2 - 1)
             }))
         };
         let codes = |shift: u32| {
-            load(&core::array::from_fn::<u8, 16, _>(|i| code.order()[index(i as u8, 4)] << shift))
+            load(&core::array::from_fn::<u8, 16, _>(|i| {
+                code.order()[Self::index(i as u8, 4)] << shift
+            }))
         };
         Self {
             first: vdupq_n_f32(bound(7)),
@@ -185,10 +185,15 @@ impl Tree {
         }
     }
 
+    /// The index that the first `steps` bits of a place mean.
+    pub(crate) fn index(place: u8, steps: u32) -> usize {
+        usize::from((!place).reverse_bits() >> (8 - steps))
+    }
+
     /// The place of each value, in all four bytes of its lane; plus the number of the byte.
     #[inline]
     #[target_feature(enable = "neon")]
-    fn place(&self, s: float32x4_t) -> uint8x16_t {
+    pub(crate) fn place(&self, s: float32x4_t) -> uint8x16_t {
         let not_above = |bound| vreinterpretq_u8_u32(vcleq_f32(s, bound));
         let float = |bytes| vreinterpretq_f32_u8(bytes);
         let set = |place, bit, condition| vorrq_u8(place, vandq_u8(condition, vdupq_n_u8(bit)));

@@ -13,6 +13,8 @@ pub(crate) mod avx2;
 pub(crate) mod avx512;
 mod bytes;
 mod general;
+#[cfg(target_arch = "aarch64")]
+pub(crate) mod neon;
 pub(crate) mod scalar;
 #[cfg(test)]
 mod tests;

@@ -267,3 +267,75 @@ fn wrong_importance_is_refused() {
     assert!(matches!(run(&[f32::NAN]), Err(CodecError::Importance { index: 0, .. })));
     assert_eq!(run(&[0.0; 3]), Ok(()));
 }
+
+/// NEON adds up in the scalar body's order with importance too, which those of x86 do not.
+#[cfg(target_arch = "aarch64")]
+mod neon {
+    use std::arch::aarch64::vreinterpretq_u8_f32;
+
+    use super::*;
+    use crate::neon::{load_f32, store};
+    use crate::search::neon::Nearest;
+    use crate::simd::Bodies;
+
+    fn found(
+        name: &str,
+        weights: &Weights,
+        table: &[f32; 16],
+        blocksize: usize,
+        importance: Option<&[f32]>,
+    ) -> Vec<u32> {
+        let engine = Engine::new(Bodies::named(name, "this test").unwrap(), 1);
+        let (_, scales) = searched(engine, weights, table, blocksize, importance);
+        scales.into_iter().map(f32::to_bits).collect()
+    }
+
+    proptest! {
+        #[test]
+        fn finds_the_scales_of_the_scalar_body_with_importance_and_by_any_table(
+            (seed, blocksize, len) in shapes(),
+            table in 0..3_usize,
+            columns in 0..200_usize,
+        ) {
+            let mut random = Random(seed);
+            let importance: Vec<f32> = (0..columns)
+                .map(|_| if random.below(5) == 0 { 0.0 } else { random.unit().abs() })
+                .collect();
+            let importance = (columns > 0).then_some(importance.as_slice());
+            let len = len / columns.max(1) * columns.max(1); // whole rows
+            let values = hard_values(seed, len, blocksize);
+            let table = tables()[table];
+            for weights in Weights::all(&values) {
+                let [neon, scalar] = ["neon", "scalar"]
+                    .map(|name| found(name, &weights, &table, blocksize, importance));
+                prop_assert_eq!(neon, scalar);
+            }
+        }
+    }
+
+    #[target_feature(enable = "neon")]
+    fn nearest(code: &Codebook, u: f32) -> [f32; 4] {
+        let mut found = [f32::NAN; 4];
+        let vector = Nearest::new(code).of(load_f32(&[u; 4]));
+        store(&mut found, vreinterpretq_u8_f32(vector));
+        found
+    }
+
+    #[test]
+    #[allow(unsafe_code)]
+    fn takes_the_nearest_value_at_every_bound_and_beside_it() {
+        for table in tables() {
+            let code = Codebook::new(&table).unwrap();
+            let steps = scalar::Steps::new(&code);
+            let near = |x: f32| [x, x.next_up(), x.next_down()];
+            let ends = [0.0, -0.0, 1.0, -1.0, 1e-30, 3.0, -3.0, 1e30, -1e30];
+            let of = code.bounds().iter().chain(&ends).copied().flat_map(near);
+            let of = of.chain(code.sorted().iter().copied());
+            for u in of.filter(|u| u.is_finite()) {
+                // SAFETY: part of every processor of this architecture that runs the tests.
+                let found = unsafe { nearest(&code, u) };
+                assert_eq!(found, steps.nearest([u; 4]), "{u:e}");
+            }
+        }
+    }
+}

@@ -3,7 +3,7 @@
 use std::arch::is_aarch64_feature_detected as has;
 
 use super::{Bodies, SCALAR_BODIES};
-use crate::{dequantize, dequantize_int8, quantize, quantize_int8, quantize_int8_rows};
+use crate::{dequantize, dequantize_int8, quantize, quantize_int8, quantize_int8_rows, search};
 
 /// The only way to the table below, which is what makes its calls sound.
 pub(super) fn available() -> impl Iterator<Item = &'static Bodies> {
@@ -18,6 +18,8 @@ static NEON: Bodies = Bodies {
     quantize_4bit: |v, c, b, p, a| unsafe { quantize::neon::quantize(v, c, b, p, a) },
     // SAFETY: as above.
     encode_4bit: |v, c, b, s, p| unsafe { quantize::neon::encode(v, c, b, s, p) },
+    // SAFETY: as above.
+    search_scales: |v, c, b, w, s| unsafe { search::neon::search(v, c, b, w, s) },
     // SAFETY: as above.
     dequantize_4bit: |p, a, t, b, _, v| unsafe { dequantize::neon::dequantize(p, a, t, b, v) },
     // SAFETY: as above.
