@@ -90,6 +90,7 @@ def linear_section(plan: Plan, effort: Any) -> Iterator[Row]:
     yield from cpu_linear.ladder(plan.size, plan.ladder, effort, peers=plan.peers)
     if not plan.quick:
         yield from cpu_linear.large([(14336, 4096)], [1, 8, 32, 512], effort)
+    yield from cpu_linear.in_l2([(256, plan.size[1]), (768, plan.size[1])], [1, 8, 32], effort)
     yield from cpu_linear.small([(n, n) for n in plan.small], [1, 32], effort)
 
 

@@ -13,6 +13,9 @@ from cpu_engines import Inputs, Linear
 from cpu_peers import PEERS
 from cpu_timing import Effort, Engine, add_ratios, interleaved, random_weight
 
+import qkern
+from qkern.ops import host
+
 Row = dict[str, Any]
 BASE = "torch bf16"
 
@@ -69,6 +72,27 @@ def exact(size: tuple[int, int], effort: Effort) -> Iterator[Row]:
     layers = [make(w, effort, dtype=torch.float32) for make in kinds]
     for row in rows_for(layers, Inputs(w, 1), 1, effort):
         yield {"case": "linear", "dtype": "fp32", **row}
+
+
+def in_l2(sizes: Iterable[tuple[int, int]], Ms: list[int], effort: Effort) -> Iterator[Row]:
+    """Weights that stay in L2, without an operator: what the arithmetic alone can do.
+
+    The rate between two sizes has no fixed cost of a call in it. Where it is about the rate at
+    which memory is read, a product cannot reach that.
+    """
+    for N, K in sizes:
+        q = qkern.quantize(random_weight(N, K))
+        nbytes = sum(part.nbytes for part in q.parts if part is not None)
+        for M in Ms:
+            x = torch.randn(M, K, dtype=torch.float32 if M == 1 else torch.bfloat16)
+            dtype = "fp32" if M == 1 else "bf16"
+            engines = [
+                Engine(name, [partial(host.linear, x, q.parts, q.format, N, None, None, compute)])
+                for name, compute in (("qkern", "exact"), ("qkern, int8 compute", "int8"))
+            ]
+            for row in interleaved(engines, effort):
+                about = {"case": "linear, weight in L2", "dtype": dtype, "M": M, "N": N, "K": K}
+                yield about | row | {"GB/s": nbytes / row["median"] / 1e9}
 
 
 def other_shapes(

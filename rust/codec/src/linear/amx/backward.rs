@@ -47,11 +47,9 @@ pub(crate) unsafe fn backward<T: Element>(
 ) -> Result<(), CodecError> {
     let tokens = dx.len() / weight.cols;
     let grad = Packed::new(engine, grad, weight.rows)?;
-    let width = match weight.cols {
-        4096.. => 4 * BLOCK,
-        1024.. => 2 * BLOCK,
-        _ => BLOCK,
-    };
+    // Each strip reads all of dY; there must be one for each thread.
+    let share = weight.cols / parallel::threads(engine);
+    let width = share.next_multiple_of(BLOCK).clamp(BLOCK, 4 * BLOCK);
     let work = work(weight, tokens);
     let jobs = strips::split(dx, weight.cols, width).into_iter();
     parallel::for_each(work, engine, jobs, |strip: Strip<'_, T>| {

@@ -71,14 +71,10 @@ pub(crate) unsafe fn forward<T: Element>(
 /// Rows of a strip of 4-bit codes: strips must be many enough for all threads.
 ///
 /// With few tokens the rows behind those that are multiplied are fetched from memory, so most of
-/// them should be this thread's; with many, what was decoded should fill L2.
+/// them should be this thread's. With many, each strip reads all of x.
 pub(super) fn width(engine: Engine, rows: usize, tokens: usize) -> usize {
-    match (tokens > FEW, rows) {
-        (false, _) => (rows / (4 * threads(engine))).next_multiple_of(64).clamp(64, 512),
-        (true, 4096..) => 256,
-        (true, 1024..) => 128,
-        (true, _) => 64,
-    }
+    let (strips, most) = if tokens > FEW { (1, 256) } else { (4, 512) };
+    (rows / (strips * threads(engine))).next_multiple_of(64).clamp(64, most)
 }
 
 /// What a strip computes.
