@@ -22,8 +22,11 @@ from qkern.kernels.decode import (
 from qkern.kernels.rounding import INTERPRETED, round_to
 
 
+_IEEE = tl.constexpr("ieee")  # Triton 3.6 takes no bare string as a default
+
+
 @triton.jit
-def multiply(a, b, sums, PRECISION: tl.constexpr = "ieee"):
+def multiply(a, b, sums, PRECISION: tl.constexpr = _IEEE):
     """``sums + a b`` in fp32.
 
     Args:
