@@ -5,11 +5,9 @@ After a run, the ids of the reliability cases (``@pytest.mark.case("A1")``) that
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 from pathlib import Path
-from unittest import mock
 
 import pytest
 
@@ -17,11 +15,6 @@ try:
     import torch
 except ImportError:  # the tests of the NumPy door run without torch
     torch = None  # type: ignore[assignment]
-
-# Kernels that are interpreted call functions of triton's own, which must be so too.
-with contextlib.suppress(ImportError), mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
-    import triton.experimental.gluon
-    import triton.language  # noqa: F401
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
