@@ -15,6 +15,7 @@ here. Format: docs of ``qkern.formats``; the same in plain torch: ``qkern.refere
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -22,6 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from qkern.formats import QuantFormat
+from qkern.kernels.aot import AotSpec
+from qkern.kernels.launch import EXACT
 from qkern.kernels.rounding import widen
 
 # Values of one program: 16 for each of its threads.
@@ -202,8 +205,8 @@ def _launch_4bit(values: Tensor, scales: Tensor, fmt: QuantFormat, *, given: boo
     packed = torch.empty(fmt.packed_size(numel), dtype=torch.uint8, device=values.device)
     if numel == 0:
         return packed
-    bounds, order, zero_code = _search_tables(fmt.quant_type, values.device)
-    blocks = max(TILE // fmt.blocksize, 1)
+    bounds, order, constants = _search_tables(fmt.quant_type, values.device)
+    blocks = _blocks_of_program(fmt)
     with torch.cuda.device_of(values):
         _quantize_4bit_kernel[(triton.cdiv(numel, blocks * fmt.blocksize),)](
             values,
@@ -215,9 +218,8 @@ def _launch_4bit(values: Tensor, scales: Tensor, fmt: QuantFormat, *, given: boo
             BLOCKSIZE=fmt.blocksize,
             BLOCKS=blocks,
             GIVEN=given,
-            ASCENDING=fmt.code == tuple(sorted(fmt.code or ())),
-            ZERO_CODE=zero_code,
-            enable_fp_fusion=False,
+            **constants,
+            **EXACT,
         )
     return packed
 
@@ -231,10 +233,10 @@ def _launch_int8(values: Tensor, absmax: Tensor, fmt: QuantFormat) -> Tensor:
         if fmt.kind.per_row:
             chunk = min(triton.next_power_of_2(fmt.blocksize), CHUNK)
             _quantize_int8_rows_kernel[(absmax.numel(),)](
-                values, absmax, codes, fmt.blocksize, CHUNK=chunk, enable_fp_fusion=False
+                values, absmax, codes, fmt.blocksize, CHUNK=chunk, **EXACT
             )
         else:
-            blocks = max(TILE // fmt.blocksize, 1)
+            blocks = _blocks_of_program(fmt)
             _quantize_int8_kernel[(triton.cdiv(numel, blocks * fmt.blocksize),)](
                 values,
                 absmax,
@@ -242,16 +244,61 @@ def _launch_int8(values: Tensor, absmax: Tensor, fmt: QuantFormat) -> Tensor:
                 numel,
                 BLOCKSIZE=fmt.blocksize,
                 BLOCKS=blocks,
-                enable_fp_fusion=False,
+                **EXACT,
             )
     return codes
 
 
+def _blocks_of_program(fmt: QuantFormat) -> int:
+    return max(TILE // fmt.blocksize, 1)
+
+
 @functools.lru_cache(maxsize=32)
-def _search_tables(quant_type: str, device: torch.device) -> tuple[Tensor, Tensor, int]:
-    """fp32 midpoints (15,), int32 codes in the order of their values (16,), the code of 0.0."""
-    code = torch.tensor(QuantFormat(quant_type).code, dtype=torch.float32)
+def _search_tables(
+    quant_type: str, device: torch.device
+) -> tuple[Tensor, Tensor, dict[str, int | bool]]:
+    """fp32 midpoints (15,), int32 codes in the order of their values (16,), and constants."""
+    code = torch.tensor(QuantFormat(quant_type).code, dtype=torch.float32, device="cpu")
     ascending, order = torch.sort(code, stable=True)
     bounds = (ascending[:-1] + ascending[1:]) / 2
-    zero_code = int(order[torch.bucketize(torch.zeros(()), bounds)])
-    return bounds.to(device), order.to(torch.int32).to(device), zero_code
+    zero_code = order[torch.bucketize(torch.zeros((), device="cpu"), bounds)]
+    constants = {"ASCENDING": torch.equal(code, ascending), "ZERO_CODE": int(zero_code)}
+    return bounds.to(device), order.to(torch.int32).to(device), constants
+
+
+def aot_specs(arch: str) -> Iterator[AotSpec]:
+    """4 bits with both tables, int8 blocks and rows."""
+    device = torch.device("cpu")
+    pointers = {"scales_ptr": "*fp32", "bounds_ptr": "*fp32", "order_ptr": "*i32"}
+    for quant_type, dtype, given in (("nf4", "bf16", False), ("fp4", "fp32", True)):
+        fmt = QuantFormat(quant_type, 64)
+        yield AotSpec(
+            f"quantize {quant_type} of {dtype}, {'given' if given else 'absmax'} scales",
+            _quantize_4bit_kernel,
+            {"values_ptr": f"*{dtype}", **pointers, "packed_ptr": "*u8", "numel": "i64"},
+            {
+                "BLOCKSIZE": 64,
+                "BLOCKS": _blocks_of_program(fmt),
+                "GIVEN": given,
+                **_search_tables(quant_type, device)[2],
+            },
+            divisible=("numel",),
+            quick=not given,
+        )
+    pointers = {"values_ptr": "*bf16", "absmax_ptr": "*fp32", "codes_ptr": "*i8"}
+    yield AotSpec(
+        "quantize int8 of bf16",
+        _quantize_int8_kernel,
+        pointers | {"numel": "i64"},
+        {"BLOCKSIZE": 64, "BLOCKS": TILE // 64},
+        divisible=("numel",),
+        quick=True,
+    )
+    yield AotSpec(
+        "quantize int8 rows of bf16",
+        _quantize_int8_rows_kernel,
+        pointers | {"columns": "i64"},
+        {"CHUNK": CHUNK},
+        divisible=("columns",),
+        quick=True,
+    )

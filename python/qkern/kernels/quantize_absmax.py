@@ -13,6 +13,7 @@ in another order could round to another offset. No fused products; quotients are
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -20,10 +21,15 @@ import triton.language as tl
 from torch import Tensor
 
 from qkern.formats import NESTED_BLOCKSIZE, dynamic_code
+from qkern.kernels.aot import AotSpec
+from qkern.kernels.launch import EXACT, tables_of
 
 # Groups of one program: of the sums a warp's, of the codes 2048 scales.
 SUMMED = 32
 CODED = 8
+_SUMS = {"GROUP": NESTED_BLOCKSIZE, "GROUPS": SUMMED}
+_OFFSET = {"UNROLL": 16, "CHUNK": 1024}
+_CODES = {"GROUP": NESTED_BLOCKSIZE, "GROUPS": CODED}
 
 
 @triton.jit
@@ -119,32 +125,41 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sums = torch.empty(groups, dtype=torch.float64, device=device)
     negative = torch.empty(groups, dtype=torch.int32, device=device)
     safe = torch.empty(groups, dtype=torch.uint8, device=device)
-    bounds, code = _search_tables(device)
     with torch.cuda.device_of(absmax):
         _group_sums_kernel[(triton.cdiv(groups, SUMMED),)](
-            absmax, sums, negative, blocks, GROUP=NESTED_BLOCKSIZE, GROUPS=SUMMED, num_warps=1
+            absmax, sums, negative, blocks, **_SUMS, num_warps=1, **EXACT
         )
-        _offset_kernel[(1,)](
-            sums, negative, offset, groups, blocks, UNROLL=16, CHUNK=1024, enable_fp_fusion=False
-        )
+        _offset_kernel[(1,)](sums, negative, offset, groups, blocks, **_OFFSET, **EXACT)
         _code_scales_kernel[(triton.cdiv(groups, CODED),)](
             absmax,
             offset,
-            bounds,
-            code,
+            _bounds(device),
+            tables_of(None, device)[16:],
             codes,
             nested,
             safe,
             blocks,
-            GROUP=NESTED_BLOCKSIZE,
-            GROUPS=CODED,
-            enable_fp_fusion=False,
+            **_CODES,
+            **EXACT,
         )
     return codes, nested, offset, safe.view(torch.bool).all().reshape(1)
 
 
 @functools.lru_cache(maxsize=32)
-def _search_tables(device: torch.device) -> tuple[Tensor, Tensor]:
-    """fp32 midpoints (255,) and values (256,) of the 8-bit code."""
-    code = torch.tensor(dynamic_code(), dtype=torch.float32)
-    return ((code[:-1] + code[1:]) / 2).to(device), code.to(device)
+def _bounds(device: torch.device) -> Tensor:
+    """fp32 midpoints (255,) of the 8-bit code."""
+    code = torch.tensor(dynamic_code(), dtype=torch.float32, device="cpu")
+    return ((code[:-1] + code[1:]) / 2).to(device)
+
+
+def aot_specs(arch: str) -> Iterator[AotSpec]:
+    """Its three kernels."""
+    sums = {"absmax_ptr": "*fp32", "sums_ptr": "*fp64", "negative_ptr": "*i32", "blocks": "i64"}
+    yield AotSpec("quantize_absmax sums", _group_sums_kernel, sums, _SUMS, warps=1, quick=True)
+    offset = {"sums_ptr": "*fp64", "negative_ptr": "*i32", "offset_ptr": "*fp32"}
+    offset |= {"groups": "i32", "blocks": "i64"}
+    yield AotSpec("quantize_absmax offset", _offset_kernel, offset, _OFFSET, quick=True)
+    names = ("absmax", "offset", "bounds", "code", "nested")
+    codes = {f"{name}_ptr": "*fp32" for name in names}
+    codes |= {"codes_ptr": "*u8", "safe_ptr": "*u8", "blocks": "i64"}
+    yield AotSpec("quantize_absmax codes", _code_scales_kernel, codes, _CODES, quick=True)

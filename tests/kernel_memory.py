@@ -1,13 +1,10 @@
-"""Triton kernels in Triton's interpreter; memory that shows what a kernel missed."""
+"""Memory that shows what a kernel missed, and what it wrote beside its outputs."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import math
-import os
 from collections.abc import Iterator, Sequence
-from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -16,16 +13,6 @@ import torch
 GUARD = 64  # bytes on each side
 CANARY = 0xA5
 POISON = 0xFF  # NaN in every float dtype
-
-
-def load(*names: str) -> list[ModuleType]:
-    """Modules of ``qkern.kernels``, interpreted.
-
-    Triton reads the variable when a kernel is defined, and kernels stay as they were imported
-    first: every test of a process asks here.
-    """
-    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
-        return [importlib.import_module(f"qkern.kernels.{name}") for name in names]
 
 
 @contextlib.contextmanager

@@ -1,18 +1,20 @@
-"""Triton's quantize kernels, interpreted, byte for byte against the host's codec."""
+"""The quantize kernels in Triton's interpreter, byte for byte against the host's codec."""
 
 from __future__ import annotations
 
 import cases
-import interpreted
 import numpy as np
 import pytest
 import torch
+from kernel_memory import guarded
 
 from qkern.formats import QuantFormat
 from qkern.ops import host
 
 pytest.importorskip("triton")
-quantize_kernels, absmax_kernels = interpreted.load("quantize", "quantize_absmax")
+from qkern.kernels.quantize import encode, quantize
+from qkern.kernels.quantize_absmax import quantize_absmax
+
 PATTERNS = dict(cases.value_patterns(4099, np.random.default_rng(0)))
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -27,8 +29,8 @@ def assert_same_bytes(got: torch.Tensor, right: torch.Tensor) -> None:
 
 def check(values: torch.Tensor, fmt: QuantFormat, nonfinite: str = "error") -> None:
     packed, absmax = host.quantize(values, fmt, nonfinite)
-    with interpreted.guarded():
-        got = quantize_kernels.quantize(values, fmt)
+    with guarded():
+        got = quantize(values, fmt)
     assert_same_bytes(got[0], packed)
     assert_same_bytes(got[1], absmax)
 
@@ -87,8 +89,8 @@ def test_codes_against_given_scales_are_the_hosts(quant_type: str) -> None:
         values = torch.randn(4099).to(getattr(torch, dtype))
         scales = torch.randn(fmt.num_blocks(4099))
         scales[:4] = torch.tensor([0.0, -0.0, -1e-39, 1e-39])
-        with interpreted.guarded():
-            got = quantize_kernels.encode(values, scales, fmt)
+        with guarded():
+            got = encode(values, scales, fmt)
         assert_same_bytes(got, host.encode(values, scales, fmt))
 
 
@@ -98,8 +100,8 @@ def test_codes_against_given_scales_are_the_hosts(quant_type: str) -> None:
 def test_scales_in_8_bits_are_the_hosts(blocks: int) -> None:
     spread = 10 ** torch.empty(blocks).uniform_(-6, 6)
     for absmax in (torch.rand(blocks), spread, torch.randn(blocks), torch.zeros(blocks)):
-        with interpreted.guarded():
-            got = absmax_kernels.quantize_absmax(absmax)
+        with guarded():
+            got = quantize_absmax(absmax)
         for mine, right in zip(got, host.quantize_absmax(absmax), strict=True):
             assert_same_bytes(mine, right)
 
@@ -113,6 +115,6 @@ def test_the_mean_of_scales_is_summed_in_the_hosts_order() -> None:
     for absmax in (in_a_group, between_groups.reshape(-1)):
         in_order = torch.tensor([1 / absmax.numel()])
         assert float(in_order) != float(torch.tensor((tie + 6 * small) / absmax.numel()))
-        _, _, offset, _ = absmax_kernels.quantize_absmax(absmax)
+        _, _, offset, _ = quantize_absmax(absmax)
         assert torch.equal(offset, in_order)
         assert torch.equal(host.quantize_absmax(absmax)[2], in_order)
