@@ -10,9 +10,10 @@ Few tokens take a program for each value of h. Else tiles (BM, BR) on tensor cor
 x split between programs where there are few tiles; the parts are added in their order by a second
 kernel. No sum depends on when a program runs: reruns have the same bits.
 
-Factors of one 16-bit dtype are multiplied as they are. Beside x in bf16 or fp16 an fp32 factor is
-the sum of two numbers of x's dtype, with 16 or 22 bits of its mantissa (fp16: as long as it is not
-below 2^-14 by then). fp32 factors are three products of tf32, within some units of 2^-22.
+Factors of one 16-bit dtype are multiplied as they are. Beside x in bf16 an fp32 factor is the sum
+of two bf16 numbers, with 16 bits of its mantissa. Other fp32 factors are the sum of two tf32
+numbers, with 22 bits; the product of the two lower ones is left out. What is not finite stays so,
+as NaN.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qkern.kernels.aot import POINTERS, AotSpec
+from qkern.kernels.aot import AotSpec
 from qkern.kernels.dropout import Dropout, arguments, gain_of, keep
-from qkern.kernels.launch import EXACT, processors, same_device
+from qkern.kernels.launch import EXACT, TL_DTYPES, processors, same_device
 from qkern.kernels.launch import arch as arch_of
 from qkern.kernels.product import multiply
 from qkern.kernels.rounding import round_to, widen
@@ -52,17 +53,31 @@ class Rows(NamedTuple):
 
 @triton.jit
 def multiply_thin(a, b, sums, PRECISION: tl.constexpr):
-    """``sums + a b``: (M, K) (K, N), where a 16-bit ``a`` may meet an fp32 ``b``."""
-    if a.dtype == b.dtype:
-        return multiply(a, b, sums, PRECISION)
-    elif a.dtype == tl.float32:
-        return multiply(a, widen(b), sums, PRECISION)
-    elif b.dtype != tl.float32:
-        return multiply(widen(a), widen(b), sums, PRECISION)
+    """``sums + a b``: (M, K) (K, N) of any two dtypes, sums (M, N) fp32.
+
+    All parts are added to the same sums: ``tf32x3`` of Triton keeps a second set of them.
+    """
+    if a.dtype == b.dtype and a.dtype != tl.float32:
+        return multiply(a, b, sums)
+    elif a.dtype == tl.bfloat16 and b.dtype == tl.float32:
+        high = round_to(b, tl.bfloat16)
+        low = round_to(b - widen(high), tl.bfloat16)
+        return multiply(a, high, multiply(a, low, sums))
+    elif PRECISION == "ieee":
+        return multiply(widen(a), widen(b), sums)
     else:
-        high = round_to(b, a.dtype)
-        low = round_to(b - widen(high), a.dtype)
-        return multiply(a, high, multiply(a, low, sums, PRECISION), PRECISION)
+        a_high, b_high = _first_bits(widen(a)), _first_bits(widen(b))
+        if b.dtype == tl.float32:  # values of 16 bits are their own first bits
+            sums = tl.dot(a_high, b - b_high, sums, input_precision="tf32")
+        if a.dtype == tl.float32:
+            sums = tl.dot(a - a_high, b_high, sums, input_precision="tf32")
+        return tl.dot(a_high, b_high, sums, input_precision="tf32")
+
+
+@triton.jit
+def _first_bits(x):
+    """``x`` cut to the 11 bits of tf32's mantissa."""
+    return (x.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -312,6 +327,16 @@ def precision(device: torch.device) -> str:
     return precision_of(arch_of(device))
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """Triton's name, "bf16" for one."""
+    return str(TL_DTYPES[dtype].name)
+
+
+def pointer_to(dtype: torch.dtype) -> str:
+    """Triton's name of a pointer to values of a dtype."""
+    return f"*{name_of(dtype)}"
+
+
 def precision_of(arch: str) -> str:
     """The same for an architecture of ``aot.ARCHS``."""
     return "tf32x3" if arch.startswith("sm_") else "ieee"
@@ -322,18 +347,19 @@ def aot_specs(arch: str) -> Iterator[AotSpec]:
     common = {"adapter_ptr": "*i32", "scales_ptr": "*fp32", "out_ptr": "*fp32", "scaling": "fp32"}
     plain = {"EACH": 0, "SCALES": False}
     for dtype, adapter, R, everything in (
-        ("bfloat16", "float32", 16, False),
-        ("bfloat16", "bfloat16", 64, True),
-        ("float16", "float32", 64, True),
-        ("float32", "float32", 64, False),
+        (torch.bfloat16, torch.float32, 16, False),
+        (torch.bfloat16, torch.bfloat16, 64, True),
+        (torch.float16, torch.float32, 64, True),
+        (torch.float32, torch.float32, 64, False),
     ):
-        pointers = {"x_ptr": POINTERS[dtype], "A_ptr": POINTERS[adapter], "seed_ptr": "*i64"}
+        pointers = {"x_ptr": pointer_to(dtype), "A_ptr": pointer_to(adapter), "seed_ptr": "*i64"}
         sizes = {"M": "i32", "K": "i32", "split": "i32", "threshold": "i32"}
+        options = "all options" if everything else "no options"
         own = {"EACH": R // 2, "SCALES": True} if everything else plain
-        tile = tile_of(R, getattr(torch, dtype), dropped=everything)
+        tile = tile_of(R, dtype, dropped=everything)
         constants = {"RANK": R, **own, "DROPOUT": everything, **tile}
         yield AotSpec(
-            f"lora hidden r{R} of {dtype}, A {adapter}{', all options' if everything else ''}",
+            f"lora hidden r{R} of {name_of(dtype)}, A {name_of(adapter)}, {options}",
             _hidden_kernel,
             common | pointers | sizes,
             constants | {"PRECISION": precision_of(arch)},

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qkern.kernels.aot import POINTERS, AotSpec
+from qkern.kernels.aot import AotSpec
 from qkern.kernels.dropout import Dropout, arguments, keep
 from qkern.kernels.launch import EXACT, same_device
 from qkern.kernels.launch import arch as arch_of
@@ -30,6 +30,8 @@ from qkern.kernels.lora import (
     Rows,
     add_parts,
     multiply_thin,
+    name_of,
+    pointer_to,
     precision,
     precision_of,
     split_of,
@@ -208,8 +210,8 @@ def _backward_tile(
     BM, BR = (tile_of(R, dtype, dropped=dropped)[name] for name in ("BM", "BR"))
     if dtype == torch.float32:
         return {"BM": 32, "BR": BR, columns: 64}
-    # wgmma reads its operands from shared memory, so registers hold more sums.
-    widest = 256 if arch == "sm_90" else 128
+    # wgmma reads its operands from shared memory, so registers hold more sums; not as tf32.
+    widest = 256 if arch == "sm_90" and dtype == torch.bfloat16 else 128
     return {"BM": BM, "BR": BR, columns: widest if BR <= 32 else widest // 2}
 
 
@@ -217,19 +219,19 @@ def aot_specs(arch: str) -> Iterator[AotSpec]:
     """Tokens in bf16, fp16 and fp32, with adapters in fp32 and bf16."""
     sizes = {"M": "i32", "split": "i32"}
     for dtype, adapter, R in (
-        ("bfloat16", "float32", 16),
-        ("bfloat16", "bfloat16", 64),
-        ("float16", "float32", 64),
-        ("float32", "float32", 64),
+        (torch.bfloat16, torch.float32, 16),
+        (torch.bfloat16, torch.bfloat16, 64),
+        (torch.float16, torch.float32, 64),
+        (torch.float32, torch.float32, 64),
     ):
-        grads = {"grad_ptr": POINTERS[dtype], "B_ptr": POINTERS[adapter]}
+        grads = {"grad_ptr": pointer_to(dtype), "B_ptr": pointer_to(adapter)}
         grads |= {"h_ptr": "*fp32", "G_ptr": "*fp32", "dB_ptr": "*fp32", "N": "i32"}
         constants = {"RANK": R, "PRECISION": precision_of(arch)}
         yield AotSpec(
-            f"lora G, dB r{R} of {dtype}, B {adapter}",
+            f"lora G, dB r{R} of {name_of(dtype)}, B {name_of(adapter)}",
             _grad_hidden_kernel,
             grads | sizes,
-            constants | _backward_tile(R, getattr(torch, dtype), "BN", arch),
+            constants | _backward_tile(R, dtype, "BN", arch),
             warps=_OPTIONS["num_warps"],
             stages=_OPTIONS["num_stages"],
             divisible=("N",),
@@ -237,12 +239,12 @@ def aot_specs(arch: str) -> Iterator[AotSpec]:
             tensor_cores=True,
             quick=R == 16,
         )
-        pointers = {"G_ptr": "*fp32", "x_ptr": POINTERS[dtype], "seed_ptr": "*i64"}
+        pointers = {"G_ptr": "*fp32", "x_ptr": pointer_to(dtype), "seed_ptr": "*i64"}
         pointers |= {"dA_ptr": "*fp32", "K": "i32", "threshold": "i32"}
-        dropout = adapter == "bfloat16"
-        tile = _backward_tile(R, getattr(torch, dtype), "BK", arch, dropped=dropout)
+        dropout = adapter == torch.bfloat16
+        tile = _backward_tile(R, dtype, "BK", arch, dropped=dropout)
         yield AotSpec(
-            f"lora dA r{R} of {dtype}{', dropout' if dropout else ''}",
+            f"lora dA r{R} of {name_of(dtype)}{', dropout' if dropout else ''}",
             _grad_a_kernel,
             pointers | sizes,
             constants | {"DROPOUT": dropout} | tile,
