@@ -84,7 +84,11 @@ def compile_spec(spec: AotSpec, arch: str) -> Any:
         {(i,): spec.constants[n] for i, n in enumerate(names) if n in spec.constants},
         {(i,): [["tt.divisibility", 16]] for i in aligned},
     )
-    options = {"num_warps": spec.warps, "num_stages": spec.stages, "enable_fp_fusion": False}
+    options = {
+        "num_warps": spec.warps,
+        "num_stages": spec.stages,
+        "enable_fp_fusion": not spec.exact,
+    }
     return triton.compile(source, target_of(arch), options)
 
 
@@ -98,8 +102,7 @@ def read_nvidia(compiled: Any, arch: str) -> Code:
         notes: list[str] = []
         if "wgmma" in compiled.asm["ptx"]:  # the notes are not in the log of a usual compilation
             ptx.write_text(compiled.asm["ptx"])
-            command = (TOOLS / "ptxas", "-v", f"--gpu-name={arch}a", ptx, "-o", os.devnull)
-            notes = re.findall(r"\((C75\d\d)\)", run(*command))
+            notes = re.findall(r"\((C75\d\d)\)", assemble(ptx, arch))
     operations, targets = [], {}
     branches = []
     for line in sass.splitlines():
@@ -141,6 +144,19 @@ def read_amd(compiled: Any) -> Code:
         code=len(names),
         notes=(),
     )
+
+
+def assemble(ptx: Path, arch: str) -> str:
+    """What the assembler says about a file, by the first that knows its version of PTX."""
+    logs = []
+    for name in ("ptxas", "ptxas-blackwell"):
+        if (TOOLS / name).exists():
+            command = (TOOLS / name, "-v", f"--gpu-name={arch}a", ptx, "-o", os.devnull)
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode == 0:
+                return done.stdout + done.stderr
+            logs.append(done.stderr)
+    raise RuntimeError("\n".join(logs))
 
 
 def run(*command: str | Path) -> str:

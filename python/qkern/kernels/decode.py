@@ -15,9 +15,17 @@ How a 4-bit code is looked up, ``LOOKUP``; each gives the same values:
 - "table": a load from the table in memory. Every device, and the interpreter.
 - "shuffle": lane ``i`` of a warp keeps entry ``i % 16``, and a code fetches it by a warp shuffle,
   which reads the lower 4 bits of its operand by itself: a shift and a shuffle per value. Inline
-  PTX, NVIDIA only. Needs 4 bytes of codes per thread or a multiple.
+  PTX, NVIDIA only.
 
 ``tables`` is fp32 (272,): the 16 values of 4-bit codes, then the 256 of double-quantized scales.
+
+A tile is read in two parts, ``load_*`` and ``decode``/``decode_scales``, so that a loop can load
+the next one before it needs it:
+
+    codes = load_codes(...)                                         (R, BK // 8) or (R, BK)
+    absmax, nested = load_scales(...)                               (R, BLOCKS)
+    scales = decode_scales(absmax, nested, tables_ptr, offset, ...) (R, 1) or (R, BK)
+    w = decode(codes, scales, table, BITS, LOOKUP, DTYPE)           (R, BK)
 """
 
 from __future__ import annotations
@@ -46,8 +54,10 @@ def _shuffle_asm() -> str:
 
 
 SHUFFLE = tl.constexpr(_shuffle_asm())
-# Outputs are written before all inputs are read; the entry is given once for each of 4 bytes.
-_SHUFFLE_REGISTERS = tl.constexpr(",".join(["=&r"] * 8 + ["r"] * 5))
+# Outputs are written before all inputs are read.
+_OF_A_WORD = tl.constexpr(",".join(["=&r"] * 8 + ["r", "r"]))
+_EIGHT_FLOATS = tl.constexpr((tl.float32,) * 8)
+_OF_FOUR_BYTES = tl.constexpr(",".join(["=&r"] * 8 + ["r"] * 5))  # the entry once for each byte
 
 
 @triton.jit
@@ -64,23 +74,45 @@ def open_table(tables_ptr, LOOKUP: tl.constexpr):
 
 
 @triton.jit
-def code_values(packed, table, LOOKUP: tl.constexpr):
-    """The fp32 values of the high and of the low nibbles of uint8 ``packed``, any shape."""
+def byte_values(packed, table, LOOKUP: tl.constexpr):
+    """fp32 values (R, 2 C) of uint8 ``packed`` (R, C), 4 bytes a thread or a multiple."""
     if LOOKUP == "shuffle":
         # Not pure: no pass may move a shuffle to where only some lanes of a warp run.
         high, low = tl.inline_asm_elementwise(
             SHUFFLE,
-            _SHUFFLE_REGISTERS,
+            _OF_FOUR_BYTES,
             [packed, table],
             (tl.float32, tl.float32),
             is_pure=False,
             pack=4,
         )
-        return high, low
     else:
         high = tl.load(table + (packed >> 4).to(tl.int32))
         low = tl.load(table + (packed & 15).to(tl.int32))
-        return high, low
+    return tl.reshape(tl.join(high, low), [packed.shape[0], 2 * packed.shape[1]])
+
+
+@triton.jit
+def word_values(words, table, LOOKUP: tl.constexpr):
+    """fp32 values (R, 8 C) of uint32 ``words`` (R, C), each 4 bytes in the order of memory."""
+    if LOOKUP == "shuffle":
+        h0, h1, h2, h3, l0, l1, l2, l3 = tl.inline_asm_elementwise(
+            SHUFFLE,
+            _OF_A_WORD,
+            [words, table],
+            _EIGHT_FLOATS,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        h0, l0 = tl.load(table + ((words >> 4) & 15)), tl.load(table + (words & 15))
+        h1, l1 = tl.load(table + ((words >> 12) & 15)), tl.load(table + ((words >> 8) & 15))
+        h2, l2 = tl.load(table + ((words >> 20) & 15)), tl.load(table + ((words >> 16) & 15))
+        h3, l3 = tl.load(table + (words >> 28)), tl.load(table + ((words >> 24) & 15))
+    # (R, C, 2, 2, 2): upper or lower two bytes, byte of the two, nibble.
+    high = tl.join(tl.join(h0, h2), tl.join(h1, h3))
+    low = tl.join(tl.join(l0, l2), tl.join(l1, l3))
+    return tl.reshape(tl.join(high, low), [words.shape[0], 8 * words.shape[1]])
 
 
 @triton.jit
@@ -93,17 +125,23 @@ def load_offset(offset_ptr, DOUBLE_QUANT: tl.constexpr):
 
 
 @triton.jit
-def load_absmax(
-    absmax_ptr, nested_absmax_ptr, tables_ptr, offset, block, mask, DOUBLE_QUANT: tl.constexpr
-):
-    """fp32 scales of ``block``, any shape of indices; 0 or ``offset`` where masked."""
+def load_absmax(absmax_ptr, nested_absmax_ptr, block, mask, DOUBLE_QUANT: tl.constexpr):
+    """Scales of ``block``, any shape of indices, for ``decode_absmax``; 0 where masked."""
     if DOUBLE_QUANT:
         code = tl.load(absmax_ptr + block, mask=mask, other=0).to(tl.int32)
-        value = tl.load(tables_ptr + _NESTED_CODE + code)
-        nested = tl.load(nested_absmax_ptr + block // _GROUP, mask=mask, other=0.0)
-        return value * nested + offset
+        return code, tl.load(nested_absmax_ptr + block // _GROUP, mask=mask, other=0.0)
     else:
-        return tl.load(absmax_ptr + block, mask=mask, other=0.0)
+        absmax = tl.load(absmax_ptr + block, mask=mask, other=0.0)
+        return absmax, absmax
+
+
+@triton.jit
+def decode_absmax(absmax, nested, tables_ptr, offset, DOUBLE_QUANT: tl.constexpr):
+    """The fp32 scales of ``load_absmax``, any shape."""
+    if DOUBLE_QUANT:
+        return tl.load(tables_ptr + _NESTED_CODE + absmax) * nested + offset
+    else:
+        return absmax
 
 
 @triton.jit
@@ -117,66 +155,77 @@ def load_codes(
     BITS: tl.constexpr,
     EVEN_K: tl.constexpr,
 ):
-    """Bytes of W[rows, k : k + BK], (R, BK * BITS // 8); 0 where masked or beyond K."""
-    column = (k * BITS) // 8 + tl.arange(0, BK * BITS // 8)  # (C,)
-    row_bytes = (K * BITS) // 8
+    """Codes of W[rows, k : k + BK]: uint32 (R, BK // 8) or int8 (R, BK); 0 where masked.
+
+    EVEN_K: K is a multiple of BK, so that no column is beyond it.
+    """
+    PER: tl.constexpr = 8 if BITS == 4 else 1  # values of a load
+    source = packed_ptr.to(tl.pointer_type(tl.uint32)) if BITS == 4 else packed_ptr
+    column = k // PER + tl.arange(0, BK // PER)  # (C,)
     mask = row_mask[:, None]
     if not EVEN_K:
-        mask = mask & (column < row_bytes)[None, :]  # (R, C)
-    return tl.load(packed_ptr + rows[:, None] * row_bytes + column[None, :], mask=mask, other=0)
+        mask = mask & (column < K // PER)[None, :]  # (R, C)
+    return tl.load(source + rows[:, None] * (K // PER) + column[None, :], mask=mask, other=0)
 
 
 @triton.jit
 def load_scales(
     absmax_ptr,
     nested_absmax_ptr,
-    tables_ptr,
-    offset,
     rows,  # (R,) int64
     row_mask,  # (R,)
     k,
     K,
     BK: tl.constexpr,
-    BITS: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
     DOUBLE_QUANT: tl.constexpr,
 ):
-    """fp32 factors of the codes of W[rows, k : k + BK], for ``decode``.
+    """Scales of W[rows, k : k + BK], for ``decode_scales``: two of (R, blocks in the tile).
 
-    (R, 1), or (R, BK * BITS // 8) where several blocks lie in the tile. ``k`` is a multiple of BK;
-    of BLOCKSIZE and BK one is a multiple of the other. BLOCKSIZE 0 is a scale a row.
+    ``k`` is a multiple of BK, and of BLOCKSIZE and BK one is a multiple of the other. BLOCKSIZE 0
+    is a scale a row.
     """
     if BLOCKSIZE == 0:
-        absmax = tl.load(absmax_ptr + rows, mask=row_mask, other=0.0)[:, None]  # (R, 1)
-    elif BLOCKSIZE >= BK:
-        block = rows * (K // BLOCKSIZE) + k // BLOCKSIZE  # (R,)
-        absmax = load_absmax(
-            absmax_ptr, nested_absmax_ptr, tables_ptr, offset, block, row_mask, DOUBLE_QUANT
-        )[:, None]  # (R, 1)
+        block = rows[:, None]  # (R, 1)
+        mask = row_mask[:, None]
     else:
-        COUNT: tl.constexpr = BK // BLOCKSIZE
-        BYTES: tl.constexpr = BLOCKSIZE * BITS // 8
-        R: tl.constexpr = rows.shape[0]
+        COUNT: tl.constexpr = BK // BLOCKSIZE if BK > BLOCKSIZE else 1
         index = k // BLOCKSIZE + tl.arange(0, COUNT)  # (COUNT,)
-        block = (rows * (K // BLOCKSIZE))[:, None] + index[None, :]  # (R, COUNT)
-        mask = row_mask[:, None] & (index < K // BLOCKSIZE)[None, :]  # (R, COUNT)
-        each = load_absmax(
-            absmax_ptr, nested_absmax_ptr, tables_ptr, offset, block, mask, DOUBLE_QUANT
-        )  # (R, COUNT)
-        spread = tl.broadcast_to(each[:, :, None], [R, COUNT, BYTES])
-        absmax = tl.reshape(spread, [R, COUNT * BYTES])  # (R, C)
-    if BITS == 8:
-        return absmax * 0.007874015718698502  # fp32 of 1 / 127
-    else:
-        return absmax
+        block = rows[:, None] * (K // BLOCKSIZE) + index[None, :]  # (R, COUNT)
+        mask = row_mask[:, None] & (index < K // BLOCKSIZE)[None, :]
+    return load_absmax(absmax_ptr, nested_absmax_ptr, block, mask, DOUBLE_QUANT)
 
 
 @triton.jit
-def decode(packed, scales, table, BITS: tl.constexpr, LOOKUP: tl.constexpr, DTYPE: tl.constexpr):
-    """The weights (R, BK) in DTYPE of ``load_codes`` and ``load_scales``."""
+def decode_scales(
+    absmax,
+    nested,
+    tables_ptr,
+    offset,
+    BK: tl.constexpr,
+    BITS: tl.constexpr,
+    DOUBLE_QUANT: tl.constexpr,
+):
+    """fp32 factors of the codes: (R, 1), or (R, BK) where several blocks lie in the tile."""
+    scales = decode_absmax(absmax, nested, tables_ptr, offset, DOUBLE_QUANT)
     if BITS == 8:
-        return round_to(packed.to(tl.float32) * scales, DTYPE)  # (R, BK)
+        scales = scales * 0.007874015718698502  # fp32 of 1 / 127
+    R: tl.constexpr = scales.shape[0]
+    COUNT: tl.constexpr = scales.shape[1]
+    if COUNT == 1:
+        return scales
     else:
-        high, low = code_values(packed, table, LOOKUP)  # (R, BK // 2)
-        pairs = tl.join(round_to(high * scales, DTYPE), round_to(low * scales, DTYPE))
-        return tl.reshape(pairs, [packed.shape[0], 2 * packed.shape[1]])  # (R, BK)
+        spread = tl.broadcast_to(scales[:, :, None], [R, COUNT, BK // COUNT])
+        return tl.reshape(spread, [R, BK])
+
+
+@triton.jit
+def decode(codes, scales, table, BITS: tl.constexpr, LOOKUP: tl.constexpr, DTYPE: tl.constexpr):
+    """The weights (R, BK) in DTYPE: codes as loaded or as bytes, scales (R, 1) or (R, BK)."""
+    if BITS == 8:
+        values = codes.to(tl.float32)
+    elif codes.dtype == tl.uint8:
+        values = byte_values(codes, table, LOOKUP)
+    else:
+        values = word_values(codes, table, LOOKUP)
+    return round_to(values * scales, DTYPE)

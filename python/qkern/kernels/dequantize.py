@@ -23,7 +23,13 @@ from torch import Tensor
 from qkern.formats import QuantFormat
 from qkern.kernels import launch
 from qkern.kernels.aot import AotSpec, lookup_of
-from qkern.kernels.decode import decode, load_absmax, load_offset, open_table
+from qkern.kernels.decode import (
+    decode,
+    decode_scales,
+    load_absmax,
+    load_offset,
+    open_table,
+)
 from qkern.kernels.rounding import round_to
 
 # Bytes of codes of one program, or one block: 2 or 4 KiB of 16-bit output.
@@ -53,18 +59,12 @@ def _dequantize_kernel(
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)  # (BLOCKS,)
     at = block[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]  # (BLOCKS, WIDTH)
     packed = tl.load(packed_ptr + at, mask=at < stored, other=0)
-    absmax = load_absmax(
-        absmax_ptr,
-        nested_absmax_ptr,
-        tables_ptr,
-        offset,
-        block,
-        block * BLOCKSIZE < numel,
-        DOUBLE_QUANT,
-    )[:, None]  # (BLOCKS, 1)
-    if BITS == 8:
-        absmax = absmax * 0.007874015718698502  # fp32 of 1 / 127
-    values = decode(packed, absmax, table, BITS, LOOKUP, DTYPE)  # (BLOCKS, BLOCKSIZE)
+    inside = block * BLOCKSIZE < numel
+    absmax, nested = load_absmax(absmax_ptr, nested_absmax_ptr, block, inside, DOUBLE_QUANT)
+    scales = decode_scales(
+        absmax[:, None], nested[:, None], tables_ptr, offset, BLOCKSIZE, BITS, DOUBLE_QUANT
+    )  # (BLOCKS, 1)
+    values = decode(packed, scales, table, BITS, LOOKUP, DTYPE)  # (BLOCKS, BLOCKSIZE)
     to = block[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
     tl.store(out_ptr + to, values, mask=to < numel)
 

@@ -134,6 +134,38 @@ def operand(x: Tensor, columns: int, name: str) -> Tensor:
     return rows if rows.data_ptr() % 16 == 0 else rows.clone()
 
 
+def epilogue(
+    x: Tensor, bias: Tensor | None, h: Tensor | None, lora_B: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The arguments bias, h and B of a product; x in place of those that are not there."""
+    return tuple(x if tensor is None else tensor for tensor in (bias, h, lora_B))  # type: ignore[return-value]
+
+
+def product_constants(
+    x: Tensor, weight: Weight, bias: Tensor | None, lora_B: Tensor | None, BK: int
+) -> dict[str, Any]:
+    """The constants of a product that do not come from its tile.
+
+    They are ``weight.constants`` and HAS_BIAS, RANK, BR (ranks of a step), PRECISION (of an
+    adapter in fp32), EVEN_K.
+    """
+    rank = 0 if lora_B is None else lora_B.shape[1]
+    thrice = weight.constants["LOOKUP"] == "shuffle" and x.dtype != torch.float32
+    return {
+        **weight.constants,
+        "HAS_BIAS": bias is not None,
+        "RANK": rank,
+        "BR": rank_step(rank),
+        "PRECISION": "tf32x3" if thrice else "ieee",
+        "EVEN_K": weight.in_features % BK == 0,
+    }
+
+
+def rank_step(rank: int) -> int:
+    """Ranks that are multiplied at once: a power of 2, at least the depth of a tensor core."""
+    return min(max(1 << max(rank - 1, 0).bit_length(), 16), 64)
+
+
 def same_device(*tensors: Tensor) -> None:
     """Refuse tensors of several devices.
 
