@@ -31,8 +31,13 @@ BOUND, BOUND_OF_16_BITS = 2e-6, 2e-5
 
 @pytest.fixture
 def processors(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """As if the device had so many: with more of them, sums are split."""
-    return lambda count: monkeypatch.setattr(lora, "processors", lambda device: count)
+    """As on a device with so many: sums are split; with two or more, factors are too."""
+
+    def pretend(count: int) -> None:
+        monkeypatch.setattr(lora, "processors", lambda device: count)
+        monkeypatch.setattr(lora, "arch_of", lambda device: "sm_90" if count > 1 else "")
+
+    return pretend
 
 
 def error(got: torch.Tensor, right: torch.Tensor) -> float:

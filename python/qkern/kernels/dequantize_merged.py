@@ -103,11 +103,10 @@ def dequantize_merged(
         dtype: of the result: float32, float16 or bfloat16.
         out: (N, K) in ``dtype``, contiguous, to write into; a new tensor if None.
     """
-    codes = weight.pointers[0]
-    launch.same_device(codes, lora_A, lora_B)
+    launch.same_device(weight.pointers[0], lora_A, lora_B)
     N, K, R = weight.out_features, weight.in_features, lora_A.shape[0]
     if out is None:
-        out = torch.empty((N, K), dtype=dtype, device=codes.device)
+        out = torch.empty((N, K), dtype=dtype, device=weight.device)
     with torch.cuda.device_of(out):
         _dequantize_merged_kernel[(triton.cdiv(N, _TILE["BN"]) * triton.cdiv(K, _TILE["BK"]),)](
             *weight.pointers,
@@ -162,7 +161,6 @@ def aot_specs(arch: str) -> Iterator[AotSpec]:
             signature,
             constants,
             divisible=("K",),
-            exact=False,
             tensor_cores=True,
             quick=rank == 16 and bits == 4,
         )

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from qkern.kernels.aot import AotSpec
 from qkern.kernels.dropout import Dropout, arguments, gain_of, keep
-from qkern.kernels.launch import EXACT, TL_DTYPES, processors, same_device
+from qkern.kernels.launch import TL_DTYPES, processors, same_device
 from qkern.kernels.launch import arch as arch_of
 from qkern.kernels.product import multiply
 from qkern.kernels.rounding import round_to, widen
@@ -231,7 +231,7 @@ def hidden(
         if M <= FEW and not dropped["DROPOUT"]:
             block = min(max(triton.next_power_of_2(K), 16), 1024)
             _hidden_few_kernel[(R, M)](
-                x, A, out_ptr=h, K=K, scaling=factor, RANK=R, BK=block, **common, **EXACT
+                x, A, out_ptr=h, K=K, scaling=factor, RANK=R, BK=block, **common
             )
             return h
         tile = tile_of(R, x.dtype, dropped=dropped["DROPOUT"])
@@ -254,7 +254,6 @@ def hidden(
             **dropped,
             **tile,
             **(common if whole else {**common, "EACH": 0, "SCALES": False}),
-            **EXACT,
         )
         if not whole:
             add_parts(out, h, scaling, rows=rows, dropout=dropout)
@@ -288,7 +287,6 @@ def add_parts(
         RANK=out.shape[-1] if common["EACH"] or common["SCALES"] else 1,
         BLOCK=1024,
         **common,
-        **EXACT,
     )
 
 

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from qkern.kernels.aot import AotSpec
 from qkern.kernels.dropout import Dropout, arguments, keep
-from qkern.kernels.launch import EXACT, same_device
 from qkern.kernels.launch import arch as arch_of
+from qkern.kernels.launch import same_device
 from qkern.kernels.lora import (
     Rows,
     add_parts,
@@ -156,7 +156,6 @@ def grad_hidden(
             PRECISION=precision(grad.device),
             **tile,
             **_OPTIONS,
-            **EXACT,
         )
         add_parts(G_parts, G, scaling, rows=rows)
         add_parts(dB_parts, dB)
@@ -197,7 +196,6 @@ def grad_a(G: Tensor, x: Tensor, dtype: torch.dtype, *, dropout: Dropout | None 
             **dropped,
             **tile,
             **_OPTIONS,
-            **EXACT,
         )
         add_parts(dA_parts, dA, dropout=dropout)
     return dA
