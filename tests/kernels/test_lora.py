@@ -9,7 +9,7 @@ import torch
 from kernel_memory import guarded
 
 pytest.importorskip("triton")
-from qkern.kernels import lora
+from qkern.kernels import lora, thin_product
 from qkern.kernels.dropout import Dropout, gain_of, threshold_of
 from qkern.kernels.lora import Rows, hidden
 from qkern.kernels.lora_backward import grad_a, grad_hidden
@@ -35,7 +35,7 @@ def processors(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
     def pretend(count: int) -> None:
         monkeypatch.setattr(lora, "processors", lambda device: count)
-        monkeypatch.setattr(lora, "arch_of", lambda device: "sm_90" if count > 1 else "")
+        monkeypatch.setattr(thin_product, "arch_of", lambda device: "sm_90" if count > 1 else "")
 
     return pretend
 

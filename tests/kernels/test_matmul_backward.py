@@ -9,13 +9,15 @@ import torch
 from kernel_memory import guarded
 
 from qkern import reference
+from qkern.errors import ShapeError
 from qkern.formats import QuantFormat
 
 pytest.importorskip("triton")
-from qkern.kernels import launch, lora
+from qkern.kernels import launch, lora, thin_product
 from qkern.kernels.dequantize_merged import dequantize_merged
 from qkern.kernels.dropout import Dropout, gain_of
 from qkern.kernels.launch import Weight
+from qkern.kernels.linear_backward import linear_backward
 from qkern.kernels.lora import hidden
 from qkern.kernels.lora_backward import grad_hidden
 from qkern.kernels.matmul_backward import matmul_backward
@@ -60,24 +62,25 @@ def processors(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
     def pretend(count: int) -> None:
         monkeypatch.setattr(lora, "processors", lambda device: count)
-        for module, name in ((lora, "arch_of"), (launch, "arch")):
+        for module, name in ((thin_product, "arch_of"), (launch, "arch")):
             monkeypatch.setattr(module, name, lambda device: "sm_90" if count > 1 else "")
 
     return pretend
 
 
-@pytest.mark.case("A11", "A14", "B12")
 # tokens: one; a small tile; more than a tile. Rows of W: few, a tile and some. Every kind of rank.
-@pytest.mark.parametrize(
-    ("M", "N", "K", "rank"),
-    [(1, 7, 256, 0), (5, 130, 256, 1), (17, 64, 512, 3), (70, 65, 256, 8), (34, 100, 256, 64)],
-)
-@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+SHAPES = ((1, 7, 256, 0), (5, 130, 256, 1), (17, 64, 512, 3), (70, 65, 256, 8), (34, 100, 256, 64))
+
+
+@pytest.mark.case("A11", "A14", "B12")
+@pytest.mark.parametrize("turn", range(10))
 def test_dx_is_that_of_fp64_over_the_weight_that_forward_multiplies(
-    M: int, N: int, K: int, rank: int, fmt: QuantFormat, processors: Callable[[int], None]
+    turn: int, processors: Callable[[int], None]
 ) -> None:
+    """Each shape with two formats, each format with two shapes."""
+    (M, N, K, rank), fmt = SHAPES[turn % 5], FORMATS[(turn + turn // 5) % 5]
     weight, parts, fmt = quantized(N, K, fmt)
-    dtype = DTYPES[(M + FORMATS.index(fmt.template) if fmt.template in FORMATS else M) % 3]
+    dtype = DTYPES[turn % 3]
     processors(1 if M % 2 else 8)
     grad, G, A = torch.randn(M, N).to(dtype), torch.randn(M, rank), torch.randn(rank, K)
     with guarded():
@@ -118,8 +121,21 @@ def test_dx_through_dropout_is_the_gradient_of_forward(processors: Callable[[int
         assert error(got, x64.grad) < 3e-6
 
 
-@pytest.mark.parametrize("fmt", FORMATS, ids=str)
-@pytest.mark.parametrize("rank", [1, 17, 64])
+def test_the_gradient_of_a_layers_input_is_that_of_its_forward() -> None:
+    N, K, rank = 70, 128, 5
+    weight, parts, fmt = quantized(N, K, QuantFormat("nf4", 64))
+    grad, A, B = torch.randn(2, N, 3).mT, torch.randn(rank, K), torch.randn(rank, N).mT
+    W = dense(parts, fmt, (N, K), torch.float32)
+    right = grad.double() @ (W + 0.5 * B.double() @ A.double())
+    G, _ = grad_hidden(grad.reshape(-1, N), B.contiguous(), torch.zeros(6, rank), 0.5)
+    for known in (None, G):
+        assert error(linear_backward(grad, weight, A, B, 0.5, G=known), right) < 3e-6
+    assert error(linear_backward(grad, weight), grad.double() @ W) < 3e-6
+    with pytest.raises(ShapeError, match=r"must be \(r, 128\) and \(70, r\)"):
+        linear_backward(grad, weight, A.mT, B)
+
+
+@pytest.mark.parametrize(("fmt", "rank"), [*zip(FORMATS, (1, 3, 16, 17, 64), strict=True)], ids=str)
 def test_a_merged_weight_is_rounded_once(fmt: QuantFormat, rank: int) -> None:
     N, K = 70, 256
     weight, parts, fmt = quantized(N, K, fmt)

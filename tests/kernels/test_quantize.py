@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from qkern.kernels.quantize import encode, quantize
 from qkern.kernels.quantize_absmax import quantize_absmax
 
-PATTERNS = dict(cases.value_patterns(4099, np.random.default_rng(0)))
+PATTERNS = dict(cases.value_patterns(2099, np.random.default_rng(0)))
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -50,8 +50,8 @@ def test_quantize_writes_the_hosts_bytes(pattern: str, quant_type: str) -> None:
 @pytest.mark.parametrize("length", [0, *cases.LENGTHS])
 def test_quantize_writes_the_hosts_bytes_at_every_length(length: int) -> None:
     """Fewer blocks than a program takes, ragged last blocks, odd counts: nothing beyond the end."""
-    for i, blocksize in enumerate((32, 128, 2048)):
-        values = torch.randn(length).to(getattr(torch, DTYPES[i]))
+    for dtype, blocksize in zip(DTYPES[:2], (32, 2048), strict=True):
+        values = torch.randn(length).to(getattr(torch, dtype))
         for quant_type in ("nf4", "fp4", "int8"):
             check(values, QuantFormat(quant_type, blocksize, double_quant=False))
 

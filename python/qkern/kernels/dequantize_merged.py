@@ -4,7 +4,7 @@
 
 W (N, K), B (N, r), A (r, K), all row-major. The weight is not rounded before the sum: W' is within
 half an ulp of the fp32 sum, and its noise is that of one rounding, which an update far smaller than
-an ulp of W drowns in. B A is a product in fp32, of factors as in ``lora``. Tiles (BN, BK).
+an ulp of W drowns in. B A is a product in fp32, of factors as in ``thin_product``. Tiles (BN, BK).
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from qkern.kernels.decode import (
     open_table,
 )
 from qkern.kernels.launch import Weight
-from qkern.kernels.lora import multiply_thin, name_of, pointer_to, precision, precision_of
+from qkern.kernels.lora import name_of, pointer_to
 from qkern.kernels.rounding import round_to
+from qkern.kernels.thin_product import multiply_thin, precision, precision_of
 
 _TILE = {"BN": 64, "BK": 64}
 
@@ -162,5 +163,5 @@ def aot_specs(arch: str) -> Iterator[AotSpec]:
             constants,
             divisible=("K",),
             tensor_cores=True,
-            quick=rank == 16 and bits == 4,
+            quick=arch == "sm_90" and rank == 16 and bits == 4,
         )

@@ -8,12 +8,8 @@ its own adapter, the others are 0, and so is all that is computed from them (y, 
 
 Few tokens take a program for each value of h. Else tiles (BM, BR) on tensor cores, with columns of
 x split between programs where there are few tiles; the parts are added in their order by a second
-kernel. No sum depends on when a program runs: reruns have the same bits.
-
-Factors of one 16-bit dtype are multiplied as they are. Beside x in bf16 an fp32 factor is the sum
-of two bf16 numbers, with 16 bits of its mantissa. Other fp32 factors are the sum of two tf32
-numbers, with 22 bits; the product of the two lower ones is left out. What is not finite stays so,
-as NaN.
+kernel. No sum depends on when a program runs: reruns have the same bits. Factors of different
+dtypes: see ``thin_product``.
 """
 
 from __future__ import annotations
@@ -29,9 +25,8 @@ from torch import Tensor
 from qkern.kernels.aot import AotSpec
 from qkern.kernels.dropout import Dropout, arguments, gain_of, keep
 from qkern.kernels.launch import TL_DTYPES, processors, same_device
-from qkern.kernels.launch import arch as arch_of
-from qkern.kernels.product import multiply
 from qkern.kernels.rounding import round_to, widen
+from qkern.kernels.thin_product import multiply_thin, precision, precision_of
 
 # Tokens up to which each value of h is a program of its own.
 FEW = 4
@@ -49,35 +44,6 @@ class Rows(NamedTuple):
 
     adapter: Tensor
     rank: int
-
-
-@triton.jit
-def multiply_thin(a, b, sums, PRECISION: tl.constexpr):
-    """``sums + a b``: (M, K) (K, N) of any two dtypes, sums (M, N) fp32.
-
-    All parts are added to the same sums: ``tf32x3`` of Triton keeps a second set of them.
-    """
-    if a.dtype == b.dtype and a.dtype != tl.float32:
-        return multiply(a, b, sums)
-    elif a.dtype == tl.bfloat16 and b.dtype == tl.float32:
-        high = round_to(b, tl.bfloat16)
-        low = round_to(b - widen(high), tl.bfloat16)
-        return multiply(a, high, multiply(a, low, sums))
-    elif PRECISION == "ieee":
-        return multiply(widen(a), widen(b), sums)
-    else:
-        a_high, b_high = _first_bits(widen(a)), _first_bits(widen(b))
-        if b.dtype == tl.float32:  # values of 16 bits are their own first bits
-            sums = tl.dot(a_high, b - b_high, sums, input_precision="tf32")
-        if a.dtype == tl.float32:
-            sums = tl.dot(a - a_high, b_high, sums, input_precision="tf32")
-        return tl.dot(a_high, b_high, sums, input_precision="tf32")
-
-
-@triton.jit
-def _first_bits(x):
-    """``x`` cut to the 11 bits of tf32's mantissa."""
-    return (x.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -320,11 +286,6 @@ def split_of(length: int, step: int, tiles: int, device: torch.device) -> int:
     return int(triton.cdiv(triton.cdiv(length, wanted), step) * step)
 
 
-def precision(device: torch.device) -> str:
-    """Of products of fp32, see ``multiply``."""
-    return precision_of(arch_of(device))
-
-
 def name_of(dtype: torch.dtype) -> str:
     """Triton's name, "bf16" for one."""
     return str(TL_DTYPES[dtype].name)
@@ -333,11 +294,6 @@ def name_of(dtype: torch.dtype) -> str:
 def pointer_to(dtype: torch.dtype) -> str:
     """Triton's name of a pointer to values of a dtype."""
     return f"*{name_of(dtype)}"
-
-
-def precision_of(arch: str) -> str:
-    """The same for an architecture of ``aot.ARCHS``."""
-    return "tf32x3" if arch.startswith("sm_") else "ieee"
 
 
 def aot_specs(arch: str) -> Iterator[AotSpec]:
@@ -364,7 +320,7 @@ def aot_specs(arch: str) -> Iterator[AotSpec]:
             divisible=("K", "split"),
             exact=False,
             tensor_cores=True,
-            quick=R == 16,
+            quick=arch == "sm_90" and R == 16,
         )
     few = {"x_ptr": "*bf16", "A_ptr": "*fp32", "K": "i32"}
     constants = {"RANK": 16, "BK": 1024, **plain}

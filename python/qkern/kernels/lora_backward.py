@@ -7,7 +7,8 @@
 Each tile of dY is read once for both of its products: a program walks down some rows of BN columns
 of dY, writes its part of G for each tile and keeps its part of dB. Parts are added by a second
 kernel in their order, without atomics: reruns have the same bits. Ranks above 64 take a pass for
-each 64. Factors of different dtypes are multiplied as in ``lora``.
+each 64. Factors of different dtypes: see
+``thin_product``.
 
 With several adapters in a batch the columns of h that are not a token's own are 0, and so are those
 of G: dA and dB get from each token what its adapter did.
@@ -26,17 +27,8 @@ from qkern.kernels.aot import AotSpec
 from qkern.kernels.dropout import Dropout, arguments, keep
 from qkern.kernels.launch import arch as arch_of
 from qkern.kernels.launch import same_device
-from qkern.kernels.lora import (
-    Rows,
-    add_parts,
-    multiply_thin,
-    name_of,
-    pointer_to,
-    precision,
-    precision_of,
-    split_of,
-    tile_of,
-)
+from qkern.kernels.lora import Rows, add_parts, name_of, pointer_to, split_of, tile_of
+from qkern.kernels.thin_product import multiply_thin, precision, precision_of
 
 # A tile of dY takes half of the shared memory of a small GPU: two are in flight.
 _OPTIONS = {"num_warps": 8, "num_stages": 2}
@@ -235,7 +227,7 @@ def aot_specs(arch: str) -> Iterator[AotSpec]:
             divisible=("N",),
             exact=False,
             tensor_cores=True,
-            quick=R == 16,
+            quick=arch == "sm_90" and R == 16,
         )
         pointers = {"G_ptr": "*fp32", "x_ptr": pointer_to(dtype), "seed_ptr": "*i64"}
         pointers |= {"dA_ptr": "*fp32", "K": "i32", "threshold": "i32"}
@@ -251,5 +243,5 @@ def aot_specs(arch: str) -> Iterator[AotSpec]:
             divisible=("K",),
             exact=False,
             tensor_cores=True,
-            quick=R == 16,
+            quick=arch == "sm_90" and R == 16,
         )

@@ -4,8 +4,8 @@
 
 The sum runs over rows of W, while its blocks run along the columns: a tile (BN, BK) of W is decoded
 from the same bytes as in forward, to the same values ``dequantize(q, dY.dtype)``, and needs no
-transposed copy. Sums are fp32 and rounded once. The adapter's part is multiplied as in ``lora``;
-where x was dropped for the adapter, so is this part of its gradient.
+transposed copy. Sums are fp32 and rounded once. Where x was dropped for the adapter, so is the
+adapter's part of its gradient, which is multiplied as in ``thin_product``.
 
 A program computes a tile (BM, BK) of dX. Where there are few tiles, rows of W are split between
 programs, and the parts are added in their order by a second kernel.
@@ -23,27 +23,12 @@ from torch import Tensor
 
 from qkern.kernels import launch
 from qkern.kernels.aot import AotSpec, lookup_of
-from qkern.kernels.decode import (
-    decode,
-    decode_scales,
-    load_codes,
-    load_offset,
-    load_scales,
-    open_table,
-)
-from qkern.kernels.dropout import Dropout, arguments, gain_of, keep
+from qkern.kernels.dropout import Dropout, arguments, gain_of
 from qkern.kernels.launch import Weight
-from qkern.kernels.lora import (
-    add_parts,
-    multiply_thin,
-    name_of,
-    pointer_to,
-    precision,
-    precision_of,
-    split_of,
-)
-from qkern.kernels.product import multiply
+from qkern.kernels.lora import add_parts, name_of, pointer_to, split_of
+from qkern.kernels.product_backward import add_masked_adapter, sum_over_rows
 from qkern.kernels.rounding import round_to
+from qkern.kernels.thin_product import precision, precision_of
 
 
 class _Config(NamedTuple):
@@ -59,118 +44,6 @@ class _Config(NamedTuple):
     @property
     def constants(self) -> dict[str, Any]:
         return {"BM": self.BM, "BK": self.BK, "BN": self.BN, "AHEAD": self.ahead}
-
-
-@triton.jit
-def _sum_over_rows(
-    grad_ptr,
-    packed_ptr,
-    absmax_ptr,
-    nested_absmax_ptr,
-    offset_ptr,
-    tables_ptr,
-    m,  # (BM,) int32, rows of dY
-    k,  # the first column of W
-    M,
-    N,
-    K,
-    start,
-    end,
-    BITS: tl.constexpr,
-    BLOCKSIZE: tl.constexpr,
-    DOUBLE_QUANT: tl.constexpr,
-    LOOKUP: tl.constexpr,
-    BK: tl.constexpr,
-    BN: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    AHEAD: tl.constexpr,
-):
-    """fp32 (BM, BK): the products over rows start to end of W.
-
-    Codes are loaded one step ahead, scales two, as in ``product.sum_over_columns``.
-    """
-    DTYPE: tl.constexpr = grad_ptr.dtype.element_ty
-    table = open_table(tables_ptr, LOOKUP)
-    offset = load_offset(offset_ptr, DOUBLE_QUANT)
-    grad_row = grad_ptr + m.to(tl.int64)[:, None] * N  # (BM, 1)
-    n = start + tl.arange(0, BN)  # (BN,)
-    codes = load_codes(packed_ptr, n.to(tl.int64), n < end, k, K, BK, BITS, EVEN_K)  # (BN, C)
-    absmax, nested = load_scales(
-        absmax_ptr,
-        nested_absmax_ptr,
-        n.to(tl.int64),
-        n < end,
-        k,
-        K,
-        BK,
-        BLOCKSIZE,
-        DOUBLE_QUANT,
-    )  # (BN, blocks)
-    scales = decode_scales(absmax, nested, tables_ptr, offset, BK, BITS, DOUBLE_QUANT)
-    rows = (n + BN).to(tl.int64)
-    absmax, nested = load_scales(
-        absmax_ptr, nested_absmax_ptr, rows, rows < end, k, K, BK, BLOCKSIZE, DOUBLE_QUANT
-    )
-    sums = tl.full([m.shape[0], BK], 0.0, tl.float32)  # (BM, BK)
-    if AHEAD:
-        w = decode(codes, scales, table, BITS, LOOKUP, DTYPE)  # (BN, BK)
-        scales = decode_scales(absmax, nested, tables_ptr, offset, BK, BITS, DOUBLE_QUANT)
-    for first in range(start, end, BN):
-        n = first + tl.arange(0, BN)
-        mask = (m < M)[:, None] & (n < end)[None, :]
-        grad = tl.load(grad_row + n[None, :], mask=mask, other=0.0)  # (BM, BN)
-        if not AHEAD:
-            w = decode(codes, scales, table, BITS, LOOKUP, DTYPE)  # (BN, BK)
-        rows = (n + BN).to(tl.int64)
-        codes = load_codes(packed_ptr, rows, rows < end, k, K, BK, BITS, EVEN_K)
-        if not AHEAD:
-            scales = decode_scales(absmax, nested, tables_ptr, offset, BK, BITS, DOUBLE_QUANT)
-        rows = (n + 2 * BN).to(tl.int64)
-        absmax, nested = load_scales(
-            absmax_ptr, nested_absmax_ptr, rows, rows < end, k, K, BK, BLOCKSIZE, DOUBLE_QUANT
-        )
-        sums = multiply(grad, w, sums)  # type: ignore[possibly-undefined]
-        if AHEAD:
-            w = decode(codes, scales, table, BITS, LOOKUP, DTYPE)
-            scales = decode_scales(absmax, nested, tables_ptr, offset, BK, BITS, DOUBLE_QUANT)
-    return sums
-
-
-@triton.jit
-def _add_adapter(
-    sums,  # (BM, BK) fp32
-    G_ptr,
-    A_ptr,
-    seed_ptr,
-    m,  # (BM,) int32
-    first,
-    M,
-    K,
-    threshold,
-    gain,
-    RANK: tl.constexpr,
-    BR: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BK: tl.constexpr,
-):
-    """``sums + G[m] A[:, k]``, the latter where x was kept."""
-    k = first + tl.arange(0, BK)  # (BK,)
-    part = sums
-    if DROPOUT:
-        part = tl.full([m.shape[0], BK], 0.0, tl.float32)
-    for r in tl.static_range(0, RANK, BR):
-        rank = r + tl.arange(0, BR)  # (BR,)
-        at_G = m.to(tl.int64)[:, None] * RANK + rank[None, :]
-        at_A = rank.to(tl.int64)[:, None] * K + k[None, :]
-        G = tl.load(G_ptr + at_G, mask=(m < M)[:, None] & (rank < RANK)[None, :], other=0.0)
-        A = tl.load(A_ptr + at_A, mask=(rank < RANK)[:, None] & (k < K)[None, :], other=0.0)
-        part = multiply_thin(G, A, part, PRECISION)
-    if DROPOUT:
-        kept = keep(tl.load(seed_ptr), m, first, K, threshold, BK)
-        return sums + tl.where(kept, part * gain, 0.0)
-    else:
-        return part
 
 
 @triton.jit
@@ -210,7 +83,7 @@ def _matmul_backward_kernel(
     m = tl.program_id(0) % tiles_m * BM + tl.arange(0, BM)  # (BM,)
     first = tl.program_id(0) // tiles_m * BK
     start = tl.program_id(1) * split
-    sums = _sum_over_rows(
+    sums = sum_over_rows(
         grad_ptr,
         packed_ptr,
         absmax_ptr,
@@ -235,7 +108,7 @@ def _matmul_backward_kernel(
     )  # (BM, BK)
     if RANK > 0:  # noqa: SIM102 - known when compiled
         if tl.program_id(1) == 0:
-            sums = _add_adapter(
+            sums = add_masked_adapter(
                 sums,
                 G_ptr,
                 A_ptr,
@@ -374,5 +247,5 @@ def aot_specs(arch: str) -> Iterator[AotSpec]:
             divisible=("N", "K", "split"),
             exact=dtype != torch.float32,
             tensor_cores=dtype != torch.float32,
-            quick=tokens == 512 and rank == 0,
+            quick=arch in {"sm_80", "sm_90"} and tokens == 512 and rank == 0,
         )

@@ -283,7 +283,7 @@ def aot_specs(arch: str) -> Iterator[AotSpec]:
                 **_search_tables(quant_type, device)[2],
             },
             divisible=("numel",),
-            quick=not given,
+            quick=arch == "sm_90" and not given,
         )
     pointers = {"values_ptr": "*bf16", "absmax_ptr": "*fp32", "codes_ptr": "*i8"}
     yield AotSpec(
@@ -292,7 +292,7 @@ def aot_specs(arch: str) -> Iterator[AotSpec]:
         pointers | {"numel": "i64"},
         {"BLOCKSIZE": 64, "BLOCKS": TILE // 64},
         divisible=("numel",),
-        quick=True,
+        quick=arch == "sm_90",
     )
     yield AotSpec(
         "quantize int8 rows of bf16",
@@ -300,5 +300,5 @@ def aot_specs(arch: str) -> Iterator[AotSpec]:
         pointers | {"columns": "i64"},
         {"CHUNK": CHUNK},
         divisible=("columns",),
-        quick=True,
+        quick=arch == "sm_90",
     )

@@ -154,12 +154,13 @@ def _bounds(device: torch.device) -> Tensor:
 
 def aot_specs(arch: str) -> Iterator[AotSpec]:
     """Its three kernels."""
+    quick = arch == "sm_90"
     sums = {"absmax_ptr": "*fp32", "sums_ptr": "*fp64", "negative_ptr": "*i32", "blocks": "i64"}
-    yield AotSpec("quantize_absmax sums", _group_sums_kernel, sums, _SUMS, warps=1, quick=True)
+    yield AotSpec("quantize_absmax sums", _group_sums_kernel, sums, _SUMS, warps=1, quick=quick)
     offset = {"sums_ptr": "*fp64", "negative_ptr": "*i32", "offset_ptr": "*fp32"}
     offset |= {"groups": "i32", "blocks": "i64"}
-    yield AotSpec("quantize_absmax offset", _offset_kernel, offset, _OFFSET, quick=True)
+    yield AotSpec("quantize_absmax offset", _offset_kernel, offset, _OFFSET, quick=quick)
     names = ("absmax", "offset", "bounds", "code", "nested")
     codes = {f"{name}_ptr": "*fp32" for name in names}
     codes |= {"codes_ptr": "*u8", "safe_ptr": "*u8", "blocks": "i64"}
-    yield AotSpec("quantize_absmax codes", _code_scales_kernel, codes, _CODES, quick=True)
+    yield AotSpec("quantize_absmax codes", _code_scales_kernel, codes, _CODES, quick=quick)
