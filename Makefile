@@ -89,7 +89,7 @@ test-wheel: $(VENV)/.dev ## build the wheel, open it, use it where there is no t
 	$(VENV_PYTHON) -m pytest -m wheel $(PYTEST_ARGS)
 
 aot: $(VENV)/.dev ## compile the Triton kernels for every GPU: registers, spills, instructions
-	env -u TRITON_INTERPRET $(VENV_PYTHON) tests/kernels/aot_report.py $(AOT_ARGS)
+	$(VENV_PYTHON) tests/kernels/aot_report.py $(AOT_ARGS)
 
 demo: $(VENV)/.train ## fine-tune a small model on a laptop
 	$(VENV_PYTHON) examples/demo/demo.py $(DEMO_ARGS)

@@ -132,7 +132,8 @@ def read_amd(compiled: Any) -> Code:
     lines = [line.strip() for line in text.splitlines()]
     operations = [re.match(r"[a-z]+_\w+", line) for line in lines if re.match(r"[sv]_|ds_", line)]
     names = [found[0] for found in operations if found]
-    places = {line.rstrip(":"): i for i, line in enumerate(lines) if re.match(r"\.LBB\S+:", line)}
+    labels = ((i, re.match(r"(\.LBB\w+):", line)) for i, line in enumerate(lines))
+    places = {found[1]: i for i, found in labels if found}
     jumps = [(i, line.split()[-1]) for i, line in enumerate(lines) if "branch" in line]
     return Code(
         registers=numbers.get("vgpr_count", 0),

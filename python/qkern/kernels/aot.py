@@ -52,6 +52,11 @@ def lookup_of(arch: str) -> str:
     return "shuffle" if arch.startswith("sm_") else "table"
 
 
+def is_quick(arch: str, op: str) -> bool:
+    """Whether `make test` compiles an operation for ``arch``: of most, one is enough."""
+    return arch in {"sm_80", "sm_90"} or op == "matmul"
+
+
 def product_specs(
     op: str, kernel: Any, arch: str, *, exact: bool = True, more: dict[str, str] | None = None
 ) -> Iterator[AotSpec]:
@@ -92,7 +97,7 @@ def product_specs(
                 divisible=("N", "K"),
                 exact=exact and row.bits == 16,
                 tensor_cores=op != "matvec" and row.bits == 16,
-                quick=(kind, dtype, adapter, rank) == kinds[0] and arch in {"sm_80", "sm_90"},
+                quick=(kind, dtype, adapter, rank) == kinds[0] and is_quick(arch, op),
             )
 
 
@@ -115,8 +120,9 @@ def _constants(
 ) -> dict[str, Any]:
     BM, BN, BK = row.tile
     is_nvidia = arch.startswith("sm_")
+    bits = 8 if kind.startswith("int8") else 4
     values = {
-        "BITS": 8 if kind.startswith("int8") else 4,
+        "BITS": bits,
         "BLOCKSIZE": 0 if kind == "int8 rows" else 64,
         "DOUBLE_QUANT": kind in {"nf4", "int8"},
         "LOOKUP": lookup_of(arch),
@@ -125,7 +131,7 @@ def _constants(
         "BR": max(rank, 16),
         "PRECISION": "tf32x3" if is_nvidia and dtype != "fp32" else "ieee",
         "EVEN_K": True,
-        "AHEAD": row.ahead,
+        "AHEAD": row.decodes_ahead(bits),
         "BM": BM,
         "BN": BN,
         "BK": BK,

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from qkern.formats import QuantFormat
 from qkern.kernels import launch
-from qkern.kernels.aot import AotSpec, lookup_of
+from qkern.kernels.aot import AotSpec, is_quick, lookup_of
 from qkern.kernels.decode import (
     decode,
     decode_scales,
@@ -177,8 +177,14 @@ def aot_specs(arch: str) -> Iterator[AotSpec]:
             codes | pointers,
             constants,
             divisible=("numel", "stored"),
-            quick=True,
+            quick=is_quick(arch, "dequantize"),
         )
     signature = {"packed_ptr": "*i8", "absmax_ptr": "*fp32", "out_ptr": "*bf16", "numel": "i64"}
     constants = {"LENGTH": 172, "DTYPE": tl.bfloat16, "BYTES": BYTES}
-    yield AotSpec("dequantize int8 rows", _dequantize_rows_kernel, signature, constants, quick=True)
+    yield AotSpec(
+        "dequantize int8 rows",
+        _dequantize_rows_kernel,
+        signature,
+        constants,
+        quick=is_quick(arch, "dequantize"),
+    )

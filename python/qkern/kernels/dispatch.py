@@ -38,6 +38,10 @@ class Config:
     split: int = 0
     shape: tuple[int, int] | None = None
 
+    def decodes_ahead(self, weight_bits: int) -> bool:
+        """Whether tiles of W are decoded a step ahead; 8-bit ones of ``matmul`` would spill."""
+        return self.ahead and (weight_bits == 4 or self.op == "matmul_small")
+
     def replace(self, **changes: object) -> Config:
         """A copy with some entries changed."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]

@@ -117,17 +117,17 @@ def matmul(
             N,
             weight.in_features,
             **launch.product_constants(x, weight, bias, lora_B, config.tile[2]),
-            **tile_constants(config),
+            **tile_constants(config, weight.fmt.bits),
             **launch.EXACT,
         )
     return out
 
 
-def tile_constants(config: Config) -> dict[str, Any]:
+def tile_constants(config: Config, weight_bits: int) -> dict[str, Any]:
     """BM, BN, BK, AHEAD, warps and stages."""
     BM, BN, BK = config.tile
     options = {"num_warps": config.warps, "num_stages": config.stages}
-    return {"BM": BM, "BN": BN, "BK": BK, "AHEAD": config.ahead, **options}
+    return {"BM": BM, "BN": BN, "BK": BK, "AHEAD": config.decodes_ahead(weight_bits), **options}
 
 
 def aot_specs(arch: str) -> Iterator[AotSpec]:

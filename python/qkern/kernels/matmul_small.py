@@ -131,7 +131,7 @@ def matmul_small(
             N,
             weight.in_features,
             **launch.product_constants(x, weight, bias, lora_B, config.tile[2]),
-            **tile_constants(config),
+            **tile_constants(config, weight.fmt.bits),
             **launch.EXACT,
         )
     return out

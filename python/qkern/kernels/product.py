@@ -22,8 +22,11 @@ from qkern.kernels.decode import (
 from qkern.kernels.rounding import INTERPRETED, round_to
 
 
+_IEEE = tl.constexpr("ieee")  # Triton 3.6 takes no bare string as a default
+
+
 @triton.jit
-def multiply(a, b, sums, PRECISION: tl.constexpr = "ieee"):
+def multiply(a, b, sums, PRECISION: tl.constexpr = _IEEE):
     """``sums + a b`` in fp32.
 
     Args:
@@ -83,7 +86,10 @@ def sum_over_columns(
     x_mask = (m < M)[:, None]  # (BM, 1)
     column = tl.arange(0, BK)
     sums = tl.full([m.shape[0], n.shape[0]], 0.0, tl.float32)  # (BM, BN)
-    valid = n < tl.where(start < end, N, 0)  # (BN,); none beyond the last step
+    row_mask = n < N  # (BN,)
+    # A scalar condition is spread by hand: the interpreter mistakes one for a number.
+    zeros = tl.full([n.shape[0]], 0, tl.int32)  # (BN,)
+    valid = row_mask & (zeros + start < end)  # none beyond the last step
     codes = load_codes(packed_ptr, rows, valid, start, K, BK, BITS, EVEN_K)  # (BN, C)
     absmax, nested = load_scales(
         absmax_ptr, nested_absmax_ptr, rows, valid, start, K, BK, BLOCKSIZE, DOUBLE_QUANT
@@ -93,7 +99,7 @@ def sum_over_columns(
         w = decode(codes, scales, table, BITS, LOOKUP, DTYPE)  # (BN, BK)
     else:
         if DOUBLE_QUANT:
-            valid = n < tl.where(start + BK < end, N, 0)
+            valid = row_mask & (zeros + (start + BK) < end)
             absmax, nested = load_scales(
                 absmax_ptr, nested_absmax_ptr, rows, valid, start + BK, K, BK, BLOCKSIZE, True
             )
@@ -104,13 +110,13 @@ def sum_over_columns(
         x = tl.load(x_row + (k + column)[None, :], mask=mask, other=0.0)  # (BM, BK)
         if not AHEAD:
             w = decode(codes, scales, table, BITS, LOOKUP, DTYPE)  # (BN, BK)
-        valid = n < tl.where(k + BK < end, N, 0)
+        valid = row_mask & (zeros + (k + BK) < end)
         codes = load_codes(packed_ptr, rows, valid, k + BK, K, BK, BITS, EVEN_K)
         at = k + BK
         if DOUBLE_QUANT and not AHEAD:
             scales = decode_scales(absmax, nested, tables_ptr, offset, BK, BITS, True)
             at = k + 2 * BK
-            valid = n < tl.where(at < end, N, 0)
+            valid = row_mask & (zeros + at < end)
         absmax, nested = load_scales(
             absmax_ptr, nested_absmax_ptr, rows, valid, at, K, BK, BLOCKSIZE, DOUBLE_QUANT
         )
