@@ -163,5 +163,4 @@ def aot_specs(arch: str) -> Iterator[AotSpec]:
             constants,
             divisible=("K",),
             tensor_cores=True,
-            quick=arch == "sm_90" and rank == 16 and bits == 4,
         )

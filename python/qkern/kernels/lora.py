@@ -320,7 +320,6 @@ def aot_specs(arch: str) -> Iterator[AotSpec]:
             divisible=("K", "split"),
             exact=False,
             tensor_cores=True,
-            quick=arch == "sm_90" and R == 16,
         )
     few = {"x_ptr": "*bf16", "A_ptr": "*fp32", "K": "i32"}
     constants = {"RANK": 16, "BK": 1024, **plain}

@@ -243,5 +243,4 @@ def aot_specs(arch: str) -> Iterator[AotSpec]:
             divisible=("K",),
             exact=False,
             tensor_cores=True,
-            quick=arch == "sm_90" and R == 16,
         )

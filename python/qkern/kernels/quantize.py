@@ -292,7 +292,6 @@ def aot_specs(arch: str) -> Iterator[AotSpec]:
         pointers | {"numel": "i64"},
         {"BLOCKSIZE": 64, "BLOCKS": TILE // 64},
         divisible=("numel",),
-        quick=arch == "sm_90",
     )
     yield AotSpec(
         "quantize int8 rows of bf16",
@@ -300,5 +299,4 @@ def aot_specs(arch: str) -> Iterator[AotSpec]:
         pointers | {"columns": "i64"},
         {"CHUNK": CHUNK},
         divisible=("columns",),
-        quick=arch == "sm_90",
     )

@@ -24,9 +24,9 @@ from qkern.formats import NESTED_BLOCKSIZE, dynamic_code
 from qkern.kernels.aot import AotSpec
 from qkern.kernels.launch import EXACT, tables_of
 
-# Groups of one program: of the sums a warp's, of the codes 2048 scales.
+# Groups of one program: of the sums a warp's, of the codes 1024 scales.
 SUMMED = 32
-CODED = 8
+CODED = 4
 _SUMS = {"GROUP": NESTED_BLOCKSIZE, "GROUPS": SUMMED}
 _OFFSET = {"UNROLL": 16, "CHUNK": 1024}
 _CODES = {"GROUP": NESTED_BLOCKSIZE, "GROUPS": CODED}
@@ -154,13 +154,14 @@ def _bounds(device: torch.device) -> Tensor:
 
 def aot_specs(arch: str) -> Iterator[AotSpec]:
     """Its three kernels."""
-    quick = arch == "sm_90"
     sums = {"absmax_ptr": "*fp32", "sums_ptr": "*fp64", "negative_ptr": "*i32", "blocks": "i64"}
-    yield AotSpec("quantize_absmax sums", _group_sums_kernel, sums, _SUMS, warps=1, quick=quick)
+    yield AotSpec("quantize_absmax sums", _group_sums_kernel, sums, _SUMS, warps=1)
     offset = {"sums_ptr": "*fp64", "negative_ptr": "*i32", "offset_ptr": "*fp32"}
     offset |= {"groups": "i32", "blocks": "i64"}
-    yield AotSpec("quantize_absmax offset", _offset_kernel, offset, _OFFSET, quick=quick)
+    yield AotSpec("quantize_absmax offset", _offset_kernel, offset, _OFFSET)
     names = ("absmax", "offset", "bounds", "code", "nested")
     codes = {f"{name}_ptr": "*fp32" for name in names}
     codes |= {"codes_ptr": "*u8", "safe_ptr": "*u8", "blocks": "i64"}
-    yield AotSpec("quantize_absmax codes", _code_scales_kernel, codes, _CODES, quick=quick)
+    yield AotSpec(
+        "quantize_absmax codes", _code_scales_kernel, codes, _CODES, quick=arch == "sm_90"
+    )
