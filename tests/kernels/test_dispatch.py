@@ -31,9 +31,9 @@ def test_every_gpu_has_a_table() -> None:
 
 
 def test_more_tokens_take_larger_tiles_and_then_none() -> None:
-    kinds = [choose(*H200, M, 4096, 4096) for M in (1, 2, 16, 64, 128, 512)]
+    kinds = [choose(*H200, M, 4096, 4096) for M in (1, 2, 16, 64, 512)]
     ops = [config.op for config in kinds if config]
-    assert ops == ["matvec", "matvec", "matmul_small", "matmul_small", "matmul", "matmul"]
+    assert ops == ["matvec", "matvec", "matmul_small", "matmul_small", "matmul"]
     assert choose(*H200, 513, 4096, 4096) is None
     assert choose("sm_90", 132, 32, 65, 4096, 4096) is None
 
@@ -57,6 +57,20 @@ def test_columns_are_split_until_programs_suffice_or_have_too_few_steps() -> Non
         (4096, 14336): 4,
         (28672, 4096): 1,
         (64, 128): 1,
+    }
+
+
+def test_large_tiles_are_split_only_where_most_of_the_gpu_would_be_idle() -> None:
+    kinds = {}
+    for M, N in ((128, 4096), (128, 14336), (512, 1024), (512, 4096)):
+        config = choose(*H200, M, N, 4096)
+        assert config is not None
+        kinds[M, N] = (config.op, config.split)
+    assert kinds == {
+        (128, 4096): ("matmul_small", 4),
+        (128, 14336): ("matmul", 0),
+        (512, 1024): ("matmul_small", 4),
+        (512, 4096): ("matmul", 0),
     }
 
 

@@ -65,6 +65,15 @@ def test_operands_are_contiguous_and_aligned() -> None:
     assert launch.operand(aligned, 64, "x").data_ptr() == aligned.data_ptr()
 
 
+def test_codes_at_an_odd_place_are_copied_to_where_words_can_be_read() -> None:
+    fmt = QuantFormat("nf4", 64)
+    parts = parts_of(fmt, 2, 64)
+    odd = torch.empty(65, dtype=torch.uint8)[1:].copy_(parts.packed)
+    packed = launch.weight(odd, *parts[1:], fmt, (2, 64)).pointers[0]
+    assert packed.data_ptr() % 16 == 0
+    assert torch.equal(packed, parts.packed)
+
+
 def test_tables_begin_with_the_codes_of_four_bits() -> None:
     fmt = QuantFormat("fp4")
     tables = launch.tables_of(fmt.code, torch.device("cpu"))

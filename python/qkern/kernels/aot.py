@@ -69,7 +69,8 @@ def product_specs(
         exact: of the specs with 16-bit activations.
         more: types of run-time arguments that other products do not have.
     """
-    rows = [row for row in dispatch.table(dispatch.family(arch)) if row.op == op]
+    ops = {op, "matmul"} if op == "matmul_small" else {op}  # large tiles may be split too
+    rows = [row for row in dispatch.table(dispatch.family(arch)) if row.op in ops]
     kinds = [("nf4", "bf16", "bf16", 16)]
     for i, row in enumerate(rows):
         if row.bits == 32:

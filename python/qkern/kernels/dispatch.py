@@ -4,7 +4,8 @@
 ``bits``-bit activations, and of one shape (N, K) if it names one; those come first. Without a row
 the caller dequantizes the weight and multiplies that. Nothing is timed at run time.
 
-    op      "matvec", "matmul_small" (columns may be split) or "matmul"
+    op      "matvec", "matmul_small" (columns are split) or "matmul" (where tiles are too few for
+            the GPU, "matmul_small" with the same tile)
     tile    BM, BN, BK; of matvec, BN is the largest
     ahead   see ``product.sum_over_columns``
     split   programs that share a tile's columns; 0: by the number of multiprocessors
@@ -91,13 +92,13 @@ def choose(arch: str, processors: int, bits: int, M: int, N: int, K: int) -> Con
         while BN > _FEWEST_ROWS and -(-N // BN) < (_PROGRAMS_EACH + 1) * processors:
             BN //= 2
         return row.replace(tile=(M, BN, BK))
-    if row.op == "matmul_small" and not row.split:
-        return row.replace(split=_split(row, processors, M, N, K))
-    return row
-
-
-def _split(row: Config, processors: int, M: int, N: int, K: int) -> int:
+    if row.split:
+        return row
     BM, BN, BK = row.tile
     tiles = -(-M // BM) * -(-N // BN)
-    wanted = _PROGRAMS_EACH * processors // tiles
-    return max(min(wanted, -(-K // BK) // _STEPS_AT_LEAST, _LARGEST_SPLIT), 1)
+    most = max(min(-(-K // BK) // _STEPS_AT_LEAST, _LARGEST_SPLIT), 1)
+    if row.op == "matmul_small":
+        return row.replace(split=max(min(_PROGRAMS_EACH * processors // tiles, most), 1))
+    # Large tiles have larger partial sums: only where most of the GPU would be idle.
+    split = min(processors // tiles, most)
+    return row if split < _PROGRAMS_EACH else row.replace(op="matmul_small", split=split)

@@ -106,7 +106,7 @@ def weight(
             msg = f"{name} has {part.numel()} values, a weight of {tuple(shape)} has {size}"
             raise ShapeError(msg)
     tables = tables_of(fmt.code, packed.device)
-    parts = [tables if part is None else part.contiguous() for part in given]
+    parts = [tables if part is None else aligned(part) for part in given]
     same_device(*parts)
     return Weight((*parts, tables), shape[0], shape[1], fmt)
 
@@ -129,9 +129,13 @@ def operand(x: Tensor, columns: int, name: str) -> Tensor:
     if rows.shape[0] > LARGEST:
         msg = f"{name} has {rows.shape[0]} rows, kernels count to {LARGEST}: split the batch"
         raise ShapeError(msg)
-    rows = rows.contiguous()
-    # Kernels read several values at once.
-    return rows if rows.data_ptr() % 16 == 0 else rows.clone()
+    return aligned(rows)
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """``tensor``, or a copy: contiguous, at a multiple of 16 bytes. Codes are read as words."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def epilogue(

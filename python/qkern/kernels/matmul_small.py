@@ -91,7 +91,7 @@ def _matmul_small_kernel(
     )  # (BM, BN)
     at = m.to(tl.int64)[:, None] * N + n[None, :]  # (BM, BN)
     mask = (m < M)[:, None] & (n < N)[None, :]
-    plane = M.to(tl.int64) * N
+    plane = tl.cast(M, tl.int64) * N  # M may be the constant 1
     tl.store(partials_ptr + part * plane + at, sums, mask=mask)
     tl.debug_barrier()  # all threads have stored before one counts
     arrived = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel")

@@ -21,7 +21,6 @@ from qkern.kernels.decode import (
 )
 from qkern.kernels.rounding import INTERPRETED, round_to
 
-
 _IEEE = tl.constexpr("ieee")  # Triton 3.6 takes no bare string as a default
 
 
