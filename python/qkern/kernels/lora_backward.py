@@ -199,7 +199,7 @@ def _backward_tile(
     """BM, BR and the width ``columns`` of a tile of dY or x: as wide as registers allow."""
     BM, BR = (tile_of(R, dtype, dropped=dropped)[name] for name in ("BM", "BR"))
     if dtype == torch.float32:
-        return {"BM": 32, "BR": BR, columns: 64}
+        return {"BM": 32, "BR": BR, columns: 32 if arch.startswith("gfx") else 64}
     # wgmma reads its operands from shared memory, so registers hold more sums; not as tf32.
     widest = 256 if arch == "sm_90" and dtype == torch.bfloat16 else 128
     return {"BM": BM, "BR": BR, columns: widest if BR <= 32 else widest // 2}
