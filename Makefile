@@ -9,6 +9,7 @@ MATURIN ?= maturin>=1.9,<2# what `make build` installs to build with
 MATURIN_ARGS ?=# more arguments for `maturin build`
 DEMO_ARGS ?=# arguments of the demo
 BENCH_ARGS ?=# arguments of the bench
+AOT_ARGS ?=# arguments of `make aot`: --quick, --arch sm_90, --name matmul
 PEERS ?=# 1: bench-cpu first installs the packages that it compares with, some minutes
 NIGHTLY ?= nightly# toolchain of `make sanitize`, with its components miri and rust-src
 QEMU_CPU ?= max# processor that `make test-neon` emulates; cortex-a53 has no half-precision arithmetic
@@ -29,7 +30,7 @@ export PYO3_PYTHON := $(abspath $(VENV_PYTHON))
 .NOTPARALLEL:
 .PHONY: help install build sdist lint format test test-rust test-neon test-python \
 	test-large test-wheel demo bench-codec bench-cpu bench-methods bench-scales \
-	sanitize clean missing
+	aot sanitize clean missing
 
 help: ## show this help
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' \
@@ -86,6 +87,9 @@ test-large: $(VENV)/.dev ## tensors of more than 2^31 values there and back: 8 G
 
 test-wheel: $(VENV)/.dev ## build the wheel, open it, use it where there is no torch
 	$(VENV_PYTHON) -m pytest -m wheel $(PYTEST_ARGS)
+
+aot: $(VENV)/.dev ## compile the Triton kernels for every GPU: registers, spills, instructions
+	$(VENV_PYTHON) tests/kernels/aot_report.py $(AOT_ARGS)
 
 demo: $(VENV)/.train ## fine-tune a small model on a laptop
 	$(VENV_PYTHON) examples/demo/demo.py $(DEMO_ARGS)

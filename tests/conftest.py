@@ -11,6 +11,10 @@ from pathlib import Path
 
 import pytest
 
+# Kernels run in Triton's interpreter. Triton reads this when it is imported, which torch and others
+# do; what compiles kernels unsets it in a process of its own.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 try:
     import torch
 except ImportError:  # the tests of the NumPy door run without torch

@@ -153,8 +153,14 @@ def _gpu_paths(gpu: dict[str, Any], native: Any, problem: str) -> list[dict[str,
     return [
         _path("quantize", "gpu", "torch operations", "there is no kernel for it yet"),
         _path("dequantize", "gpu", decode, gap or "triton serves this GPU"),
-        _path("linear", "gpu", f"{decode}, torch matmul", "the weight is dense during the call"),
+        _path("linear", "gpu", *_gpu_linear(gap)),
     ]
+
+
+def _gpu_linear(gap: str) -> tuple[str, str]:
+    if gap:
+        return "torch operations", "the weight is dense during the call"
+    return "Triton", "many tokens, and the backward pass, multiply a dense weight with torch"
 
 
 def _path(operation: str, device: str, path: str, why: str) -> dict[str, str]:

@@ -4,8 +4,8 @@
     absmax[b] = nested_code[a[b]] * nested_absmax[b // 256] + offset      double-quantized
 
 fp32 products; one rounding to the output dtype. Byte ``j`` of a 4-bit tensor holds value ``2 j`` in
-its high nibble and ``2 j + 1`` in its low one; both lie in the same block. Blocks of int8 may have
-any length (rows); each length compiles once.
+its high nibble and ``2 j + 1`` in its low one; both lie in the same block. Rows of int8 may have
+any length; each compiles once.
 
 Bytes are promised, so products and sums must not be fused: every launch sets
 ``enable_fp_fusion=False``. Format: docs of ``qkern.formats``.
@@ -13,82 +13,77 @@ Bytes are promised, so products and sums must not be fused: every launch sets
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from qkern.formats import NESTED_BLOCKSIZE, QuantFormat, dynamic_code
+from qkern.formats import QuantFormat
+from qkern.kernels import launch
+from qkern.kernels.aot import AotSpec, is_quick, lookup_of
+from qkern.kernels.decode import (
+    decode,
+    decode_scales,
+    load_absmax,
+    load_offset,
+    open_table,
+)
 from qkern.kernels.rounding import round_to
 
-# Stored elements (bytes of codes) of one program: 2 or 4 KiB of 16-bit output.
-BLOCK = 1024
-_TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-
-
-@triton.jit
-def _load_absmax(
-    absmax_ptr,
-    nested_code_ptr,
-    nested_absmax_ptr,
-    offset_ptr,
-    block,  # (BLOCK,) int64
-    mask,  # (BLOCK,)
-    GROUP: tl.constexpr,
-    DOUBLE_QUANT: tl.constexpr,
-):
-    """fp32 scales of ``block``."""
-    if DOUBLE_QUANT:
-        code = tl.load(absmax_ptr + block, mask=mask, other=0).to(tl.int32)  # (BLOCK,)
-        value = tl.load(nested_code_ptr + code)  # (BLOCK,)
-        nested = tl.load(nested_absmax_ptr + block // GROUP, mask=mask, other=0.0)  # (BLOCK,)
-        return value * nested + tl.load(offset_ptr)
-    else:
-        return tl.load(absmax_ptr + block, mask=mask, other=0.0)
+# Bytes of codes of one program, or one block: 2 or 4 KiB of 16-bit output.
+BYTES = 1024
 
 
 @triton.jit
 def _dequantize_kernel(
     packed_ptr,
     absmax_ptr,
-    nested_code_ptr,
     nested_absmax_ptr,
     offset_ptr,
-    code_ptr,
+    tables_ptr,
     out_ptr,
     numel,
     stored,
+    BLOCKS: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
-    GROUP: tl.constexpr,
-    DOUBLE_QUANT: tl.constexpr,
     BITS: tl.constexpr,
+    DOUBLE_QUANT: tl.constexpr,
+    LOOKUP: tl.constexpr,
     DTYPE: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
-    mask = offs < stored
-    packed = tl.load(packed_ptr + offs, mask=mask, other=0)  # (BLOCK,)
-    first = offs * (8 // BITS)
-    absmax = _load_absmax(
-        absmax_ptr,
-        nested_code_ptr,
-        nested_absmax_ptr,
-        offset_ptr,
-        first // BLOCKSIZE,
-        mask,
-        GROUP,
-        DOUBLE_QUANT,
-    )  # (BLOCK,)
-    if BITS == 8:
-        step = absmax * 0.007874015718698502  # fp32 of 1 / 127
-        tl.store(out_ptr + offs, round_to(packed.to(tl.float32) * step, DTYPE), mask=mask)
-    else:
-        high = tl.load(code_ptr + (packed >> 4).to(tl.int32)) * absmax  # (BLOCK,)
-        low = tl.load(code_ptr + (packed & 15).to(tl.int32)) * absmax  # (BLOCK,)
-        tl.store(out_ptr + first, round_to(high, DTYPE), mask=mask)
-        tl.store(out_ptr + first + 1, round_to(low, DTYPE), mask=mask & (first + 1 < numel))
+    WIDTH: tl.constexpr = BLOCKSIZE * BITS // 8
+    table = open_table(tables_ptr, LOOKUP)
+    offset = load_offset(offset_ptr, DOUBLE_QUANT)
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)  # (BLOCKS,)
+    at = block[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]  # (BLOCKS, WIDTH)
+    packed = tl.load(packed_ptr + at, mask=at < stored, other=0)
+    inside = block * BLOCKSIZE < numel
+    absmax, nested = load_absmax(absmax_ptr, nested_absmax_ptr, block, inside, DOUBLE_QUANT)
+    scales = decode_scales(
+        absmax[:, None], nested[:, None], tables_ptr, offset, BLOCKSIZE, BITS, DOUBLE_QUANT
+    )  # (BLOCKS, 1)
+    values = decode(packed, scales, table, BITS, LOOKUP, DTYPE)  # (BLOCKS, BLOCKSIZE)
+    to = block[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
+    tl.store(out_ptr + to, values, mask=to < numel)
+
+
+@triton.jit
+def _dequantize_rows_kernel(
+    packed_ptr,
+    absmax_ptr,
+    out_ptr,
+    numel,
+    LENGTH: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BYTES: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64) * BYTES + tl.arange(0, BYTES)  # (BYTES,)
+    mask = at < numel
+    q = tl.load(packed_ptr + at, mask=mask, other=0).to(tl.float32)
+    step = tl.load(absmax_ptr + at // LENGTH, mask=mask, other=0.0) * 0.007874015718698502
+    tl.store(out_ptr + at, round_to(q * step, DTYPE), mask=mask)
 
 
 def dequantize(
@@ -99,6 +94,7 @@ def dequantize(
     fmt: QuantFormat,
     numel: int,
     dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The ``numel`` values, flat, on the device of ``packed``.
 
@@ -110,37 +106,85 @@ def dequantize(
         fmt: how the bytes are read.
         numel: values.
         dtype: float32, float16 or bfloat16.
+        out: (numel,) in ``dtype``, contiguous, to write into; a new tensor if None.
     """
     device = packed.device
-    out = torch.empty(numel, dtype=dtype, device=device)
+    if out is None:
+        out = torch.empty(numel, dtype=dtype, device=device)
     if numel == 0:
         return out
-    nested = nested_absmax is not None
-    code = _table(fmt.code or (0.0,), device)
-    nested_code = _table(dynamic_code(), device) if nested else code
     stored = fmt.packed_size(numel)
+    constants = {"DTYPE": launch.TL_DTYPES[dtype], **launch.EXACT}
     with torch.cuda.device_of(packed):
-        _dequantize_kernel[(triton.cdiv(stored, BLOCK),)](
+        if fmt.kind.per_row:
+            grid = (triton.cdiv(stored, BYTES),)
+            _dequantize_rows_kernel[grid](
+                packed, absmax, out, numel, LENGTH=fmt.blocksize, BYTES=BYTES, **constants
+            )
+            return out
+        tables = launch.tables_of(fmt.code, device)
+        nested = (tables, tables) if nested_absmax is None else (nested_absmax, offset)
+        blocks = _blocks_of_program(fmt)
+        _dequantize_kernel[(triton.cdiv(fmt.num_blocks(numel), blocks),)](
             packed,
             absmax,
-            nested_code,
-            nested_absmax if nested else code,
-            offset if nested else code,
-            code,
+            *nested,
+            tables,
             out,
             numel,
             stored,
+            BLOCKS=blocks,
             BLOCKSIZE=fmt.blocksize,
-            GROUP=NESTED_BLOCKSIZE,
-            DOUBLE_QUANT=nested,
             BITS=fmt.bits,
-            DTYPE=_TL_DTYPES[dtype],
-            BLOCK=BLOCK,
-            enable_fp_fusion=False,
+            DOUBLE_QUANT=nested_absmax is not None,
+            LOOKUP=launch.lookup(device),
+            **constants,
         )
     return out
 
 
-@functools.lru_cache(maxsize=32)
-def _table(values: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=device)
+def _blocks_of_program(fmt: QuantFormat) -> int:
+    return max(BYTES * 8 // (fmt.blocksize * fmt.bits), 1)
+
+
+def aot_specs(arch: str) -> Iterator[AotSpec]:
+    """Every kind of code and scale, in bf16."""
+    pointers = {
+        "nested_absmax_ptr": "*fp32",
+        "offset_ptr": "*fp32",
+        "tables_ptr": "*fp32",
+        "out_ptr": "*bf16",
+        "numel": "i64",
+        "stored": "i64",
+    }
+    for quant_type, double_quant in (("nf4", True), ("nf4", False), ("int8", True)):
+        fmt = QuantFormat(quant_type, 64, double_quant)
+        codes = {"packed_ptr": "*u8" if fmt.bits == 4 else "*i8"}
+        codes["absmax_ptr"] = "*u8" if double_quant else "*fp32"
+        constants = {
+            "BLOCKS": _blocks_of_program(fmt),
+            "BLOCKSIZE": 64,
+            "BITS": fmt.bits,
+            "DOUBLE_QUANT": double_quant,
+            "LOOKUP": lookup_of(arch),
+            "DTYPE": tl.bfloat16,
+        }
+        scales = "8-bit" if double_quant else "fp32"
+        name = f"dequantize {fmt.bits}-bit, {scales} scales"
+        yield AotSpec(
+            name,
+            _dequantize_kernel,
+            codes | pointers,
+            constants,
+            divisible=("numel", "stored"),
+            quick=is_quick(arch, "dequantize"),
+        )
+    signature = {"packed_ptr": "*i8", "absmax_ptr": "*fp32", "out_ptr": "*bf16", "numel": "i64"}
+    constants = {"LENGTH": 172, "DTYPE": tl.bfloat16, "BYTES": BYTES}
+    yield AotSpec(
+        "dequantize int8 rows",
+        _dequantize_rows_kernel,
+        signature,
+        constants,
+        quick=is_quick(arch, "dequantize"),
+    )

@@ -1,4 +1,4 @@
-"""Rounding to an output dtype, the same on the device and in Triton's interpreter."""
+"""Rounding to a dtype and back to fp32, the same on the device and in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -22,3 +22,13 @@ def round_to(x, DTYPE: tl.constexpr):
         return half.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
         return x.to(DTYPE)
+
+
+@triton.jit
+def widen(x):
+    """Values of any dtype in fp32, exactly."""
+    if INTERPRETED and x.dtype == tl.bfloat16:  # the interpreter misreads subnormal bf16
+        bits = x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+        return bits.to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)

@@ -22,7 +22,7 @@ from torch import Tensor
 from qkern import reference
 from qkern.errors import DeviceError
 from qkern.formats import QuantFormat
-from qkern.ops import host
+from qkern.ops import device, host
 from qkern.ops.dequantize import FORMAT_SCHEMA, PARTS_SCHEMA, dense
 from qkern.ops.direct import is_unobserved, wants_grad
 from qkern.ops.lora_gradients import lora_gradients
@@ -119,8 +119,7 @@ def _linear(
         raise DeviceError(msg)
     fmt = QuantFormat(quant_type, blocksize, nested_absmax is not None)
     parts = reference.Parts(packed, absmax, nested_absmax, offset)
-    weight = dense(parts, fmt, (out_features, x.shape[-1]), x.dtype)
-    return reference.linear(x, weight, bias, lora_A, lora_B, scaling)
+    return device.linear(x, parts, fmt, out_features, bias, lora_A, lora_B, scaling)
 
 
 @_linear.register_fake

@@ -13,7 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qkern import kernels
 from qkern.ops import host
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def lora_gradients(
@@ -37,13 +40,35 @@ def lora_gradients(
     return G.mT @ flat_x, flat_grad.mT @ (flat_x @ lora_A.mT) * scaling
 
 
-_lora_gradients = torch.library.custom_op(
+@torch.library.custom_op(
     "qkern::lora_gradients",
-    lora_gradients,
     mutates_args=(),
     schema="(Tensor x, Tensor grad, Tensor lora_A, Tensor lora_B, float scaling)"
     " -> (Tensor, Tensor)",
 )
+def _lora_gradients(
+    x: Tensor, grad: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    tensors = (x, grad, lora_A, lora_B)
+    if kernels.is_supported(x.device) and all(t.dtype in _DTYPES for t in tensors):
+        return _by_kernels(*tensors, scaling)
+    return lora_gradients(*tensors, scaling)
+
+
+def _by_kernels(
+    x: Tensor, grad: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """One pass over dY and two over x, sums in fp32, in the order that the shapes fix."""
+    from qkern.kernels.launch import operand
+    from qkern.kernels.lora import hidden
+    from qkern.kernels.lora_backward import grad_a, grad_hidden
+
+    flat_x = operand(x, x.shape[-1], "x")  # (M, in_features)
+    flat_grad = operand(grad, grad.shape[-1], "grad")  # (M, out_features)
+    A, B = (operand(t, t.shape[-1], name) for t, name in ((lora_A, "lora_A"), (lora_B, "lora_B")))
+    h = hidden(flat_x, A, scaling)  # (M, r)
+    G, dB = grad_hidden(flat_grad, B, h, scaling)
+    return grad_a(G, flat_x, lora_A.dtype), dB
 
 
 @_lora_gradients.register_fake

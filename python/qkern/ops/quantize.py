@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
-from qkern import reference
+from qkern import kernels, reference
 from qkern.errors import FormatError, NonFiniteError, ShapeError
 from qkern.formats import NESTED_BLOCKSIZE, QuantFormat
 from qkern.ops import host
@@ -34,9 +34,18 @@ def quantize(
         NonFiniteError: for NaN or infinity, unless ``nonfinite`` is ``"keep"``.
     """
     host.dtype_name(values.dtype)
+    fmt = QuantFormat(quant_type, blocksize, double_quant=False)
+    if kernels.is_supported(values.device):
+        from qkern.kernels.quantize import quantize as launch
+
+        packed, absmax = launch(values.detach().contiguous(), fmt)
+        # What is not finite shows in its scale; nothing else waits for the device.
+        if nonfinite == "error" and not bool(absmax.isfinite().all()):
+            check_finite(values)
+        return packed, absmax
     if nonfinite == "error":
         check_finite(values)
-    parts = reference.quantize(values, QuantFormat(quant_type, blocksize, double_quant=False))
+    parts = reference.quantize(values, fmt)
     return parts.packed, parts.absmax
 
 
@@ -103,6 +112,11 @@ def _(
 )
 def encode(values: Tensor, scales: Tensor, quant_type: str, blocksize: int) -> Tensor:
     """Flat packed 4-bit codes of ``values`` against fp32 scales (blocks,) of either sign."""
+    if kernels.is_supported(values.device):
+        from qkern.kernels.quantize import encode as launch
+
+        fmt = QuantFormat(quant_type, blocksize, double_quant=False)
+        return launch(values.detach().contiguous(), scales.contiguous(), fmt)
     return reference.encode(values, scales, QuantFormat(quant_type, blocksize, double_quant=False))
 
 
@@ -127,6 +141,10 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     Not safe: a decoded scale changed its sign, or is off by more than 1/8.
     """
+    if kernels.is_supported(absmax.device):
+        from qkern.kernels.quantize_absmax import quantize_absmax as launch
+
+        return launch(absmax.contiguous())
     codes, nested, offset = reference.quantize_absmax(absmax)
     decoded = reference.dequantize_absmax(codes, nested, offset)
     safe = reference.scales_are_safe(absmax, decoded)

@@ -1,0 +1,56 @@
+"""Products with an adapter's factors, thin and often in another dtype than the tokens.
+
+Factors of one 16-bit dtype are multiplied as they are. Beside a bf16 factor an fp32 one is the sum
+of two bf16 numbers, with 16 bits of its mantissa. Other fp32 factors are the sum of two tf32
+numbers, with 22 bits; the product of the two lower ones is left out. What is not finite stays so,
+as NaN. Where there is no tf32 (AMD, the interpreter) fp32 factors are multiplied as they are.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from qkern.kernels.launch import arch as arch_of
+from qkern.kernels.product import multiply
+from qkern.kernels.rounding import round_to, widen
+
+
+@triton.jit
+def multiply_thin(a, b, sums, PRECISION: tl.constexpr):
+    """``sums + a b``: (M, K) (K, N) of any two dtypes, sums (M, N) fp32.
+
+    All parts are added to the same sums: ``tf32x3`` of Triton keeps a second set of them.
+    """
+    if a.dtype == b.dtype and a.dtype != tl.float32:
+        return multiply(a, b, sums)
+    elif a.dtype == tl.bfloat16 and b.dtype == tl.float32:
+        high = round_to(b, tl.bfloat16)
+        low = round_to(b - widen(high), tl.bfloat16)
+        return multiply(a, high, multiply(a, low, sums))
+    elif PRECISION == "ieee":
+        return multiply(widen(a), widen(b), sums)
+    else:
+        a_high, b_high = _first_bits(widen(a)), _first_bits(widen(b))
+        if b.dtype == tl.float32:  # values of 16 bits are their own first bits
+            sums = tl.dot(a_high, b - b_high, sums, input_precision="tf32")
+        if a.dtype == tl.float32:
+            sums = tl.dot(a - a_high, b_high, sums, input_precision="tf32")
+        return tl.dot(a_high, b_high, sums, input_precision="tf32")
+
+
+@triton.jit
+def _first_bits(x):
+    """``x`` cut to the 11 bits of tf32's mantissa."""
+    return (x.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
+
+
+def precision(device: torch.device) -> str:
+    """Of products of fp32, see ``multiply``."""
+    return precision_of(arch_of(device))
+
+
+def precision_of(arch: str) -> str:
+    """The same for an architecture of ``aot.ARCHS``."""
+    return "tf32x3" if arch.startswith("sm_") else "ieee"

@@ -1,0 +1,219 @@
+"""Compile the shipped kernels for GPUs that need not be there; their machine code must hold gates.
+
+    python tests/kernels/aot_report.py [--quick] [--arch sm_90 ...] [--name matmul]
+
+Prints a line per kernel and architecture. Fails on a spilled register, on tensor cores that were
+asked for and are not used, on products that the assembler serializes, and on a fused product or an
+inexact division in kernels that promise bytes. Needs triton, which brings the disassembler.
+
+loop: instructions of the longest loop. mma: tensor-core instructions in the whole kernel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import itertools
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from qkern import kernels
+from qkern.kernels.aot import ARCHS, AotSpec
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+COLUMNS = ("registers", "spills", "shared", "mma", "shfl", "loop", "code")
+# ptxas: wgmma is made to wait after each instruction.
+SERIALIZED = ("C7510", "C7515")
+HEAD = f"{'kernel':56s} {'arch':7s}" + "".join(f"{name:>10s}" for name in COLUMNS) + "     s"
+
+
+class Code(NamedTuple):
+    """What a compiled kernel is made of."""
+
+    registers: int
+    spills: int
+    shared: int
+    mma: int
+    shfl: int
+    loop: int
+    code: int
+    notes: tuple[str, ...]
+
+
+def shipped(arch: str) -> Iterator[AotSpec]:
+    """The specs of every kernel file."""
+    for found in pkgutil.iter_modules(kernels.__path__, "qkern.kernels."):
+        module = importlib.import_module(found.name)
+        if hasattr(module, "aot_specs"):
+            yield from module.aot_specs(arch)
+
+
+def target_of(arch: str) -> GPUTarget:
+    """Triton's name for an architecture of ``ARCHS``."""
+    if arch.startswith("gfx"):
+        return GPUTarget("hip", arch, 64)
+    return GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+
+
+def compile_spec(spec: AotSpec, arch: str) -> Any:
+    """The compiled kernel."""
+    names = spec.kernel.arg_names
+    missing = set(names) ^ {*spec.signature, *spec.constants}
+    assert not missing, f"{spec.name}: {sorted(missing)} are in the kernel or the spec alone"
+    signature = {n: "constexpr" if n in spec.constants else spec.signature[n] for n in names}
+    aligned = [
+        i
+        for i, n in enumerate(names)
+        if n not in spec.constants and (signature[n].startswith("*") or n in spec.divisible)
+    ]
+    source = ASTSource(
+        spec.kernel,
+        signature,
+        {(i,): spec.constants[n] for i, n in enumerate(names) if n in spec.constants},
+        {(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    options = {
+        "num_warps": spec.warps,
+        "num_stages": spec.stages,
+        "enable_fp_fusion": not spec.exact,
+    }
+    return triton.compile(source, target_of(arch), options)
+
+
+def read_nvidia(compiled: Any, arch: str) -> Code:
+    """From the cubin: what its header says, and its disassembly."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, ptx = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = run(TOOLS / "cuobjdump", "-res-usage", cubin)
+        sass = run(TOOLS / "nvdisasm", "-c", cubin)
+        notes: list[str] = []
+        if "wgmma" in compiled.asm["ptx"]:  # the notes are not in the log of a usual compilation
+            ptx.write_text(compiled.asm["ptx"])
+            notes = re.findall(r"\((C75\d\d)\)", assemble(ptx, arch))
+    operations, targets = [], {}
+    branches = []
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            targets[label[1]] = len(operations)
+        elif found := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", line):
+            if branch := re.search(r"BRA(?:\.\w+)*\s.*`\((\.L_x_\d+)\)", line):
+                branches.append((len(operations), branch[1]))
+            operations.append(found[1].split(".")[0])
+    loops = [at - targets[to] for at, to in branches if targets.get(to, at) < at]
+    return Code(
+        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        spills=sum(operation in {"LDL", "STL"} for operation in operations),
+        shared=compiled.metadata.shared,
+        mma=sum(operation in {"HGMMA", "HMMA", "IGMMA", "OMMA"} for operation in operations),
+        shfl=operations.count("SHFL"),
+        loop=max(loops, default=0),
+        code=len(operations),
+        notes=tuple(sorted(set(notes))),
+    )
+
+
+def read_amd(compiled: Any) -> Code:
+    """From the assembly and its metadata."""
+    text = compiled.asm["amdgcn"]
+    numbers = {key: int(n) for key, n in re.findall(r"\.(\w+):\s+(\d+)$", text, re.MULTILINE)}
+    lines = [line.strip() for line in text.splitlines()]
+    operations = [re.match(r"[a-z]+_\w+", line) for line in lines if re.match(r"[sv]_|ds_", line)]
+    names = [found[0] for found in operations if found]
+    labels = ((i, re.match(r"(\.LBB\w+):", line)) for i, line in enumerate(lines))
+    places = {found[1]: i for i, found in labels if found}
+    jumps = [(i, line.split()[-1]) for i, line in enumerate(lines) if "branch" in line]
+    return Code(
+        registers=numbers.get("vgpr_count", 0),
+        spills=numbers.get("vgpr_spill_count", 0),
+        shared=compiled.metadata.shared,
+        mma=sum(name.startswith("v_mfma") for name in names),
+        shfl=0,
+        loop=max((i - places[to] for i, to in jumps if places.get(to, i) < i), default=0),
+        code=len(names),
+        notes=(),
+    )
+
+
+def assemble(ptx: Path, arch: str) -> str:
+    """What the assembler says about a file, by the first that knows its version of PTX."""
+    logs = []
+    for name in ("ptxas", "ptxas-blackwell"):
+        if (TOOLS / name).exists():
+            command = (TOOLS / name, "-v", f"--gpu-name={arch}a", ptx, "-o", os.devnull)
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode == 0:
+                return done.stdout + done.stderr
+            logs.append(done.stderr)
+    raise RuntimeError("\n".join(logs))
+
+
+def run(*command: str | Path) -> str:
+    """What a tool prints, on either stream."""
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def failures(spec: AotSpec, code: Code, ptx: str) -> Iterator[str]:
+    """Which gates do not hold."""
+    if code.spills:
+        yield f"{code.spills} spills"
+    if spec.tensor_cores and not code.mma:
+        yield "no tensor-core instruction"
+    if serialized := set(code.notes) & set(SERIALIZED):
+        yield f"serialized by the assembler, {sorted(serialized)}"
+    for forbidden in ("fma.rn.f32", "div.full"):
+        if spec.exact and forbidden in ptx:
+            yield f"{forbidden} in a kernel that promises bytes"
+
+
+def check(spec: AotSpec, arch: str) -> bool:
+    """Compile one kernel, print its line, and say whether its gates hold."""
+    start = time.perf_counter()
+    compiled = compile_spec(spec, arch)
+    is_amd = arch.startswith("gfx")
+    code = read_amd(compiled) if is_amd else read_nvidia(compiled, arch)
+    seconds = time.perf_counter() - start
+    values = "".join(f"{getattr(code, name):10d}" for name in COLUMNS)
+    print(f"{spec.name:56s} {arch:7s}{values}{seconds:6.1f}", flush=True)
+    broken = list(failures(spec, code, "" if is_amd else compiled.asm["ptx"]))
+    for failure in broken:
+        print(f"FAILED: {spec.name} {arch}: {failure}", flush=True)
+    return not broken
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The table; 1 if a gate does not hold."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="the part that `make test` runs")
+    parser.add_argument("--arch", nargs="+", default=ARCHS, choices=ARCHS)
+    parser.add_argument("--name", default="", help="kernels whose name has this text")
+    chosen = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1: what is interpreted cannot be compiled; unset it")
+    print(f"triton {triton.__version__}\n{HEAD}")
+    results = [
+        check(spec, arch)
+        for arch, spec in itertools.chain.from_iterable(
+            ((arch, spec) for spec in shipped(arch)) for arch in chosen.arch
+        )
+        if chosen.name in spec.name and (spec.quick or not chosen.quick)
+    ]
+    print(f"compiled: {len(results)}, failed: {results.count(False)}")
+    return int(not all(results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
