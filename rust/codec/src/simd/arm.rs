@@ -33,7 +33,15 @@ static NEON: Bodies = Bodies {
         arrange: matvec::neon::arrange,
         // SAFETY: as above.
         exact: |w, r, x, s| unsafe { matvec::neon::exact(w, r, x, s) },
-        ..matvec::scalar::MATVEC
+        int8: |w, r, x, s| {
+            if has!("dotprod") {
+                // SAFETY: as above, and the last feature was found.
+                unsafe { matvec::int8::neon::multiply_dotprod(w, r, x, s) }
+            } else {
+                // SAFETY: as above.
+                unsafe { matvec::int8::neon::multiply(w, r, x, s) }
+            }
+        },
     },
     ..SCALAR_BODIES
 };
