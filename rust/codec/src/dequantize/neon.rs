@@ -6,7 +6,10 @@
 
 use std::arch::aarch64::*;
 
-use crate::neon::{load, load_f32, narrow_bf16, narrow_f16, prefetch, store, Plain, STRIP};
+use crate::neon::{
+    load, load_f32, narrow_bf16, narrow_f16, nibbles, prefetch, store, unzip, zip, Plain, Planes,
+    STRIP,
+};
 use crate::values::{plain_nan, ValuesMut};
 
 /// How far ahead codes are fetched, in bytes.
@@ -27,8 +30,7 @@ pub(crate) fn dequantize(
     match values {
         ValuesMut::F32(values) => {
             for (block, (packed, &absmax)) in values.chunks_exact_mut(blocksize).zip(inputs) {
-                let [a, b, c, d] = scaled(absmax).map(|t| vreinterpretq_u8_f32(t));
-                decode_32_bit(block, packed, [a, b, c, d]);
+                decode_32_bit(block, packed, Planes::new(scaled(absmax)));
             }
         }
         ValuesMut::F16(values) => {
@@ -49,22 +51,12 @@ pub(crate) fn dequantize(
 /// Looks up the codes of a block in 16 floats, 32 at a time.
 #[inline]
 #[target_feature(enable = "neon")]
-fn decode_32_bit(block: &mut [f32], packed: &[u8], [a, b, c, d]: [uint8x16_t; 4]) {
+fn decode_32_bit(block: &mut [f32], packed: &[u8], planes: Planes) {
     prefetch(packed, AHEAD);
-    let (first_third, second_fourth) = (
-        [vuzp1q_u8(a, b), vuzp1q_u8(c, d)], // bytes 0 and 2 of each float
-        [vuzp2q_u8(a, b), vuzp2q_u8(c, d)],
-    );
-    let [first, third] = unzip(first_third);
-    let [second, fourth] = unzip(second_fourth);
     for (values, packed) in strips(block, packed) {
         for (values, codes) in values.as_chunks_mut::<16>().0.iter_mut().zip(codes(packed)) {
-            let low = zip(vqtbl1q_u8(first, codes), vqtbl1q_u8(second, codes));
-            let high = zip(vqtbl1q_u8(third, codes), vqtbl1q_u8(fourth, codes));
-            let [a, b] = zip_halves(low[0], high[0]);
-            let [c, d] = zip_halves(low[1], high[1]);
-            for (to, from) in values.as_chunks_mut::<4>().0.iter_mut().zip([a, b, c, d]) {
-                store(to, from);
+            for (to, from) in values.as_chunks_mut().0.iter_mut().zip(planes.floats(codes)) {
+                store::<f32, 4>(to, vreinterpretq_u8_f32(from));
             }
         }
     }
@@ -98,28 +90,6 @@ fn strips<'a, T>(
 #[inline]
 #[target_feature(enable = "neon")]
 fn codes(packed: &[u8; STRIP / 2]) -> [uint8x16_t; 2] {
-    let packed = load(packed);
-    zip(vshrq_n_u8::<4>(packed), vandq_u8(packed, vdupq_n_u8(15)))
-}
-
-/// Bytes of `a` and `b` in turn.
-#[inline]
-#[target_feature(enable = "neon")]
-fn zip(a: uint8x16_t, b: uint8x16_t) -> [uint8x16_t; 2] {
-    [vzip1q_u8(a, b), vzip2q_u8(a, b)]
-}
-
-/// Pairs of bytes of `a` and `b` in turn.
-#[inline]
-#[target_feature(enable = "neon")]
-fn zip_halves(a: uint8x16_t, b: uint8x16_t) -> [uint8x16_t; 2] {
-    let [a, b] = [vreinterpretq_u16_u8(a), vreinterpretq_u16_u8(b)];
-    [vreinterpretq_u8_u16(vzip1q_u16(a, b)), vreinterpretq_u8_u16(vzip2q_u16(a, b))]
-}
-
-/// The even bytes of two vectors, and the odd ones.
-#[inline]
-#[target_feature(enable = "neon")]
-fn unzip([a, b]: [uint8x16_t; 2]) -> [uint8x16_t; 2] {
-    [vuzp1q_u8(a, b), vuzp2q_u8(a, b)]
+    let [even, odd] = nibbles(load(packed));
+    zip(even, odd)
 }

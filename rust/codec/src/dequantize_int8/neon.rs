@@ -3,7 +3,7 @@
 use std::arch::aarch64::*;
 
 use crate::dequantize_int8::step;
-use crate::neon::{load, narrow_bf16, narrow_f16, prefetch, store};
+use crate::neon::{narrow_bf16, narrow_f16, prefetch, store, widen_i8};
 use crate::values::ValuesMut;
 
 /// How far ahead codes are fetched, in bytes.
@@ -68,13 +68,5 @@ fn decode<T>(block: &mut [T], codes: &[i8], piece: impl Fn(&mut [T; PIECE], &[i8
 #[inline]
 #[target_feature(enable = "neon")]
 fn products(codes: &[i8; PIECE], step: f32) -> [float32x4_t; 4] {
-    let codes = vreinterpretq_s8_u8(load(codes));
-    let (low, high) = (vmovl_s8(vget_low_s8(codes)), vmovl_high_s8(codes));
-    [
-        vmovl_s16(vget_low_s16(low)),
-        vmovl_high_s16(low),
-        vmovl_s16(vget_low_s16(high)),
-        vmovl_high_s16(high),
-    ]
-    .map(|codes| vmulq_n_f32(vcvtq_f32_s32(codes), step))
+    widen_i8(codes).map(|codes| vmulq_n_f32(codes, step))
 }

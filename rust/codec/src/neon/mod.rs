@@ -1,4 +1,4 @@
-//! What the NEON bodies of several operations share: loads, stores, maxima, conversions.
+//! What the NEON bodies of several operations share: loads, stores, tables, maxima, conversions.
 //!
 //! Vectors of 16 bytes. NEON is part of every 64-bit ARM processor that runs a system with a
 //! standard library.
@@ -79,6 +79,76 @@ pub(crate) fn strip_bf16(strip: &[bf16; STRIP]) -> [float32x4_t; 8] {
         };
         vreinterpretq_f32_u32(wide)
     })
+}
+
+/// The high and the low halves of bytes.
+#[inline]
+#[target_feature(enable = "neon")]
+pub(crate) fn nibbles(bytes: uint8x16_t) -> [uint8x16_t; 2] {
+    [vshrq_n_u8::<4>(bytes), vandq_u8(bytes, vdupq_n_u8(15))]
+}
+
+/// Bytes of `a` and `b` in turn.
+#[inline]
+#[target_feature(enable = "neon")]
+pub(crate) fn zip(a: uint8x16_t, b: uint8x16_t) -> [uint8x16_t; 2] {
+    [vzip1q_u8(a, b), vzip2q_u8(a, b)]
+}
+
+/// Pairs of bytes of `a` and `b` in turn.
+#[inline]
+#[target_feature(enable = "neon")]
+fn zip_pairs(a: uint8x16_t, b: uint8x16_t) -> [uint8x16_t; 2] {
+    let [a, b] = [vreinterpretq_u16_u8(a), vreinterpretq_u16_u8(b)];
+    [vreinterpretq_u8_u16(vzip1q_u16(a, b)), vreinterpretq_u8_u16(vzip2q_u16(a, b))]
+}
+
+/// The even bytes of two vectors, and the odd ones.
+#[inline]
+#[target_feature(enable = "neon")]
+pub(crate) fn unzip([a, b]: [uint8x16_t; 2]) -> [uint8x16_t; 2] {
+    [vuzp1q_u8(a, b), vuzp2q_u8(a, b)]
+}
+
+/// A table of 16 floats taken apart: the first byte of each, the second, third and fourth.
+#[derive(Clone, Copy)]
+pub(crate) struct Planes([uint8x16_t; 4]);
+
+impl Planes {
+    #[inline]
+    #[target_feature(enable = "neon")]
+    pub(crate) fn new(table: [float32x4_t; 4]) -> Self {
+        let [a, b, c, d] = table.map(|floats| vreinterpretq_u8_f32(floats));
+        // Bytes 0 and 2 of each float, then 1 and 3.
+        let ([ab, more_ab], [cd, more_cd]) = (unzip([a, b]), unzip([c, d]));
+        let ([first, third], [second, fourth]) = (unzip([ab, cd]), unzip([more_ab, more_cd]));
+        Self([first, second, third, fourth])
+    }
+
+    /// The floats that 16 codes stand for, in their order.
+    #[inline]
+    #[target_feature(enable = "neon")]
+    pub(crate) fn floats(self, codes: uint8x16_t) -> [float32x4_t; 4] {
+        let [first, second, third, fourth] = self.0.map(|plane| vqtbl1q_u8(plane, codes));
+        let (low, high) = (zip(first, second), zip(third, fourth));
+        let ([a, b], [c, d]) = (zip_pairs(low[0], high[0]), zip_pairs(low[1], high[1]));
+        [a, b, c, d].map(|bytes| vreinterpretq_f32_u8(bytes))
+    }
+}
+
+/// Widens 16 integers to floats.
+#[inline]
+#[target_feature(enable = "neon")]
+pub(crate) fn widen_i8(integers: &[i8; 16]) -> [float32x4_t; 4] {
+    let integers = vreinterpretq_s8_u8(load(integers));
+    let (low, high) = (vmovl_s8(vget_low_s8(integers)), vmovl_high_s8(integers));
+    [
+        vmovl_s16(vget_low_s16(low)),
+        vmovl_high_s16(low),
+        vmovl_s16(vget_low_s16(high)),
+        vmovl_high_s16(high),
+    ]
+    .map(|integers| vcvtq_f32_s32(integers))
 }
 
 /// The largest magnitude of whole strips; the canonical NaN if there is one.

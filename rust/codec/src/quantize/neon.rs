@@ -196,7 +196,7 @@ impl Tree {
     pub(crate) fn place(&self, s: float32x4_t) -> uint8x16_t {
         let not_above = |bound| vreinterpretq_u8_u32(vcleq_f32(s, bound));
         let float = |bytes| vreinterpretq_f32_u8(bytes);
-        let set = |place, bit, condition| vorrq_u8(place, vandq_u8(condition, vdupq_n_u8(bit)));
+        let set = |place, bit, condition| vbslq_u8(vdupq_n_u8(bit), condition, place);
 
         let place = vreinterpretq_u8_u32(vdupq_n_u32(0x03_02_01_00));
         let place = set(place, 4, not_above(self.first));

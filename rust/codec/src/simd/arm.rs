@@ -3,6 +3,7 @@
 use std::arch::is_aarch64_feature_detected as has;
 
 use super::{Bodies, SCALAR_BODIES};
+use crate::linear::matvec::{self, Matvec};
 use crate::{dequantize, dequantize_int8, quantize, quantize_int8, quantize_int8_rows, search};
 
 /// The only way to the table below, which is what makes its calls sound.
@@ -28,5 +29,19 @@ static NEON: Bodies = Bodies {
     dequantize_int8: |q, a, b, _, v| unsafe { dequantize_int8::neon::dequantize(q, a, b, v) },
     // SAFETY: as above.
     quantize_int8_row: |v, q| unsafe { quantize_int8_rows::neon::quantize(v, q) },
+    matvec: &Matvec {
+        arrange: matvec::neon::arrange,
+        // SAFETY: as above.
+        exact: |w, r, x, s| unsafe { matvec::neon::exact(w, r, x, s) },
+        int8: |w, r, x, s| {
+            if has!("dotprod") {
+                // SAFETY: as above, and the last feature was found.
+                unsafe { matvec::int8::neon::multiply_dotprod(w, r, x, s) }
+            } else {
+                // SAFETY: as above.
+                unsafe { matvec::int8::neon::multiply(w, r, x, s) }
+            }
+        },
+    },
     ..SCALAR_BODIES
 };

@@ -121,9 +121,9 @@ impl Task<'_> {
             }
         }
         let mut best = [vdupq_n_f32(1.0), vdupq_n_f32(1.0), vdupq_n_f32(-1.0)];
-        for blocks in sums {
+        for blocks in &sums {
             let [qc, cc, second_qc, second_cc] = core::array::from_fn(|i| {
-                let [a, b, c, d] = blocks.map(|sums| sums[i]);
+                let [a, b, c, d] = blocks.each_ref().map(|sums| sums[i]);
                 vcvtq_f32_u32(vpaddq_u32(vpaddq_u32(a, b), vpaddq_u32(c, d)))
             });
             best = better(best, qc, cc);

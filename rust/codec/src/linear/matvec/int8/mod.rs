@@ -15,6 +15,9 @@
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
+#[cfg(target_arch = "aarch64")]
+#[allow(unsafe_code)] // an instruction that has no stable intrinsic
+pub(crate) mod neon;
 pub(crate) mod scalar;
 #[cfg(test)]
 mod tests;

@@ -16,7 +16,7 @@ fn every_body_computes_the_same_integers() {
         let mut outputs: Vec<_> = without_tiles()
             .map(|bodies| (bodies.name(), run(bodies, &w, &x, Compute::Int8)))
             .collect();
-        outputs.extend(without_vnni(&w, &x));
+        outputs.extend(without_dot_products(&w, &x));
         for (name, y) in outputs {
             for (i, (y, expected)) in y.iter().zip(&scalar).enumerate() {
                 let row = i % w.rows;
@@ -31,24 +31,33 @@ fn every_body_computes_the_same_integers() {
     }
 }
 
-/// What machines without VNNI compute, on one that may have it.
-#[cfg(target_arch = "x86_64")]
+/// What machines without VNNI compute, on one that may have it; on ARM without `sdot`.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 #[allow(unsafe_code)]
-fn without_vnni(w: &Owned, x: &[f32]) -> Option<(&'static str, Vec<f32>)> {
-    let bodies = available().iter().find(|bodies| bodies.name() == "avx2")?;
+fn without_dot_products(w: &Owned, x: &[f32]) -> Option<(&'static str, Vec<f32>)> {
+    let name = if cfg!(target_arch = "x86_64") { "avx2" } else { "neon" };
+    let bodies = available().iter().find(|bodies| bodies.name() == name)?;
     let weight = w.weight();
     if !serves(&weight) {
         return None;
     }
     let mut y = vec![f32::NAN; x.len() / w.cols * w.rows];
     let x = Rounded::new(bodies, x, &weight);
+    #[cfg(target_arch = "x86_64")]
     // SAFETY: this machine can run the AVX2 bodies.
-    unsafe { avx2::multiply(&weight, 0..w.rows, &x, &mut y) };
-    Some(("avx2 without VNNI", y))
+    unsafe {
+        avx2::multiply(&weight, 0..w.rows, &x, &mut y);
+    }
+    #[cfg(target_arch = "aarch64")]
+    // SAFETY: this machine can run the NEON bodies.
+    unsafe {
+        neon::multiply(&weight, 0..w.rows, &x, &mut y);
+    }
+    Some(("without dot products", y))
 }
 
-#[cfg(not(target_arch = "x86_64"))]
-fn without_vnni(_: &Owned, _: &[f32]) -> Option<(&'static str, Vec<f32>)> {
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+fn without_dot_products(_: &Owned, _: &[f32]) -> Option<(&'static str, Vec<f32>)> {
     None
 }
 
