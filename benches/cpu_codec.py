@@ -20,6 +20,8 @@ from torch import Tensor
 
 import qkern
 from qkern import _native, codec
+from qkern.formats import resolve_format
+from qkern.ops import host
 
 Row = dict[str, Any]
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -158,6 +160,26 @@ def small_rows(w: Tensor, effort: Effort) -> Iterator[Row]:
         yield from finish(rows, case, w, "")
 
 
+def in_l2(w: Tensor, effort: Effort) -> Iterator[Row]:
+    """Raw buffers that stay in L2: what the arithmetic alone can do.
+
+    The rate between two sizes has no fixed cost of a call in it. Where it is about the limit of
+    memory, or below, the share of that limit cannot come near 1.
+    """
+    codes, fmt = host.lend(w), resolve_format("int8")
+    packed, absmax = np.empty(w.numel(), np.int8), np.empty(w.numel() // 64, np.float32)
+    dtype, q, out = host.dtype_name(w.dtype), qkern.quantize(w), torch.zeros_like(w)
+    engines = [
+        Engine("qkern", [partial(forced_body(w, _native.simd()), w)]),
+        Engine(
+            "qkern, int8",
+            [partial(_native.quantize_int8, codes, dtype, fmt.blocksize, packed, absmax)],
+        ),
+        Engine("qkern, dequantize", [partial(host.dequantize_into, q.parts, q.format, out)]),
+    ]
+    yield from finish(interleaved(engines, effort), "codec, values in L2", w, "")
+
+
 def peer_rows(w: Tensor, effort: Effort) -> Iterator[Row]:
     """Quantize by packages that take seconds for what takes milliseconds: a smaller weight."""
     builders: dict[str, Callable[[], Callable[[], object]]] = {
@@ -237,6 +259,8 @@ def run(
             w = random_weight(N, K).to(dtype)
             yield from quantize_rows(w, effort)
             yield from dequantize_rows(w, effort)
+            for rows in (16, 64):
+                yield from in_l2(w[:rows].clone(), effort)
     for N in small:
         for dtype in (torch.float32, torch.bfloat16):
             yield from small_rows(random_weight(N, N).to(dtype), effort)
