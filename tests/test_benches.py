@@ -84,6 +84,7 @@ def test_cpu_bench_runs_each_section_and_reports_it(
     cases = {row["case"] for row in timed}
     layers = {"linear", "linear, small", "forward and backward with LoRA", "LoRA on top"}
     codec = {"quantize", "dequantize", "quantize, small", "dequantize, small"}
+    layers, codec = layers | {"linear, weight in L2"}, codec | {"codec, values in L2"}
     assert cases == {"limits", "decode", "training step"} | codec | layers
     for case in ("linear", "forward and backward with LoRA", "decode", "training step"):
         engines = {row["engine"] for row in timed if row["case"] == case}
