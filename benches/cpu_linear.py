@@ -85,9 +85,9 @@ def in_l2(sizes: Iterable[tuple[int, int]], Ms: list[int], effort: Effort) -> It
         nbytes = sum(part.nbytes for part in q.parts if part is not None)
         for M in Ms:
             x = torch.randn(M, K, dtype=torch.float32 if M == 1 else torch.bfloat16)
-            dtype = "fp32" if M == 1 else "bf16"
+            dtype, no_adapter = "fp32" if M == 1 else "bf16", (None, None, None, 1.0)
             engines = [
-                Engine(name, [partial(host.linear, x, q.parts, q.format, N, None, None, compute)])
+                Engine(name, [partial(host.linear, x, q.parts, q.format, N, *no_adapter, compute)])
                 for name, compute in (("qkern", "exact"), ("qkern, int8 compute", "int8"))
             ]
             for row in interleaved(engines, effort):

@@ -9,14 +9,12 @@ core has no say in it.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, partial
-from types import SimpleNamespace
+from functools import partial
 from typing import Any
 
 from cpu_timing import Effort, Engine, Seconds, absent, interleaved
@@ -165,32 +163,6 @@ def cases(size: tuple[int, int], *, quick: bool) -> dict[str, Builder]:
     return found
 
 
-@cache
-def native(threads: int) -> SimpleNamespace:
-    """The extension as ``qkern.codec`` calls it, with a number of threads where it names none.
-
-    That is so for quantize and dequantize, which take all cores whatever torch is told.
-    """
-    from qkern import _native
-
-    told = {
-        name: partial(function, threads=threads)
-        for name, function in inspect.getmembers(_native, inspect.isbuiltin)
-        if "threads" in inspect.signature(function).parameters
-    }
-    return SimpleNamespace(**vars(_native) | told)
-
-
-def set_threads(threads: int) -> None:
-    """For torch and for qkern's codec; in a process that measures and does nothing else."""
-    import torch
-
-    from qkern import codec
-
-    torch.set_num_threads(threads)
-    codec._native = native(threads)
-
-
 @dataclass
 class Switched(Engine):
     """An engine with a number of threads."""
@@ -198,7 +170,9 @@ class Switched(Engine):
     threads: int = 1
 
     def measure(self, loops: int, start: int = 0) -> Seconds:
-        set_threads(self.threads)
+        import torch
+
+        torch.set_num_threads(self.threads)
         return super().measure(loops, start)
 
 
@@ -207,7 +181,7 @@ def measured(builder: Builder, effort: Effort) -> list[Row]:
     import torch
 
     torch.set_grad_enabled(False)
-    set_threads(2)
+    torch.set_num_threads(2)
     engines = [
         Switched(f"{engine.name} ({threads})", engine.calls, engine.facts, threads=threads)
         for engine in builder(effort)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qkern
+from qkern import codec
 
 
 class Seen(TorchDispatchMode):
@@ -87,6 +90,29 @@ def test_output_is_on_the_cpu_whatever_the_default_device() -> None:
     x = torch.randn(3, 128)
     with torch.device("meta"):
         assert qkern.linear(x, w).device.type == "cpu"
+
+
+def test_the_codec_takes_as_many_threads_as_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def watched(name: str) -> Any:
+        native = getattr(codec._native, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            seen.append((name, options["threads"]))
+            return native(*arguments, **options)
+
+        return call
+
+    names = ("quantize_4bit", "search_scales", "encode_4bit", "quantize_absmax", "dequantize_4bit")
+    calls = {name: watched(name) for name in names}
+    monkeypatch.setattr(codec, "_native", SimpleNamespace(**vars(codec._native) | calls))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    w = torch.randn(64, 64)
+    qkern.quantize(w).dequantize()
+    qkern.quantize(w, method="search")
+    assert {name for name, _ in seen} == set(names)
+    assert {threads for _, threads in seen} == {3}
 
 
 def test_no_gradient_for_inputs_made_in_inference_mode() -> None:

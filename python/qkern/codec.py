@@ -73,7 +73,12 @@ class Adapter(NamedTuple):
 
 
 def encode(
-    values: Array | Buffer, dtype: str, fmt: QuantFormat, *, nonfinite: str = "error"
+    values: Array | Buffer,
+    dtype: str,
+    fmt: QuantFormat,
+    *,
+    nonfinite: str = "error",
+    threads: int = 0,
 ) -> Parts:
     """Codes and scales of a flat C-contiguous buffer.
 
@@ -83,21 +88,23 @@ def encode(
         fmt: the format to write, after ``for_shape``; unsafe double quantization comes back as
             fp32 scales.
         nonfinite: "error" or "keep".
+        threads: how many, 0 for one per core.
     """
     n = values.size
     absmax = np.empty(fmt.num_blocks(n), np.float32)
     packed: Array = np.empty(fmt.packed_size(n), fmt.packed_dtype)
     outputs = (fmt.blocksize, packed, absmax)
+    how: Any = {"nonfinite": nonfinite, "threads": threads}
     if fmt.code is not None:
         code = code_array(fmt.quant_type)
-        _native.quantize_4bit(values, dtype, code, *outputs, nonfinite=nonfinite)
+        _native.quantize_4bit(values, dtype, code, *outputs, **how)
     elif fmt.kind.per_row:
-        _native.quantize_int8_rows(values, dtype, *outputs, nonfinite=nonfinite)
+        _native.quantize_int8_rows(values, dtype, *outputs, **how)
     else:
-        _native.quantize_int8(values, dtype, *outputs, nonfinite=nonfinite)
+        _native.quantize_int8(values, dtype, *outputs, **how)
     if not fmt.double_quant:
         return Parts(packed, absmax, None, None)
-    codes, nested, offset, safe = encode_absmax(absmax)
+    codes, nested, offset, safe = encode_absmax(absmax, threads=threads)
     return Parts(packed, codes, nested, offset) if safe else Parts(packed, absmax, None, None)
 
 
@@ -137,30 +144,38 @@ def search_scales(
     importance: F32 | Buffer | None = None,
     *,
     nonfinite: str = "error",
+    threads: int = 0,
 ) -> F32:
     """Scales (blocks,) of least squared error, of either sign, for the values (n,)."""
     scales = np.empty(fmt.num_blocks(values.size), np.float32)
     code = code_array(fmt.quant_type)
-    _native.search_scales(
-        values, dtype, code, fmt.blocksize, scales, importance=importance, nonfinite=nonfinite
-    )
+    how: Any = {"importance": importance, "nonfinite": nonfinite, "threads": threads}
+    _native.search_scales(values, dtype, code, fmt.blocksize, scales, **how)
     return scales
 
 
-def encode_codes(values: Array | Buffer, dtype: str, fmt: QuantFormat, scales: F32 | Buffer) -> U8:
+def encode_codes(
+    values: Array | Buffer,
+    dtype: str,
+    fmt: QuantFormat,
+    scales: F32 | Buffer,
+    *,
+    threads: int = 0,
+) -> U8:
     """Packed codes of the values (n,) against fp32 scales (blocks,) of either sign."""
     packed = np.empty(fmt.packed_size(values.size), np.uint8)
     code = code_array(fmt.quant_type)
-    _native.encode_4bit(values, dtype, code, fmt.blocksize, scales, packed)
+    _native.encode_4bit(values, dtype, code, fmt.blocksize, scales, packed, threads=threads)
     return packed
 
 
-def encode_absmax(absmax: F32 | Buffer) -> tuple[U8, F32, F32, bool]:
+def encode_absmax(absmax: F32 | Buffer, *, threads: int = 0) -> tuple[U8, F32, F32, bool]:
     """8-bit codes (blocks,), nested_absmax (groups,), offset (1,) of scales, and if it is safe."""
     codes = np.empty(absmax.size, np.uint8)
     nested = np.empty(-(-absmax.size // NESTED_BLOCKSIZE), np.float32)
     offset = np.empty(1, np.float32)
-    safe = _native.quantize_absmax(absmax, nested_code_array(), codes, nested, offset)
+    outputs = (codes, nested, offset)
+    safe = _native.quantize_absmax(absmax, nested_code_array(), *outputs, threads=threads)
     return codes, nested, offset, safe
 
 
@@ -171,6 +186,7 @@ def decode(
     dtype: str,
     *,
     reused: bool = False,
+    threads: int = 0,
 ) -> None:
     """Write the values of ``parts`` into ``out``.
 
@@ -181,18 +197,19 @@ def decode(
         dtype: "float32", "float16" or "bfloat16".
         reused: whether the memory of ``out`` was in use before, and is not read at once: a large
             one is then written past the caches, which is twice as fast, but slower on fresh pages.
+        threads: how many, 0 for one per core.
     """
     packed, absmax, nested_absmax, offset = parts
-    scales: dict[str, Any] = {}
+    how: dict[str, Any] = {"reused": reused, "threads": threads}
     if nested_absmax is not None:
         nested_code = nested_code_array()
-        scales = {"nested_code": nested_code, "nested_absmax": nested_absmax, "offset": offset}
+        how |= {"nested_code": nested_code, "nested_absmax": nested_absmax, "offset": offset}
     if fmt.code is not None:
         code = code_array(fmt.quant_type)
         operands = (packed, absmax, code, fmt.blocksize, out, dtype)
-        _native.dequantize_4bit(*operands, **scales, reused=reused)
+        _native.dequantize_4bit(*operands, **how)
     else:
-        _native.dequantize_int8(packed, absmax, fmt.blocksize, out, dtype, **scales, reused=reused)
+        _native.dequantize_int8(packed, absmax, fmt.blocksize, out, dtype, **how)
 
 
 def decode_range(

@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 
 import qkern
 from qkern import kernels, reference
-from qkern.formats import QuantFormat
 from qkern.ops import device, host
 
 pytest.importorskip("triton")
@@ -24,17 +23,9 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Kernels called, from here on, by the operator in place of the CPU's code."""
     called: list[str] = []
 
-    def linear(
-        x: Tensor, parts: Any, fmt: QuantFormat, out_features: int, bias: Any, lora: Any, _: str
-    ) -> Tensor:
-        return device.linear(x, parts, fmt, out_features, bias, *lora)
-
     monkeypatch.setattr(kernels, "is_supported", lambda _: True)
-    adapter = host.adapter
-    monkeypatch.setattr(host, "adapter", lambda *lora: lora)
-    monkeypatch.setattr(host, "linear", linear)
-    backward = host.linear_backward
-    monkeypatch.setattr(host, "linear_backward", lambda *a: backward(*a[:-1], adapter(*a[-1])))
+    # All but ``compute``, which is for a CPU.
+    monkeypatch.setattr(host, "linear", lambda *arguments: device.linear(*arguments[:-1]))
     for name, launched in list(KERNELS.items()):
         monkeypatch.setitem(KERNELS, name, recording(name, launched, called))
     return called

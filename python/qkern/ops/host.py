@@ -102,8 +102,8 @@ def lend_parts(parts: Parts) -> codec.LentParts:
 
 def quantize(values: Tensor, fmt: QuantFormat, nonfinite: str) -> tuple[Tensor, Tensor]:
     """Flat packed codes and fp32 absmax (blocks,) of values of any shape and strides."""
-    name = dtype_name(values.dtype)
-    parts = codec.encode(lend(values.contiguous()), name, fmt, nonfinite=nonfinite)
+    name, threads = dtype_name(values.dtype), torch.get_num_threads()
+    parts = codec.encode(lend(values.contiguous()), name, fmt, nonfinite=nonfinite, threads=threads)
     return torch.from_numpy(parts.packed), torch.from_numpy(parts.absmax)
 
 
@@ -111,35 +111,31 @@ def search_scales(
     values: Tensor, fmt: QuantFormat, importance: Tensor | None, nonfinite: str
 ) -> Tensor:
     """Scales (blocks,) of least squared error for values of any shape and strides."""
-    name = dtype_name(values.dtype)
+    name, threads = dtype_name(values.dtype), torch.get_num_threads()
     weights = None if importance is None else lend(importance.contiguous())
     flat = lend(values.contiguous())
-    return torch.from_numpy(codec.search_scales(flat, name, fmt, weights, nonfinite=nonfinite))
+    scales = codec.search_scales(flat, name, fmt, weights, nonfinite=nonfinite, threads=threads)
+    return torch.from_numpy(scales)
 
 
 def encode(values: Tensor, scales: Tensor, fmt: QuantFormat) -> Tensor:
     """Flat packed codes of values of any shape and strides against scales (blocks,)."""
+    name, threads = dtype_name(values.dtype), torch.get_num_threads()
     flat, scale = lend(values.contiguous()), lend(scales.contiguous())
-    return torch.from_numpy(codec.encode_codes(flat, dtype_name(values.dtype), fmt, scale))
+    return torch.from_numpy(codec.encode_codes(flat, name, fmt, scale, threads=threads))
 
 
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor, bool]:
     """8-bit codes, nested_absmax, offset (1,) of fp32 scales (blocks,), and if they are safe."""
-    codes, nested, offset, safe = codec.encode_absmax(lend(absmax.contiguous()))
+    flat, threads = lend(absmax.contiguous()), torch.get_num_threads()
+    codes, nested, offset, safe = codec.encode_absmax(flat, threads=threads)
     return torch.from_numpy(codes), torch.from_numpy(nested), torch.from_numpy(offset), safe
 
 
 def dequantize_into(parts: Parts, fmt: QuantFormat, out: Tensor, *, reused: bool = False) -> None:
     """Write the values into ``out``, (n,) contiguous; ``reused`` as in ``codec.decode``."""
-    name = dtype_name(out.dtype)
-    codec.decode(lend_parts(parts), fmt, lend(out), name, reused=reused)
-
-
-def adapter(lora_A: Tensor | None, lora_B: Tensor | None, scaling: float) -> codec.Adapter | None:
-    """A low-rank adapter in fp32, or None."""
-    if lora_A is None or lora_B is None:
-        return None
-    return codec.Adapter(_floats(lora_A), _floats(lora_B), lora_A.shape[0], scaling)
+    name, threads = dtype_name(out.dtype), torch.get_num_threads()
+    codec.decode(lend_parts(parts), fmt, lend(out), name, reused=reused, threads=threads)
 
 
 def linear(
@@ -148,10 +144,12 @@ def linear(
     fmt: QuantFormat,
     out_features: int,
     bias: Tensor | None,
-    lora: codec.Adapter | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
     compute: str,
 ) -> Tensor:
-    """``x W^T + bias`` and the adapter's part: (..., in_features) to (..., out_features)."""
+    """``x W^T + bias + scaling (x A^T) B^T``: (..., in_features) to (..., out_features)."""
     *batch, in_features = x.shape
     out = torch.empty((*batch, out_features), dtype=x.dtype, device="cpu")
     codec.linear(
@@ -160,7 +158,7 @@ def linear(
         _weight(parts, fmt, (out_features, in_features)),
         lend(out),
         bias=None if bias is None else _floats(bias),
-        adapter=lora,
+        adapter=_adapter(lora_A, lora_B, scaling),
         compute=compute,
         threads=torch.get_num_threads(),
     )
@@ -168,9 +166,15 @@ def linear(
 
 
 def linear_backward(
-    grad: Tensor, parts: Parts, fmt: QuantFormat, in_features: int, lora: codec.Adapter | None
+    grad: Tensor,
+    parts: Parts,
+    fmt: QuantFormat,
+    in_features: int,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
 ) -> Tensor:
-    """``dY W`` and the adapter's part: (..., out_features) to (..., in_features)."""
+    """``dY W + scaling (dY B) A``: (..., out_features) to (..., in_features)."""
     *batch, out_features = grad.shape
     out = torch.empty((*batch, in_features), dtype=grad.dtype, device="cpu")
     codec.linear_backward(
@@ -178,7 +182,7 @@ def linear_backward(
         dtype_name(grad.dtype),
         _weight(parts, fmt, (out_features, in_features)),
         lend(out),
-        adapter=lora,
+        adapter=_adapter(lora_A, lora_B, scaling),
         threads=torch.get_num_threads(),
     )
     return out
@@ -200,6 +204,13 @@ def lora_gradients(
         threads=torch.get_num_threads(),
     )
     return dA.to(lora_A.dtype), dB.to(lora_B.dtype)
+
+
+def _adapter(lora_A: Tensor | None, lora_B: Tensor | None, scaling: float) -> codec.Adapter | None:
+    """A low-rank adapter in fp32, or None."""
+    if lora_A is None or lora_B is None:
+        return None
+    return codec.Adapter(_floats(lora_A), _floats(lora_B), lora_A.shape[0], scaling)
 
 
 def _weight(parts: Parts, fmt: QuantFormat, shape: tuple[int, int]) -> codec.Weight:

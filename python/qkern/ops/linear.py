@@ -71,26 +71,11 @@ def linear(
     operands = (bias, lora_A, lora_B)
     direct = is_unobserved(x, *operands, parts.packed)
     if direct and not wants_grad(x, *operands):
-        return _on_host(x, parts, fmt, out_features, *operands, scaling, compute)
+        return host.linear(x, parts, fmt, out_features, *operands, scaling, compute)
     weight = (*parts, fmt.quant_type, fmt.blocksize, out_features)
     operator = _Linear.apply if direct else torch.ops.qkern.linear
     out: Tensor = operator(x, *weight, *operands, scaling, compute)
     return out
-
-
-def _on_host(
-    x: Tensor,
-    parts: reference.Parts,
-    fmt: QuantFormat,
-    out_features: int,
-    bias: Tensor | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    compute: str,
-) -> Tensor:
-    lora = host.adapter(lora_A, lora_B, scaling)
-    return host.linear(x, parts, fmt, out_features, bias, lora, compute)
 
 
 @torch.library.custom_op(
@@ -146,7 +131,7 @@ def _linear_cpu(
 ) -> Tensor:
     fmt = QuantFormat(quant_type, blocksize, nested_absmax is not None)
     parts = reference.Parts(packed, absmax, nested_absmax, offset)
-    return _on_host(x, parts, fmt, out_features, bias, lora_A, lora_B, scaling, compute)
+    return host.linear(x, parts, fmt, out_features, bias, lora_A, lora_B, scaling, compute)
 
 
 @torch.library.custom_op(
@@ -199,8 +184,7 @@ def _linear_backward_cpu(
 ) -> Tensor:
     fmt = QuantFormat(quant_type, blocksize, nested_absmax is not None)
     parts = reference.Parts(packed, absmax, nested_absmax, offset)
-    adapter = host.adapter(lora_A, lora_B, scaling)
-    return host.linear_backward(grad, parts, fmt, in_features, adapter)
+    return host.linear_backward(grad, parts, fmt, in_features, lora_A, lora_B, scaling)
 
 
 def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

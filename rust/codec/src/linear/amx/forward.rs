@@ -197,7 +197,7 @@ fn few_tokens<const ROW_TILES: usize>(
 ) {
     /// Lines from row to row: those of two chunks side by side, the one that is decoded and the one
     /// that is multiplied. A load waits for earlier stores whose addresses agree with its own in
-    /// the low 12 bits: so none do.
+    /// the low 12 bits: those of the two chunks never do.
     const STEP: usize = 2 * TILES_PER_CHUNK;
     let Product { x, tokens, rows, finish } = product;
     let mut sums = Scratch::<f32>::new(tokens * rows);

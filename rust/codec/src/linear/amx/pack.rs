@@ -43,9 +43,18 @@ pub(crate) struct Packed {
 /// Lines of a chunk of 16 tokens.
 pub(crate) const CHUNK_LINES: usize = TILES_PER_CHUNK * LINES;
 
+/// Groups of 16 tokens: pairs of them, but only one where few tokens meet 4-bit codes.
+pub(crate) fn groups(tokens: usize, nibbles: bool) -> usize {
+    if nibbles && tokens <= TOKENS {
+        1
+    } else {
+        tokens.div_ceil(2 * TOKENS) * 2
+    }
+}
+
 impl Packed {
-    /// Packs (tokens, cols) values; columns to the end of the last chunk, and tokens to pairs of
-    /// tiles, are zero. Up to 16 tokens for nibbles have one tile.
+    /// Packs (tokens, cols) values; columns to the end of the last chunk, and tokens to whole
+    /// [`groups`], are zero.
     pub(crate) fn new(
         engine: Engine,
         x: &[bf16],
@@ -54,8 +63,7 @@ impl Packed {
     ) -> Result<Self, CodecError> {
         let tokens = x.len() / cols;
         let chunks = cols.div_ceil(CHUNK);
-        let one = tokens <= TOKENS && order == Order::Nibbles;
-        let groups = if one { 1 } else { tokens.div_ceil(2 * TOKENS) * 2 };
+        let groups = groups(tokens, order == Order::Nibbles);
         let mut tiles = Scratch::new(groups * chunks * CHUNK_LINES);
         let jobs = tiles.chunks_mut(chunks * CHUNK_LINES).enumerate();
         parallel::for_each(x.len(), engine, jobs, |(group, tiles)| {

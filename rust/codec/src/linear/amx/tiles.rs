@@ -53,7 +53,7 @@ fn request() -> bool {
 /// Tiles whose rows are `step` lines apart, one tile's rows after the other's.
 ///
 /// The lines between belong to other tiles: what is decoded from a row of codes is written in one
-/// run, which is a third faster than to several places.
+/// run.
 #[derive(Clone, Copy)]
 pub(crate) struct Stack<'a> {
     lines: &'a [Line],

@@ -82,16 +82,16 @@ unsafe fn strip_sums(
     let rows = source.rows.len();
     let (pairs, groups) = (rows.div_ceil(PAIR), tokens.div_ceil(FEW));
     let scaled = source.scaled(x.chunks);
-    let mut panel = Scratch::<Line>::new(pairs * PART.min(x.chunks) * 2 * TILES * LINES);
-    let mut partial = Scratch::<Line>::new(pairs * groups * 4 * LINES);
-    let mut sums = Scratch::<f32>::new(FEW * rows);
-    let mut found = [Line([0; 64]); 4 * LINES];
+    let mut sums = Scratch::<f32>::new(tokens.min(FEW) * rows);
     // SAFETY: the caller vouches for the tiles.
     let tiles = unsafe { Tiles::configure() };
     if let (Some(nibbles), true) = (source.nibbles, tokens <= TOKENS) {
-        few_tokens(&tiles, source, nibbles, &scaled, x, &mut sums[..tokens * rows]);
-        return finish(0, &mut sums[..tokens * rows]);
+        few_tokens(&tiles, source, nibbles, &scaled, x, &mut sums);
+        return finish(0, &mut sums);
     }
+    let mut panel = Scratch::<Line>::new(pairs * PART.min(x.chunks) * 2 * TILES * LINES);
+    let mut partial = Scratch::<Line>::new(pairs * groups * 4 * LINES);
+    let mut found = [Line([0; 64]); 4 * LINES];
     for part in 0..scaled.parts {
         let chunks = part * PART..((part + 1) * PART).min(x.chunks);
         let lines_per_pair = chunks.len() * 2 * TILES * LINES;

@@ -5,6 +5,7 @@ use std::arch::x86_64::*;
 use crate::error::CodecError;
 use crate::linear::amx::decode::CHUNK;
 use crate::linear::amx::int8::TILES;
+use crate::linear::amx::pack::groups;
 use crate::linear::amx::tiles::{LINES, TOKENS};
 use crate::linear::amx::transpose::transpose;
 use crate::linear::forward::widened;
@@ -31,7 +32,7 @@ impl Packed {
     ) -> Result<Self, CodecError> {
         let tokens = x.len() / cols;
         let chunks = cols.div_ceil(CHUNK);
-        let groups = tokens.div_ceil(2 * TOKENS) * 2;
+        let groups = groups(tokens, nibbles);
         let lines = chunks * TILES * LINES;
         let mut tiles = Scratch::<Line>::new(groups * lines);
         let mut scales = Scratch::<f32>::new(groups * TOKENS);
