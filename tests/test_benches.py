@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -119,14 +119,11 @@ def test_cpu_bench_switches_the_threads_of_codec_and_torch(
         return native.quantize_4bit(*args, **settings)
 
     before = torch.get_num_threads()
-    monkeypatch.setattr(codec, "_native", native)  # what is set below does not stay
+    watched = SimpleNamespace(**vars(native) | {"quantize_4bit": quantize_4bit})
+    monkeypatch.setattr(codec, "_native", watched)
     calls = [partial(qkern.quantize, torch.randn(64, 64))]
     try:
         for n in (2, 1, 2):
-            told = threads.native(n)
-            monkeypatch.setattr(
-                told, "quantize_4bit", partial(quantize_4bit, **told.quantize_4bit.keywords)
-            )
             threads.Switched("quantize", calls, threads=n).measure(1)
     finally:
         torch.set_num_threads(before)
