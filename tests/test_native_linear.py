@@ -7,7 +7,7 @@ from qkern import _native
 from qkern.errors import DTypeError, FormatError, ShapeError
 
 CODE = np.linspace(-1, 1, 16, dtype=np.float32)
-ROWS, COLS, TOKENS, RANK = 70, 128, 20, 3
+ROWS, COLS, RANK = 70, 128, 3
 
 
 def weight(kind: str, rng: np.random.Generator) -> tuple[tuple[object, ...], np.ndarray]:
@@ -32,33 +32,51 @@ def weight(kind: str, rng: np.random.Generator) -> tuple[tuple[object, ...], np.
     return (packed, CODE, *nested, 64, ROWS, COLS), dense
 
 
+def stored(values: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """Values rounded to a dtype (bfloat16 towards zero), flat as they are stored, and as floats."""
+    if dtype == "float16":
+        rounded = values.astype(np.float16)
+        return rounded.ravel().view(np.uint16), rounded.astype(np.float32)
+    if dtype == "bfloat16":
+        upper = values.view(np.uint32) & 0xFFFF0000
+        return (upper >> 16).astype(np.uint16).ravel(), upper.view(np.float32)
+    return values.ravel(), values
+
+
 @pytest.mark.parametrize("simd", _native.available_simd())
-@pytest.mark.parametrize("kind", ["plain", "nested", "int8"])
-def test_forward_and_gradients_are_those_of_the_dense_layer(kind: str, simd: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "tokens", "lora_dtype"),
+    [("plain", 20, "float32"), ("nested", 3, "bfloat16"), ("int8", 9, "float16")],
+)
+def test_forward_and_gradients_are_those_of_the_dense_layer(
+    kind: str, tokens: int, lora_dtype: str, simd: str
+) -> None:
     rng = np.random.default_rng(1)
     parts, flat = weight(kind, rng)
     dense = flat.reshape(ROWS, COLS).astype(np.float64)
-    x, dy = rng.random((TOKENS, COLS), np.float32), rng.random((TOKENS, ROWS), np.float32)
-    a, b = rng.random((RANK, COLS), np.float32), rng.random((ROWS, RANK), np.float32)
+    x, dy = rng.random((tokens, COLS), np.float32), rng.random((tokens, ROWS), np.float32)
+    flat_a, a = stored(rng.random((RANK, COLS), np.float32), lora_dtype)
+    flat_b, b = stored(rng.random((ROWS, RANK), np.float32), lora_dtype)
     bias = rng.random(ROWS, np.float32)
-    adapter = {"lora_a": a.ravel(), "lora_b": b.ravel(), "scaling": 2.0}
+    adapter = {"lora_a": flat_a, "lora_b": flat_b, "lora_dtype": lora_dtype, "scaling": 2.0}
 
-    y = np.full(TOKENS * ROWS, np.nan, np.float32)
+    y = np.full(tokens * ROWS, np.nan, np.float32)
     _native.linear(x.ravel(), "float32", *parts, y, bias=bias, **adapter, simd=simd)
     h, g = 2.0 * (x @ a.T), 2.0 * (dy @ b)
-    np.testing.assert_allclose(y.reshape(TOKENS, ROWS), x @ dense.T + h @ b.T + bias, 1e-4, 1e-3)
+    np.testing.assert_allclose(y.reshape(tokens, ROWS), x @ dense.T + h @ b.T + bias, 1e-4, 1e-3)
 
-    dx = np.full(TOKENS * COLS, np.nan, np.float32)
+    dx = np.full(tokens * COLS, np.nan, np.float32)
     _native.linear_backward(dy.ravel(), "float32", *parts, dx, **adapter, simd=simd)
-    np.testing.assert_allclose(dx.reshape(TOKENS, COLS), dy @ dense + g @ a, 1e-4, 1e-3)
+    np.testing.assert_allclose(dx.reshape(tokens, COLS), dy @ dense + g @ a, 1e-4, 1e-3)
 
     da, db = np.full(RANK * COLS, np.nan, np.float32), np.full(ROWS * RANK, np.nan, np.float32)
     _native.lora_gradients(
         x.ravel(),
         dy.ravel(),
         "float32",
-        a.ravel(),
-        b.ravel(),
+        flat_a,
+        flat_b,
+        lora_dtype,
         RANK,
         2.0,
         grad_a=da,

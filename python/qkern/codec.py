@@ -66,8 +66,9 @@ class Weight(NamedTuple):
 class Adapter(NamedTuple):
     """A low-rank adapter: ``scaling (x A^T) B^T`` is added to a product."""
 
-    lora_A: F32 | Buffer  # (r * in_features,)
-    lora_B: F32 | Buffer  # (out_features * r,)
+    lora_A: Array | Buffer  # (r * in_features,) float32, or uint16 bits of dtype
+    lora_B: Array | Buffer  # (out_features * r,)
+    dtype: str
     r: int
     scaling: float
 
@@ -295,7 +296,7 @@ def lora_gradients(
     *,
     threads: int = 0,
 ) -> None:
-    """Write the gradients of an adapter: ``dA`` like ``lora_A``, ``dB`` like ``lora_B``."""
+    """Write the gradients of an adapter: ``dA`` and ``dB``, as many as its values, in fp32."""
     _native.lora_gradients(x, grad, dtype, *adapter, grad_a=dA, grad_b=dB, threads=threads)
 
 
@@ -303,7 +304,8 @@ def _low_rank(adapter: Adapter | None) -> dict[str, Any]:
     """What it takes for an adapter."""
     if adapter is None:
         return {}
-    return {"lora_a": adapter.lora_A, "lora_b": adapter.lora_B, "scaling": adapter.scaling}
+    lora_A, lora_B, dtype, _, scaling = adapter
+    return {"lora_a": lora_A, "lora_b": lora_B, "lora_dtype": dtype, "scaling": scaling}
 
 
 def decode_absmax(parts: Parts) -> F32:

@@ -192,7 +192,7 @@ def lora_gradients(
     x: Tensor, grad: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """Those of A (r, in_features) and B (out_features, r), in the adapter's dtypes."""
-    lora = codec.Adapter(_floats(lora_A), _floats(lora_B), lora_A.shape[0], scaling)
+    lora = _factors(lora_A, lora_B, scaling)
     dA, dB = (torch.empty(t.shape, dtype=torch.float32, device="cpu") for t in (lora_A, lora_B))
     codec.lora_gradients(
         lend(x.contiguous()),
@@ -207,10 +207,18 @@ def lora_gradients(
 
 
 def _adapter(lora_A: Tensor | None, lora_B: Tensor | None, scaling: float) -> codec.Adapter | None:
-    """A low-rank adapter in fp32, or None."""
+    """A low-rank adapter, or None."""
     if lora_A is None or lora_B is None:
         return None
-    return codec.Adapter(_floats(lora_A), _floats(lora_B), lora_A.shape[0], scaling)
+    return _factors(lora_A, lora_B, scaling)
+
+
+def _factors(lora_A: Tensor, lora_B: Tensor, scaling: float) -> codec.Adapter:
+    """The memory of an adapter in its dtype; in fp32 if it has two, or one without a codec."""
+    if lora_A.dtype != lora_B.dtype or lora_A.dtype not in _NAMES:
+        lora_A, lora_B = lora_A.float(), lora_B.float()
+    A, B = lend(lora_A.contiguous()), lend(lora_B.contiguous())
+    return codec.Adapter(A, B, dtype_name(lora_A.dtype), lora_A.shape[0], scaling)
 
 
 def _weight(parts: Parts, fmt: QuantFormat, shape: tuple[int, int]) -> codec.Weight:

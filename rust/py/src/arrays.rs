@@ -107,10 +107,19 @@ pub(crate) enum InputValues<'py> {
 
 impl<'py> InputValues<'py> {
     pub(crate) fn new(object: &Bound<'py, PyAny>, dtype: &str) -> PyResult<Self> {
+        Self::named("values", object, dtype)
+    }
+
+    /// What errors call `name`.
+    pub(crate) fn named(
+        name: &'static str,
+        object: &Bound<'py, PyAny>,
+        dtype: &str,
+    ) -> PyResult<Self> {
         match dtype {
-            "float32" => Ok(Self::F32(Input::new("values", object)?)),
-            "float16" => Ok(Self::F16(Input::new("values", object)?)),
-            "bfloat16" => Ok(Self::Bf16(Input::new("values", object)?)),
+            "float32" => Ok(Self::F32(Input::new(name, object)?)),
+            "float16" => Ok(Self::F16(Input::new(name, object)?)),
+            "bfloat16" => Ok(Self::Bf16(Input::new(name, object)?)),
             _ => Err(unknown_dtype(object.py(), dtype)),
         }
     }

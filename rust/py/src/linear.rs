@@ -13,7 +13,8 @@ use crate::scales::{Nested, ScaleArray};
 #[pyfunction]
 #[pyo3(signature = (
     x, dtype, packed, code, absmax, nested_code, nested_absmax, offset, blocksize, rows, cols, y, *,
-    bias=None, lora_a=None, lora_b=None, scaling=1.0, compute="exact", threads=0, simd=None
+    bias=None, lora_a=None, lora_b=None, lora_dtype="float32", scaling=1.0, compute="exact",
+    threads=0, simd=None
 ))]
 #[allow(clippy::too_many_arguments)] // the signature that Python sees
 pub(crate) fn linear(
@@ -33,6 +34,7 @@ pub(crate) fn linear(
     bias: Option<&Bound<'_, PyAny>>,
     lora_a: Option<&Bound<'_, PyAny>>,
     lora_b: Option<&Bound<'_, PyAny>>,
+    lora_dtype: &str,
     scaling: f32,
     compute: &str,
     threads: usize,
@@ -50,7 +52,7 @@ pub(crate) fn linear(
     let parts = Parts::new(packed, code, absmax, [nested_code, nested_absmax, offset])?;
     let x = InputValues::new(x, dtype)?;
     let bias = bias.map(|bias| Input::<f32>::new("bias", bias)).transpose()?;
-    let adapter = Adapter::new(py, lora_a, lora_b, scaling, (rows, cols))?;
+    let adapter = Adapter::new(py, (lora_a, lora_b, lora_dtype), scaling, (rows, cols))?;
     let mut y = OutputValues::new(y, dtype)?;
     let mut inputs = vec![x.memory()];
     inputs.extend(parts.memory());
@@ -69,7 +71,7 @@ pub(crate) fn linear(
 #[pyfunction]
 #[pyo3(signature = (
     grad, dtype, packed, code, absmax, nested_code, nested_absmax, offset, blocksize, rows, cols,
-    dx, *, lora_a=None, lora_b=None, scaling=1.0, threads=0, simd=None
+    dx, *, lora_a=None, lora_b=None, lora_dtype="float32", scaling=1.0, threads=0, simd=None
 ))]
 #[allow(clippy::too_many_arguments)] // the signature that Python sees
 pub(crate) fn linear_backward(
@@ -88,6 +90,7 @@ pub(crate) fn linear_backward(
     dx: &Bound<'_, PyAny>,
     lora_a: Option<&Bound<'_, PyAny>>,
     lora_b: Option<&Bound<'_, PyAny>>,
+    lora_dtype: &str,
     scaling: f32,
     threads: usize,
     simd: Option<&str>,
@@ -95,7 +98,7 @@ pub(crate) fn linear_backward(
     let engine = engine(py, threads, simd)?;
     let parts = Parts::new(packed, code, absmax, [nested_code, nested_absmax, offset])?;
     let grad = InputValues::new(grad, dtype)?;
-    let adapter = Adapter::new(py, lora_a, lora_b, scaling, (rows, cols))?;
+    let adapter = Adapter::new(py, (lora_a, lora_b, lora_dtype), scaling, (rows, cols))?;
     let mut dx = OutputValues::new(dx, dtype)?;
     let mut inputs = vec![grad.memory()];
     inputs.extend(parts.memory());
@@ -111,7 +114,8 @@ pub(crate) fn linear_backward(
 /// Writes the gradients of an adapter, in fp32.
 #[pyfunction]
 #[pyo3(signature = (
-    x, grad, dtype, lora_a, lora_b, rank, scaling, *, grad_a=None, grad_b=None, threads=0, simd=None
+    x, grad, dtype, lora_a, lora_b, lora_dtype, rank, scaling, *,
+    grad_a=None, grad_b=None, threads=0, simd=None
 ))]
 #[allow(clippy::too_many_arguments)] // the signature that Python sees
 pub(crate) fn lora_gradients(
@@ -121,6 +125,7 @@ pub(crate) fn lora_gradients(
     dtype: &str,
     lora_a: &Bound<'_, PyAny>,
     lora_b: &Bound<'_, PyAny>,
+    lora_dtype: &str,
     rank: usize,
     scaling: f32,
     grad_a: Option<&Bound<'_, PyAny>>,
@@ -130,7 +135,8 @@ pub(crate) fn lora_gradients(
 ) -> PyResult<()> {
     let engine = engine(py, threads, simd)?;
     let (x, grad) = (InputValues::new(x, dtype)?, InputValues::new(grad, dtype)?);
-    let (a, b) = (Input::new("lora_a", lora_a)?, Input::new("lora_b", lora_b)?);
+    let a = InputValues::named("lora_a", lora_a, lora_dtype)?;
+    let b = InputValues::named("lora_b", lora_b, lora_dtype)?;
     let adapter = Adapter { a, b, rank, scaling };
     let mut grad_a = grad_a.map(|to| Output::<f32>::new("grad_a", to)).transpose()?;
     let mut grad_b = grad_b.map(|to| Output::<f32>::new("grad_b", to)).transpose()?;
@@ -199,8 +205,8 @@ impl<'py> Parts<'py> {
 
 /// The arrays of an adapter.
 struct Adapter<'py> {
-    a: Input<'py, f32>,
-    b: Input<'py, f32>,
+    a: InputValues<'py>,
+    b: InputValues<'py>,
     rank: usize,
     scaling: f32,
 }
@@ -209,14 +215,16 @@ impl<'py> Adapter<'py> {
     /// Both matrices or none; the rank follows from their sizes and the weight's.
     fn new(
         py: Python<'py>,
-        a: Option<&Bound<'py, PyAny>>,
-        b: Option<&Bound<'py, PyAny>>,
+        (a, b, dtype): (Option<&Bound<'py, PyAny>>, Option<&Bound<'py, PyAny>>, &str),
         scaling: f32,
         (rows, cols): (usize, usize),
     ) -> PyResult<Option<Self>> {
         let (a, b) = match (a, b) {
             (None, None) => return Ok(None),
-            (Some(a), Some(b)) => (Input::<f32>::new("lora_a", a)?, Input::new("lora_b", b)?),
+            (Some(a), Some(b)) => {
+                let a = InputValues::named("lora_a", a, dtype)?;
+                (a, InputValues::named("lora_b", b, dtype)?)
+            }
             _ => {
                 let message = "an adapter is lora_a and lora_b: pass both, or neither";
                 return Err(errors::shape(py, message.to_owned()));

@@ -31,15 +31,36 @@ fn quantize_group(
     codes: &mut [u8; NESTED_BLOCKSIZE],
     nested: &mut f32,
 ) -> bool {
-    let group = group.as_chunks::<8>().0;
-    let largest = group.iter().fold(_mm256_setzero_si256(), |largest, scales| {
-        let distance = abs(_mm256_sub_ps(load_f32(scales), offset));
-        _mm256_max_epi32(largest, _mm256_castps_si256(distance))
-    });
-    let largest = lanes(_mm256_castsi256_ps(largest)).map(f32::to_bits);
-    *nested = f32::from_bits(largest.into_iter().fold(0, u32::max));
-    let scale = _mm256_set1_ps(*nested);
+    let vectors = group.as_chunks::<8>().0;
+    let (mut largest, mut least) = (_mm256_setzero_si256(), _mm256_set1_epi32(i32::MAX));
+    for scales in vectors {
+        let scales = load_f32(scales);
+        let distance = _mm256_castps_si256(abs(_mm256_sub_ps(scales, offset)));
+        largest = _mm256_max_epi32(largest, distance);
+        least = _mm256_min_epi32(least, _mm256_castps_si256(abs(scales)));
+    }
+    let [largest, least] =
+        [largest, least].map(|v| lanes(_mm256_castsi256_ps(v)).map(f32::to_bits).into_iter());
+    *nested = f32::from_bits(largest.fold(0, u32::max));
+    let least = f32::from_bits(least.fold(u32::MAX, u32::min));
+    if search.all_survive(least, *nested) {
+        write_codes::<false>(vectors, offset, search, *nested, codes)
+    } else {
+        write_codes::<true>(vectors, offset, search, *nested, codes)
+    }
+}
 
+/// Codes a group; if asked to `CHECK`, tells whether its scales survive.
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+fn write_codes<const CHECK: bool>(
+    group: &[[f32; 8]],
+    offset: __m256,
+    search: &Search,
+    nested: f32,
+    codes: &mut [u8; NESTED_BLOCKSIZE],
+) -> bool {
+    let scale = _mm256_set1_ps(nested);
     let mut survive = _mm256_castsi256_ps(_mm256_set1_epi32(-1));
     for (scales, codes) in group.iter().zip(codes.as_chunks_mut::<8>().0) {
         let scales = load_f32(scales);
@@ -48,7 +69,9 @@ fn quantize_group(
         let number = _mm256_cmp_ps::<_CMP_ORD_Q>(quotient, quotient);
         let code = count_below(search, _mm256_and_ps(number, quotient));
         *codes = bytes(code);
-
+        if !CHECK {
+            continue;
+        }
         let value = gather(search.table(), code);
         let decoded = _mm256_add_ps(_mm256_mul_ps(value, scale), offset);
         let error = abs(_mm256_sub_ps(decoded, scales));

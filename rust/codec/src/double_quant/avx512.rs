@@ -32,14 +32,35 @@ fn quantize_group(
     codes: &mut [u8; NESTED_BLOCKSIZE],
     nested: &mut f32,
 ) -> bool {
-    let group = group.as_chunks::<16>().0;
-    let largest = group.iter().fold(_mm512_setzero_si512(), |largest, scales| {
-        let distance = _mm512_sub_ps(load_f32(scales), offset);
-        _mm512_max_epi32(largest, _mm512_castps_si512(_mm512_abs_ps(distance)))
-    });
+    let vectors = group.as_chunks::<16>().0;
+    let none = _mm512_setzero_si512();
+    let (mut largest, mut least) = (none, _mm512_set1_epi32(i32::MAX));
+    for scales in vectors {
+        let scales = load_f32(scales);
+        let distance = _mm512_castps_si512(_mm512_abs_ps(_mm512_sub_ps(scales, offset)));
+        largest = _mm512_max_epi32(largest, distance);
+        least = _mm512_min_epi32(least, _mm512_castps_si512(_mm512_abs_ps(scales)));
+    }
     *nested = f32::from_bits(_mm512_reduce_max_epi32(largest) as u32);
-    let scale = _mm512_set1_ps(*nested);
+    let least = f32::from_bits(_mm512_reduce_min_epi32(least) as u32);
+    if search.all_survive(least, *nested) {
+        write_codes::<false>(vectors, offset, search, *nested, codes)
+    } else {
+        write_codes::<true>(vectors, offset, search, *nested, codes)
+    }
+}
 
+/// Codes a group; if asked to `CHECK`, tells whether its scales survive.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi")]
+fn write_codes<const CHECK: bool>(
+    group: &[[f32; 16]],
+    offset: __m512,
+    search: &Search,
+    nested: f32,
+    codes: &mut [u8; NESTED_BLOCKSIZE],
+) -> bool {
+    let scale = _mm512_set1_ps(nested);
     let mut survive = __mmask16::MAX;
     for (scales, codes) in group.iter().zip(codes.as_chunks_mut::<16>().0) {
         let scales = load_f32(scales);
@@ -48,7 +69,9 @@ fn quantize_group(
         let number = _mm512_cmp_ps_mask::<_CMP_ORD_Q>(quotient, quotient);
         let code = count_below(search, _mm512_maskz_mov_ps(number, quotient));
         store_half(codes, _mm512_cvtepi32_epi8(code));
-
+        if !CHECK {
+            continue;
+        }
         let value = gather(search.table(), code);
         let decoded = _mm512_add_ps(_mm512_mul_ps(value, scale), offset);
         let error = _mm512_abs_ps(_mm512_sub_ps(decoded, scales));

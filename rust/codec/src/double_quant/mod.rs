@@ -127,8 +127,8 @@ fn offset(engine: Engine, absmax: &[f32]) -> Result<f32, CodecError> {
     let jobs = absmax.chunks(DECODE_JOB).zip(sums.chunks_mut(DECODE_JOB / NESTED_BLOCKSIZE));
     parallel::for_each(work(absmax.len(), DECODE_JOB), engine, jobs, |(absmax, sums)| {
         group_sums(absmax, sums);
-        // Counted, not asked with `any`: this runs in vectors.
-        if absmax.iter().filter(|&&scale| scale < 0.0).count() > 0 {
+        // Counted, not asked with `any`, and in lanes as wide as scales: this runs in vectors.
+        if absmax.iter().map(|&scale| u32::from(scale < 0.0)).sum::<u32>() > 0 {
             negative.store(true, Ordering::Relaxed);
         }
     })?;

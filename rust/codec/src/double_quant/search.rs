@@ -15,6 +15,8 @@ pub(crate) struct Search {
     below: [u8; CELLS + 3],
     /// The largest number of bounds in a cell.
     most: usize,
+    /// Scales that are so many times the second-level scale survive, whatever their codes.
+    certain: f32,
 }
 
 /// Bits of a magnitude that its cell does not depend on: 64 cells a power of two.
@@ -29,7 +31,8 @@ impl Search {
     /// Takes bounds that ascend and are not NaN.
     pub(super) fn new(table: &[f32; 256], bounds: &[f32; 255]) -> Self {
         let (table, below) = (*table, [255; CELLS + 3]);
-        let mut search = Self { bounds: [f32::INFINITY; 256], table, below, most: 0 };
+        let certain = certain(&table);
+        let mut search = Self { bounds: [f32::INFINITY; 256], table, below, most: 0, certain };
         search.bounds[..255].copy_from_slice(bounds);
         let (mut start, mut inside) = (0, 0);
         for (i, &bound) in bounds.iter().enumerate() {
@@ -40,6 +43,13 @@ impl Search {
             start = end;
         }
         search
+    }
+
+    /// Whether scales of magnitude `least` or more survive beside `nested`, by what is known without
+    /// their codes.
+    #[inline]
+    pub(super) fn all_survive(&self, least: f32, nested: f32) -> bool {
+        least >= f32::MIN_POSITIVE && least >= self.certain * nested
     }
 
     pub(super) fn table(&self) -> &[f32; 256] {
@@ -73,6 +83,15 @@ impl Search {
             }
         }
     }
+}
+
+/// A scale may be off by 1/8 of itself. The nearest value is off by half a gap of the table, or by
+/// what lies between its ends and those of [-1, 1]; a hundredth more is much more than what four
+/// roundings take.
+fn certain(table: &[f32; 256]) -> f32 {
+    let gaps = table.windows(2).map(|pair| (pair[1] - pair[0]) / 2.0);
+    let ends = [(-1.0 - table[0]).abs(), (1.0 - table[255]).abs()];
+    8.0 * 1.01 * gaps.chain(ends).fold(0.0, f32::max)
 }
 
 /// By the sign, the exponent and the first six bits after it.

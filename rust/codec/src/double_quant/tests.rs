@@ -198,6 +198,17 @@ fn a_small_scale_among_large_ones_is_not_safe() {
 }
 
 #[test]
+fn bodies_that_look_at_the_least_scale_alone_say_the_same() {
+    for unit in [1.0, 1e-37, 1e-39, 1e-44] {
+        for i in 0..400 {
+            let mut absmax = vec![unit; 512];
+            absmax[70] = unit * (0.01 + 0.0005 * i as f32);
+            check(&absmax, &dynamic_map());
+        }
+    }
+}
+
+#[test]
 fn nonfinite_scales_are_not_safe() {
     for bad in [f32::NAN, f32::INFINITY] {
         for place in 0..300 {

@@ -4,8 +4,8 @@ use std::ops::Range;
 
 use crate::error::CodecError;
 use crate::layout::check_len;
+use crate::linear::adapter::{Factors, Lora};
 use crate::linear::dense::forward::TOKENS;
-use crate::linear::forward::Lora;
 use crate::linear::lora::thin;
 use crate::linear::pieces::cut;
 use crate::linear::strips::{self, Strip};
@@ -46,9 +46,11 @@ pub fn linear_backward(
         check_len("grad", grad.len(), tokens * weight.rows, (tokens, "tokens"))?;
     }
     let lora = lora.filter(|lora| lora.rank > 0 && tokens > 0);
-    let g = |lora: Lora<'_>| thin(engine, grad, lora.b, lora.rank, lora.scaling);
+    let lora = lora.map(|lora| lora.factors(engine.bodies));
+    let lora = lora.as_ref();
+    let g = |lora: &Factors<'_>| thin(engine, grad, &lora.b, lora.rank, lora.scaling);
     let g = lora.map(g).transpose()?.unwrap_or_default();
-    let adapter = lora.map(|lora| (g.as_slice(), lora.a, lora.rank));
+    let adapter = lora.map(|lora| (g.as_slice(), &*lora.a, lora.rank));
     if let (Values::Bf16(grad), Some(tiles)) = (grad, engine.bodies.tiles) {
         if tokens > 1 && weight.rows > 0 && weight.chunks_have_scales() {
             return (tiles.backward)(engine, grad, weight, adapter, dx);

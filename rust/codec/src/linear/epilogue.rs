@@ -3,8 +3,8 @@
 use std::ops::Range;
 
 use crate::error::CodecError;
+use crate::linear::adapter::Factors;
 use crate::linear::dense::tokens::turn;
-use crate::linear::forward::Lora;
 use crate::linear::lora;
 use crate::linear::strips::Strip;
 use crate::linear::weight::Weight;
@@ -34,12 +34,12 @@ impl<'a> Epilogue<'a> {
         x: Values<'_>,
         weight: &Weight<'_>,
         bias: Option<&'a [f32]>,
-        lora: Option<Lora<'a>>,
+        lora: Option<&'a Factors<'_>>,
     ) -> Result<Self, CodecError> {
         let lora = lora.filter(|lora| lora.rank > 0 && weight.cols > 0);
-        let low_rank = |lora: Lora<'a>| {
+        let low_rank = |lora: &'a Factors<'_>| {
             let h = lora::down(engine, x, lora)?;
-            Ok(LowRank { h, b: lora.b, rank: lora.rank })
+            Ok(LowRank { h, b: &lora.b, rank: lora.rank })
         };
         let lora = lora.map(low_rank).transpose()?;
         Ok(Self { bodies: engine.bodies, bias, lora })
@@ -49,9 +49,9 @@ impl<'a> Epilogue<'a> {
     pub(crate) fn of(&self, columns: Range<usize>) -> StripEpilogue<'_> {
         let low_rank = self.lora.as_ref().map(|LowRank { h, b, rank }| {
             let b = &b[columns.start * rank..columns.end * rank];
-            let (mut turned, width) = (Scratch::new(b.len()), columns.len());
-            turn(self.bodies, (b, *rank), (&mut turned, width), (width, *rank));
-            (&h[..], turned, *rank)
+            let few = h.len() <= lora::FEW * rank;
+            let b = if few { Factor::Rows(b) } else { Factor::turned(self.bodies, b, *rank) };
+            (&h[..], b, *rank)
         });
         let bias = self.bias.map(|bias| &bias[columns.clone()]);
         StripEpilogue { bodies: self.bodies, bias, low_rank, width: columns.len() }
@@ -67,9 +67,25 @@ impl<'a> Epilogue<'a> {
 pub(crate) struct StripEpilogue<'a> {
     bodies: &'static Bodies,
     bias: Option<&'a [f32]>,
-    /// h, (tokens, rank), B of the columns, (rank, columns), and the rank.
-    low_rank: Option<(&'a [f32], Scratch<f32>, usize)>,
+    /// h, (tokens, rank), B of the columns, and the rank.
+    low_rank: Option<(&'a [f32], Factor<'a>, usize)>,
     width: usize,
+}
+
+/// B of some columns of y.
+enum Factor<'a> {
+    /// (columns, rank), as it was given.
+    Rows(&'a [f32]),
+    /// (rank, columns).
+    Turned(Scratch<f32>),
+}
+
+impl Factor<'_> {
+    fn turned(bodies: &'static Bodies, b: &[f32], rank: usize) -> Self {
+        let (mut turned, width) = (Scratch::new(b.len()), b.len() / rank);
+        turn(bodies, (b, rank), (&mut turned, width), (width, rank));
+        Self::Turned(turned)
+    }
 }
 
 impl StripEpilogue<'_> {
@@ -83,7 +99,10 @@ impl StripEpilogue<'_> {
         let width = self.width.max(1);
         if let Some((h, b, rank)) = &self.low_rank {
             let h = &h[first * rank..][..sums.len() / width * rank];
-            (self.bodies.matmul_nn)(h, b, width, sums, &[]);
+            match b {
+                Factor::Rows(b) => (self.bodies.matmul_nt)(h, b, *rank, sums),
+                Factor::Turned(b) => (self.bodies.matmul_nn)(h, b, width, sums, &[]),
+            }
         }
         for (row, sums) in rows.zip(sums.chunks_mut(width)) {
             if let Some(bias) = self.bias {

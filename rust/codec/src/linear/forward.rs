@@ -4,38 +4,13 @@ use half::bf16;
 
 use crate::error::CodecError;
 use crate::layout::check_len;
+use crate::linear::adapter::{Factors, Floats, Lora};
 use crate::linear::dense;
 use crate::linear::epilogue::Epilogue;
 use crate::linear::matvec;
 use crate::linear::weight::Weight;
-use crate::scratch::Scratch;
-use crate::simd::{Bodies, Engine};
+use crate::simd::Engine;
 use crate::values::{with_slice, Element, Values, ValuesMut};
-
-/// A low-rank adapter: `scaling * (x A^T) B^T` is added to the product.
-#[derive(Clone, Copy, Debug)]
-pub struct Lora<'a> {
-    /// (rank, cols) of the weight.
-    pub a: &'a [f32],
-    /// (rows of the weight, rank).
-    pub b: &'a [f32],
-    /// The rank.
-    pub rank: usize,
-    /// The factor.
-    pub scaling: f32,
-}
-
-impl Lora<'_> {
-    pub(crate) fn check(&self, weight: &Weight<'_>) -> Result<(), CodecError> {
-        let Self { a, b, rank, .. } = *self;
-        let sizes = [("lora_A", a.len(), weight.cols), ("lora_B", b.len(), weight.rows)];
-        for (what, found, features) in sizes {
-            let expected = rank.checked_mul(features).ok_or(CodecError::Row)?;
-            check_len(what, found, expected, (features, "features"))?;
-        }
-        Ok(())
-    }
-}
 
 /// What is multiplied with what.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -90,6 +65,8 @@ pub fn linear(
     if weight.rows == 0 {
         return Ok(());
     }
+    let lora = lora.map(|lora| lora.factors(engine.bodies));
+    let lora = lora.as_ref();
     if let (true, Some(tiles)) = (tokens > 1 && weight.cols > 0, engine.bodies.tiles) {
         let product = match (compute, x) {
             (Compute::Exact, Values::Bf16(x)) => Some(TileInput::Bf16(x)),
@@ -103,19 +80,12 @@ pub fn linear(
     }
     if matvec::serves(tokens, weight) {
         let epilogue = Epilogue::new(engine, x, weight, bias, lora)?;
-        let x = widened(engine.bodies, x);
+        let x = Floats::new(engine.bodies, x);
         return with_slice!(y, ValuesMut, y => {
             matvec::multiply(engine, &x, weight, compute, &epilogue, y)
         });
     }
     with_slice!(y, ValuesMut, y => by_panels(engine, x, weight, bias, lora, y))
-}
-
-/// The values as floats.
-pub(crate) fn widened(bodies: &'static Bodies, values: Values<'_>) -> Scratch<f32> {
-    let mut floats = Scratch::new(values.len());
-    (bodies.widen)(values, &mut floats);
-    floats
 }
 
 /// By decoded panels, some tokens at a time.
@@ -124,7 +94,7 @@ fn by_panels<T: Element>(
     x: Values<'_>,
     weight: &Weight<'_>,
     bias: Option<&[f32]>,
-    lora: Option<Lora<'_>>,
+    lora: Option<&Factors<'_>>,
     y: &mut [T],
 ) -> Result<(), CodecError> {
     for (block, y) in y.chunks_mut(dense::forward::TOKENS * weight.rows).enumerate() {

@@ -98,7 +98,7 @@ fn dx_of_an_adapter_is_added_before_the_rounding() {
     let (rows, cols, tokens, rank) = (70, 192, 20, 5);
     let w = Owned::new(1, rows, cols, 64);
     let (a, b) = (random(3, rank * cols), random(4, rows * rank));
-    let lora = Lora { a: &a, b: &b, rank, scaling: 0.5 };
+    let lora = Lora { a: Values::F32(&a), b: Values::F32(&b), rank, scaling: 0.5 };
     let grad = Weights::F32(random(5, tokens * rows));
     let dy = f64s(&grad.widened());
     let g = firsts(&product(&dy, &f64s(&b), rows, rank), 0.5);
@@ -131,7 +131,7 @@ fn gradients_of_an_adapter_of_any_rank_are_right() {
     ];
     for (rank, rows, cols, tokens) in cases {
         let (a, b) = (random(1, rank * cols), random(2, rows * rank));
-        let lora = Lora { a: &a, b: &b, rank, scaling: 2.0 };
+        let lora = Lora { a: Values::F32(&a), b: Values::F32(&b), rank, scaling: 2.0 };
         let xs = Weights::all(&random(3, tokens * cols));
         let grads = Weights::all(&random(4, tokens * rows));
         for (x, grad) in xs.iter().zip(&grads) {
@@ -153,7 +153,7 @@ fn gradients_of_an_adapter_of_any_rank_are_right() {
 fn one_gradient_alone_is_the_same() {
     let (rank, rows, cols, tokens) = (4, 30, 40, 12);
     let (a, b) = (random(1, rank * cols), random(2, rows * rank));
-    let lora = Lora { a: &a, b: &b, rank, scaling: 1.0 };
+    let lora = Lora { a: Values::F32(&a), b: Values::F32(&b), rank, scaling: 1.0 };
     let (x, grad) =
         (Weights::F32(random(3, tokens * cols)), Weights::F32(random(4, tokens * rows)));
     let engine = Engine::new(available()[0], 1);
@@ -169,7 +169,7 @@ fn gradients_are_the_same_bytes_for_any_number_of_threads() {
     let (rank, tokens) = (16, 40);
     let w = Owned::new(5, 1000, 1024, 64);
     let (a, b) = (random(1, rank * w.cols), random(2, w.rows * rank));
-    let lora = Lora { a: &a, b: &b, rank, scaling: 1.0 };
+    let lora = Lora { a: Values::F32(&a), b: Values::F32(&b), rank, scaling: 1.0 };
     let xs = Weights::all(&random(3, tokens * w.cols));
     for (x, grad) in xs.iter().zip(Weights::all(&random(4, tokens * w.rows))) {
         for bodies in available() {
@@ -194,7 +194,8 @@ fn parts_that_do_not_fit_are_refused() {
     let error = linear_backward(engine, grad, &w.weight(), None, ValuesMut::F32(&mut dx));
     let text = "grad has length 13, but 2 tokens need 12";
     assert_eq!(error.unwrap_err().to_string(), text);
-    let lora = Lora { a: &[0.0; 64], b: &[0.0; 6], rank: 1, scaling: 1.0 };
+    let lora =
+        Lora { a: Values::F32(&[0.0; 64]), b: Values::F32(&[0.0; 6]), rank: 1, scaling: 1.0 };
     let (x, mut da) = ([0.0; 128], [0.0; 63]);
     let dy = Values::F32(&dx[..12]);
     let error = lora_gradients(engine, Values::F32(&x), dy, lora, Some(&mut da), None);

@@ -11,9 +11,10 @@
 use std::ops::Range;
 
 use crate::error::CodecError;
+use crate::float_env::in_default_float_env;
 use crate::layout::check_len;
+use crate::linear::adapter::{Factors, Floats, Lora};
 use crate::linear::dense::tokens::turn;
-use crate::linear::forward::Lora;
 use crate::parallel;
 use crate::scratch::Scratch;
 use crate::simd::{Bodies, Engine};
@@ -24,6 +25,9 @@ const TOKENS: usize = 2 * 14;
 
 /// Features of a piece that is widened at a time for `h` and `G`.
 const FEATURES: usize = 464;
+
+/// Tokens up to which the matrices are taken as they lie: turning them would cost more.
+pub(crate) const FEW: usize = 8;
 
 /// Tokens from which tiles are faster: they want both factors packed.
 const MIN_TILES: usize = 32;
@@ -55,9 +59,10 @@ pub fn lora_gradients(
         check_len("x", x.len(), tokens * cols, (tokens, "tokens"))?;
         check_len("grad", grad.len(), tokens * rows, (tokens, "tokens"))?;
     }
+    let lora = lora.factors(engine.bodies);
     if let Some(da) = da {
         check_len("grad_A", da.len(), a.len(), (cols, "features"))?;
-        let g = thin(engine, grad, b, rank, scaling)?;
+        let g = thin(engine, grad, &lora.b, rank, scaling)?;
         let (turned, strip_width) = gradient(engine, x, &g, rank, cols)?;
         for (strip, part) in turned.chunks(strip_width * rank.max(1)).enumerate() {
             let width = part.len() / rank;
@@ -68,7 +73,7 @@ pub fn lora_gradients(
     }
     if let Some(db) = db {
         check_len("grad_B", db.len(), b.len(), (rows, "features"))?;
-        let h = down(engine, x, lora)?;
+        let h = down(engine, x, &lora)?;
         let (turned, width) = gradient(engine, grad, &h, rank, rows)?;
         let strip = width * rank.max(1);
         let strips = turned.chunks(strip).zip(db.chunks_mut(strip));
@@ -81,9 +86,24 @@ pub fn lora_gradients(
 }
 
 /// `h = scaling * x A^T`.
-pub(crate) fn down(engine: Engine, x: Values<'_>, lora: Lora<'_>) -> Result<Vec<f32>, CodecError> {
-    let Lora { a, rank, scaling, .. } = lora;
+pub(crate) fn down(
+    engine: Engine,
+    x: Values<'_>,
+    lora: &Factors<'_>,
+) -> Result<Vec<f32>, CodecError> {
+    let Factors { ref a, rank, scaling, .. } = *lora;
     let cols = a.len().checked_div(rank).unwrap_or(0);
+    let tokens = x.len().checked_div(cols).unwrap_or(0);
+    if tokens <= FEW {
+        let mut sums = vec![0.0; tokens * rank];
+        in_default_float_env(|| {
+            (engine.bodies.matmul_nt)(&Floats::new(engine.bodies, x), a, cols, &mut sums);
+            for sum in &mut sums {
+                *sum *= scaling;
+            }
+        });
+        return Ok(sums);
+    }
     let mut turned = vec![0.0; a.len()];
     turn(engine.bodies, (a, cols), (&mut turned, rank), (rank, cols));
     thin(engine, x, &turned, rank, scaling)

@@ -15,6 +15,7 @@
 //! Sums run over K in an order that depends on the shape and the body alone: the same bytes come
 //! out for any number of threads.
 
+mod adapter;
 #[cfg(target_arch = "x86_64")]
 #[allow(unsafe_code)]
 pub(crate) mod amx;
@@ -32,10 +33,11 @@ mod strips;
 pub(crate) mod tests;
 mod weight;
 
+pub use adapter::Lora;
 pub use backward::linear_backward;
 pub(crate) use backward::Adapter;
 pub(crate) use epilogue::Epilogue;
 pub(crate) use forward::TileInput;
-pub use forward::{linear, Compute, Lora};
+pub use forward::{linear, Compute};
 pub use lora::lora_gradients;
 pub use weight::{Codes, Weight};

@@ -165,7 +165,7 @@ fn bias_and_adapter_are_added_before_the_rounding() {
     let (rows, cols, tokens, rank) = (70, 128, 5, 3);
     let w = Owned::new(1, rows, cols, 64);
     let (bias, a, b) = (random(2, rows), random(3, rank * cols), random(4, rows * rank));
-    let lora = Lora { a: &a, b: &b, rank, scaling: 0.5 };
+    let lora = Lora { a: Values::F32(&a), b: Values::F32(&b), rank, scaling: 0.5 };
     let x = random(5, tokens * cols);
     let dense = w.dense(&Weights::F32(Vec::new()));
     for bodies in available() {

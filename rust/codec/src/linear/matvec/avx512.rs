@@ -26,8 +26,10 @@ const CHUNK: usize = 128;
 const WINDOW: usize = CHUNK / 2 + 3;
 /// The bytes that those of a group of chunks touch.
 const GROUP: usize = MAX_CHUNKS * CHUNK / 2 + 3;
-/// How far ahead bytes are fetched, in chunks.
-const AHEAD: usize = 64;
+/// Bytes of a row from which rows lie in different pages, or nearly so.
+const SHORT: usize = 2048;
+/// How far ahead bytes are fetched, in each row.
+const AHEAD: usize = 4096;
 
 /// The tokens in the order of [`exact`], each filled up with zeros to whole chunks.
 pub(crate) fn arrange<'a>(x: &'a [f32], weight: &Weight<'_>) -> Cow<'a, [f32]> {
@@ -72,40 +74,83 @@ fn exact_tokens<const M: usize, const R: usize>(
             let table = load_f32(table);
             by_rows::<M, R>(
                 rows,
+                weight.cols / 2,
                 sums,
-                |row| four_bit(weight, packed, table, row, x),
-                |row| four_bit(weight, packed, table, row, x),
+                |rows| four_bit(weight, packed, table, rows, x),
+                |rows| four_bit(weight, packed, table, rows, x),
             );
         }
         Codes::Int8(codes) => by_rows::<M, R>(
             rows,
+            weight.cols,
             sums,
-            |row| int8(weight, codes, row, x),
-            |row| int8(weight, codes, row, x),
+            |rows| int8(weight, codes, rows, x),
+            |rows| int8(weight, codes, rows, x),
         ),
     }
 }
 
+/// Rows that are multiplied together.
+#[derive(Clone, Copy)]
+pub(crate) struct Together {
+    first: usize,
+    /// Rows from each to the next.
+    apart: usize,
+    /// Rows that follow each before the next is reached, itself included.
+    run: usize,
+}
+
+impl Together {
+    /// Row `r` of them.
+    #[inline(always)]
+    pub(crate) fn row(self, r: usize) -> usize {
+        self.first + r * self.apart
+    }
+
+    /// Where to fetch while byte `at` of each of R rows is read, from the row's first byte on: in
+    /// the rows that follow it, or in those that follow at this place in the next strip.
+    #[inline(always)]
+    pub(crate) fn ahead<const R: usize>(self, at: usize, row_bytes: usize) -> usize {
+        let next = at + AHEAD;
+        let strip = if next < self.run * row_bytes { 0 } else { (R - 1) * self.apart * row_bytes };
+        next + strip
+    }
+}
+
 /// Writes the sums of all rows: R at a time, then the last few one by one.
+///
+/// The processor follows one stream of reads a page. Of short rows R runs are read side by side;
+/// long ones are far enough apart.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi")]
 pub(crate) fn by_rows<const M: usize, const R: usize>(
     rows: Range<usize>,
+    row_bytes: usize,
     sums: &mut [f32],
-    several: impl Fn(usize) -> [[__m512; M]; R],
-    single: impl Fn(usize) -> [[__m512; M]; 1],
+    several: impl Fn(Together) -> [[__m512; M]; R],
+    single: impl Fn(Together) -> [[__m512; M]; 1],
 ) {
     let count = rows.len();
-    let mut put = |i: usize, found: &[[__m512; M]]| {
-        for (i, found) in (i..).zip(found) {
+    let mut put = |together: Together, found: &[[__m512; M]]| {
+        for (r, found) in found.iter().enumerate() {
             for (token, &sum) in found.iter().enumerate() {
-                sums[token * count + i] = _mm512_reduce_add_ps(sum);
+                sums[token * count + together.row(r) - rows.start] = _mm512_reduce_add_ps(sum);
             }
         }
     };
-    let whole = count / R * R;
-    (0..whole).step_by(R).for_each(|i| put(i, &several(rows.start + i)));
-    (whole..count).for_each(|i| put(i, &single(rows.start + i)));
+    let (groups, start) = (count / R, rows.start);
+    for i in 0..groups {
+        let together = if row_bytes < SHORT {
+            Together { first: start + i, apart: groups, run: groups - i }
+        } else {
+            Together { first: start + i * R, apart: 1, run: 1 }
+        };
+        put(together, &several(together));
+    }
+    for first in start + groups * R..rows.end {
+        let together = Together { first, apart: 1, run: 1 };
+        put(together, &single(together));
+    }
 }
 
 /// The sums of R rows of 4-bit codes.
@@ -115,12 +160,12 @@ fn four_bit<const M: usize, const R: usize>(
     weight: &Weight<'_>,
     packed: &[u8],
     table: __m512,
-    row: usize,
+    rows: Together,
     x: &[f32],
 ) -> [[__m512; M]; R] {
     let places = Places::new(weight);
     let chunks = weight.cols.div_ceil(CHUNK);
-    let bytes: [&[u8]; R] = core::array::from_fn(|r| &packed[(row + r) * weight.cols / 2..]);
+    let bytes: [&[u8]; R] = core::array::from_fn(|r| &packed[rows.row(r) * weight.cols / 2..]);
     let x = x.as_chunks::<16>().0.as_chunks::<8>().0;
     let x: [&[[[f32; 16]; 8]]; M] = by_token(x);
     let mut sums = [[_mm512_setzero_ps(); M]; R];
@@ -129,10 +174,9 @@ fn four_bit<const M: usize, const R: usize>(
         let count = places.chunks.min(chunks - first);
         let mut scales = [_mm512_setzero_ps(); R];
         let mut groups = [&[0; GROUP]; R];
-        let mut fetched = [0; R];
+        let ahead = rows.ahead::<R>(first * 64, weight.cols / 2);
         for (r, end) in ends.iter_mut().enumerate() {
-            scales[r] = places.scales(weight, row + r, g, R);
-            fetched[r] = ahead(r, first, chunks, R);
+            scales[r] = places.scales(weight, rows.row(r), g);
             groups[r] = group_of(&bytes[r][first * 64..], end);
         }
         let mut group_of_x: [&[_]; M] = [&[]; M];
@@ -142,7 +186,7 @@ fn four_bit<const M: usize, const R: usize>(
         for c in (0..MAX_CHUNKS).take_while(|&c| c < count) {
             let (mut windows, mut of_x) = ([&[0; WINDOW]; R], [&x[0][0]; M]);
             for r in 0..R {
-                prefetch(bytes[0], fetched[r] + 64 * c);
+                prefetch(bytes[r], ahead + 64 * c);
                 windows[r] = groups[r][64 * c..].first_chunk().expect("8 chunks and 3 bytes");
             }
             for m in 0..M {
@@ -199,47 +243,29 @@ pub(crate) fn end_of<T: Copy + Default, const N: usize>(bytes: &[T]) -> [T; N] {
     core::array::from_fn(|i| bytes.get(i).copied().unwrap_or_default())
 }
 
-/// Where to fetch while the chunks from `c` on of row `r` of some are multiplied, in bytes from the
-/// first of these rows on.
-///
-/// Short rows share a page: the next ones are fetched in the order of their addresses. Longer ones
-/// are fetched further on in the row, or in the row that will be read there when these are done.
-#[inline(always)]
-pub(crate) fn ahead(r: usize, c: usize, chunks: usize, rows: usize) -> usize {
-    let next = c + AHEAD;
-    64 * if 2 * chunks < AHEAD {
-        rows * chunks + c * rows + r
-    } else if next < chunks {
-        r * chunks + next
-    } else {
-        (r + rows - 1) * chunks + next
-    }
-}
-
 /// The sums of R rows of 8-bit codes.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi")]
 fn int8<const M: usize, const R: usize>(
     weight: &Weight<'_>,
     codes: &[i8],
-    row: usize,
+    rows: Together,
     x: &[f32],
 ) -> [[__m512; M]; R] {
     let Weight { cols, blocksize, .. } = *weight;
     let blocks = cols / blocksize;
     let x: [&[f32]; M] = by_token(x);
-    let codes: [&[i8]; R] =
-        core::array::from_fn(|r| &codes[(row + r) * cols..(row + r + 1) * cols]);
+    let codes: [&[i8]; R] = core::array::from_fn(|r| &codes[rows.row(r) * cols..][..cols]);
     let mut sums = [[_mm512_setzero_ps(); M]; R];
     for first in (0..blocks).step_by(16) {
         let end = blocks.min(first + 16);
         let mut scales = [[0.0; 16]; R];
         for (r, scales) in scales.iter_mut().enumerate() {
-            let absmax = load_scales(&weight.scales, (row + r) * blocks + first, end - first);
+            let absmax = load_scales(&weight.scales, rows.row(r) * blocks + first, end - first);
             *scales = lanes(_mm512_mul_ps(absmax, _mm512_set1_ps(STEP)));
         }
         if blocksize.is_multiple_of(64) {
-            int8_whole(codes, x, blocksize / 64, first..end, &scales, &mut sums);
+            int8_whole(rows, codes, x, blocksize / 64, first..end, &scales, &mut sums);
         } else {
             int8_any(codes, x, blocksize, first..end, &scales, &mut sums);
         }
@@ -251,6 +277,7 @@ fn int8<const M: usize, const R: usize>(
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi")]
 fn int8_whole<const M: usize, const R: usize>(
+    rows: Together,
     codes: [&[i8]; R],
     x: [&[f32]; M],
     a_block: usize,
@@ -264,8 +291,9 @@ fn int8_whole<const M: usize, const R: usize>(
     for (i, block) in blocks.enumerate() {
         let mut products = [[_mm512_setzero_ps(); M]; R];
         for p in block * a_block..(block + 1) * a_block {
-            for r in 0..R {
-                prefetch(codes[0], ahead(r, p, pieces, R));
+            let ahead = rows.ahead::<R>(p * 64, 64 * pieces);
+            for codes in codes {
+                prefetch(codes, ahead);
             }
             for j in 0..4 {
                 let mut of_x = [_mm512_setzero_ps(); M];
@@ -305,7 +333,7 @@ fn int8_any<const M: usize, const R: usize>(
         let place = block * blocksize..(block + 1) * blocksize;
         for r in 0..R {
             let codes = &codes[r][place.clone()];
-            prefetch(codes, 64 * AHEAD);
+            prefetch(codes, AHEAD);
             let scale = _mm512_set1_ps(scales[r][i]);
             for m in 0..M {
                 let parts = codes.chunks(16).zip(x[m][place.clone()].chunks(16));

@@ -46,15 +46,15 @@ impl Places {
     }
 
     /// The scales of group `g` of chunks of a row, one a lane: each stands for 64 values, or 32 if
-    /// blocks are of 32. Lanes beyond the row are zero. Wide ones are fetched `rows` further on.
+    /// blocks are of 32. Lanes beyond the row are zero. Wide ones of the next row are fetched.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-    pub(crate) fn scales(&self, weight: &Weight<'_>, row: usize, g: usize, rows: usize) -> __m512 {
+    pub(crate) fn scales(&self, weight: &Weight<'_>, row: usize, g: usize) -> __m512 {
         let a_row = weight.cols / weight.blocksize;
         let first = (16 * g) >> self.shift;
         let count = (a_row - first).min(16);
         if let Scales::Plain(scales) = weight.scales {
-            prefetch(scales, 4 * ((row + rows) * a_row + first));
+            prefetch(scales, 4 * ((row + 1) * a_row + first));
         }
         let scales = load_scales(&weight.scales, row * a_row + first, count);
         if self.shift == 0 {

@@ -3,12 +3,12 @@
 use std::arch::x86_64::*;
 
 use crate::error::CodecError;
+use crate::linear::adapter::Floats;
 use crate::linear::amx::decode::CHUNK;
 use crate::linear::amx::int8::TILES;
 use crate::linear::amx::pack::groups;
 use crate::linear::amx::tiles::{LINES, TOKENS};
 use crate::linear::amx::transpose::transpose;
-use crate::linear::forward::widened;
 use crate::parallel;
 use crate::scratch::{Line, Scratch};
 use crate::simd::Engine;
@@ -40,7 +40,7 @@ impl Packed {
         parallel::for_each(x.len(), engine, jobs, |(group, (tiles, scales))| {
             let first = (group * TOKENS).min(tokens) * cols;
             let last = ((group + 1) * TOKENS).min(tokens) * cols;
-            let floats = widened(engine.bodies, x.split_at(last).0.split_at(first).1);
+            let floats = Floats::new(engine.bodies, x.split_at(last).0.split_at(first).1);
             // SAFETY: the caller found the tiles, and all such processors have the vectors.
             unsafe { pack_group(floats.chunks(cols), nibbles, tiles, scales) };
         })?;

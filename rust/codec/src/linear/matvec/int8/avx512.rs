@@ -6,7 +6,7 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use crate::dequantize_int8::STEP;
-use crate::linear::matvec::avx512::{ahead, by_rows, end_of, group_of};
+use crate::linear::matvec::avx512::{by_rows, end_of, group_of, Together};
 use crate::linear::matvec::int8::{Chunk, Piece, Rounded, BLOCK, CHUNK};
 use crate::linear::matvec::scales_avx512::{load_scales, Places, MAX_CHUNKS};
 use crate::linear::weight::{Codes, Weight};
@@ -30,9 +30,10 @@ pub(crate) fn multiply(weight: &Weight<'_>, rows: Range<usize>, x: &Rounded, sum
             for (x, sums) in tokens.zip(sums.chunks_exact_mut(count)) {
                 by_rows::<1, ROWS>(
                     rows.clone(),
+                    weight.cols / 2,
                     sums,
-                    |row| four_bit(weight, packed, table, row, x),
-                    |row| four_bit(weight, packed, table, row, x),
+                    |rows| four_bit(weight, packed, table, rows, x),
+                    |rows| four_bit(weight, packed, table, rows, x),
                 );
             }
         }
@@ -41,9 +42,10 @@ pub(crate) fn multiply(weight: &Weight<'_>, rows: Range<usize>, x: &Rounded, sum
             for (x, sums) in tokens.zip(sums.chunks_exact_mut(count)) {
                 by_rows::<1, ROWS>(
                     rows.clone(),
+                    weight.cols,
                     sums,
-                    |row| int8(weight, codes, row, x),
-                    |row| int8(weight, codes, row, x),
+                    |rows| int8(weight, codes, rows, x),
+                    |rows| int8(weight, codes, rows, x),
                 );
             }
         }
@@ -58,27 +60,25 @@ fn four_bit<const R: usize>(
     weight: &Weight<'_>,
     packed: &[u8],
     table: [__m512i; 2],
-    row: usize,
+    rows: Together,
     x: &[Chunk],
 ) -> [[__m512; 1]; R] {
     let places = Places::new(weight);
-    let chunks = weight.cols.div_ceil(CHUNK);
-    let bytes: [&[u8]; R] = core::array::from_fn(|r| &packed[(row + r) * weight.cols / 2..]);
+    let bytes: [&[u8]; R] = core::array::from_fn(|r| &packed[rows.row(r) * weight.cols / 2..]);
     let mut sums = [[_mm512_setzero_ps()]; R];
     let mut ends = [[0; GROUP]; R];
     for (g, x) in x.chunks(places.chunks).enumerate() {
         let first = g * places.chunks;
         let mut scales = [_mm512_setzero_ps(); R];
         let mut groups = [&[0; GROUP]; R];
-        let mut fetched = [0; R];
+        let ahead = rows.ahead::<R>(first * 64, weight.cols / 2);
         for (r, end) in ends.iter_mut().enumerate() {
-            scales[r] = places.scales(weight, row + r, g, R);
-            fetched[r] = ahead(r, first, chunks, R);
+            scales[r] = places.scales(weight, rows.row(r), g);
             groups[r] = group_of(&bytes[r][first * 64..], end);
         }
         for (c, x) in (0..MAX_CHUNKS).zip(x) {
             for r in 0..R {
-                prefetch(bytes[0], fetched[r] + 64 * c);
+                prefetch(bytes[r], ahead + 64 * c);
                 let codes = load(&groups[r].as_chunks::<64>().0[c]);
                 let product = _mm512_mul_ps(product(codes, table, x), load_f32(&x.step));
                 let scales = _mm512_permutexvar_ps(load(&places.lanes[c]), scales[r]);
@@ -110,12 +110,12 @@ fn product(codes: __m512i, table: [__m512i; 2], x: &Chunk) -> __m512 {
 fn int8<const R: usize>(
     weight: &Weight<'_>,
     codes: &[i8],
-    row: usize,
+    rows: Together,
     x: &[Piece],
 ) -> [[__m512; 1]; R] {
     let Weight { cols, blocksize, .. } = *weight;
     let blocks = cols / blocksize;
-    let codes: [&[i8]; R] = core::array::from_fn(|r| &codes[(row + r) * cols..][..cols]);
+    let codes: [&[i8]; R] = core::array::from_fn(|r| &codes[rows.row(r) * cols..][..cols]);
     let pieces = cols.div_ceil(BLOCK);
     let a_block = blocksize.div_ceil(BLOCK);
     let mut sums = [[_mm512_setzero_ps()]; R];
@@ -123,7 +123,7 @@ fn int8<const R: usize>(
         let count = (blocks - first).min(16);
         let mut scales = [[0.0; 16]; R];
         for (r, scales) in scales.iter_mut().enumerate() {
-            let absmax = load_scales(&weight.scales, (row + r) * blocks + first, count);
+            let absmax = load_scales(&weight.scales, rows.row(r) * blocks + first, count);
             *scales = lanes(_mm512_mul_ps(absmax, _mm512_set1_ps(STEP)));
         }
         for block in first..first + count {
@@ -131,8 +131,9 @@ fn int8<const R: usize>(
             for c in block * a_block..((block + 1) * a_block).min(pieces) {
                 let x = &x[c];
                 let step = _mm512_set1_ps(x.step);
+                let ahead = rows.ahead::<R>(c * BLOCK, cols);
                 for r in 0..R {
-                    prefetch(codes[0], ahead(r, c, pieces, R));
+                    prefetch(codes[r], ahead);
                     let rest = &codes[r][c * BLOCK..];
                     let codes = match rest.first_chunk::<BLOCK>() {
                         Some(codes) => load(codes),
