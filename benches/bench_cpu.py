@@ -72,8 +72,9 @@ def limits_section(plan: Plan, effort: Any) -> Iterator[Row]:
     from cpu_timing import interleaved
 
     limits.check()
-    for row in interleaved(cpu_threads.memory_limits(effort, 1), effort):
-        yield {"case": "limits", "GB/s": row["bytes"] / row["median"] / 1e9, **row}
+    for row in interleaved(cpu_threads.machine_limits(effort, 1), effort):
+        rate = {"GB/s": row["bytes"] / row["median"] / 1e9} if "bytes" in row else {}
+        yield {"case": "limits", **rate, **row}
 
 
 def codec_section(plan: Plan, effort: Any) -> Iterator[Row]:

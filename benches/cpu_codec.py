@@ -24,6 +24,7 @@ from qkern.formats import resolve_format
 from qkern.ops import host
 
 Row = dict[str, Any]
+EXPAND = "limit: read codes, NT write"
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -113,6 +114,7 @@ def dequantize_rows(w: Tensor, effort: Effort) -> Iterator[Row]:
     engines = [
         Engine("limit: NT write", [limits.writer(out) for out in outputs]),
         Engine("limit: copy", [limits.copier(*p) for p in pairwise(outputs)]),
+        Engine(EXPAND, [limits.expander(out, q.packed.reshape(-1)) for q, out in pairs]),
         Engine("qkern, reused output", [partial(qkern.dequantize, q, out=out) for q, out in pairs]),
         Engine("qkern, fresh output", each(qkern.dequantize, sources)),
     ]
@@ -126,6 +128,9 @@ def dequantize_rows(w: Tensor, effort: Effort) -> Iterator[Row]:
         yield absent("bitsandbytes", error, case="dequantize")
     rows = interleaved(engines, effort)
     add_ratios(rows, "bitsandbytes", "times faster than bitsandbytes")
+    found = {row["engine"]: row["median"] for row in rows}
+    reused = next(row for row in rows if row["engine"] == "qkern, reused output")
+    reused["share of reading codes and NT write"] = found[EXPAND] / reused["median"]
     yield from finish(rows, "dequantize", w, "NT write")
 
 

@@ -17,7 +17,8 @@ import qkern
 from qkern.ops import host
 
 Row = dict[str, Any]
-BASE = "torch bf16"
+BASE, TILES = "torch bf16", "limit: tiles"
+TILED = 32  # from so many tokens on the tile instructions of a product are a bound worth showing
 
 
 def read_limits(layers: Iterable[Linear]) -> list[Engine]:
@@ -40,11 +41,15 @@ def rows_for(
     for row in failed:
         yield about | row
     bounds = read_limits(layers) if bounded else []
+    if bounded and M >= TILED and limits.has_tiles():
+        bounds.append(Engine(TILES, [limits.multiplier(M, about["N"], about["K"])]))
     rows = interleaved([*bounds, *engines], effort)
     add_ratios(rows, BASE, f"times faster than {BASE}")
     add_ratios(rows, "qkern", "times faster than qkern")
     found = {row["engine"]: row["median"] for row in rows}
     for row in rows:
+        if TILES in found and row["engine"] in {BASE, "qkern"}:
+            row["share of tiles"] = found[TILES] / row["median"]
         if bounds and row["engine"].startswith("qkern"):
             row["share of read"] = found["limit: read"] / row["median"]
             fastest = min(found["limit: read"], found["limit: read, prefetched"])

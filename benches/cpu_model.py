@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import limits
 import torch
 from cpu_engines import WrongResultError
+from cpu_linear import TILES
 from cpu_timing import Effort, Engine, add_ratios, interleaved, relative_error
 from cpu_train import DenseLoRA, R, fill_adapter
 from torch import Tensor, nn
@@ -36,6 +38,7 @@ class Shape:
     batch: int = 512  # tokens of a training step
 
 
+REST = "limit: all but the layers"
 # How the quantized layers multiply, as it stands in names; and how far the logits may be off, bf16
 # and the layers' errors one upon the other.
 COMPUTE = {"exact": "", "int8": ", int8 compute"}
@@ -117,11 +120,34 @@ def decoder(model: Any, shape: Shape, ids: Tensor) -> Callable[[], Tensor]:
     return run
 
 
+class Nothing(nn.Module):
+    """In place of a linear layer: an output that is there already."""
+
+    def __init__(self, layer: nn.Linear, tokens: int) -> None:
+        super().__init__()
+        self.y = torch.zeros(1, tokens, layer.out_features, dtype=layer.weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(1, tokens, in_features) to (1, tokens, out_features)."""
+        return self.y[:, : x.shape[1]]
+
+
+def without_layers(model: nn.Module, tokens: int) -> Any:
+    """A copy whose linear layers, but the head, take no time: what is left of the model's own."""
+    done: Any = copy.deepcopy(model)
+    for name, layer in list(done.named_modules()):
+        if isinstance(layer, nn.Linear) and name != "lm_head":
+            done.set_submodule(name, Nothing(layer, tokens))
+    return done
+
+
 def decode_rows(model: Any, shape: Shape, effort: Effort) -> Iterator[Row]:
     """Tokens a second of one sequence."""
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(3, shape.vocabulary, (1, shape.prompt), generator=generator)
     engines = [Engine("torch bf16", [decoder(model, shape, ids)])]
+    rest = without_layers(model, shape.prompt)
+    engines.append(Engine(REST, [decoder(rest, shape, ids)]))
     for compute, suffix in COMPUTE.items():
         for head in (False, True):
             done = quantized(model, head=head, compute=compute)
@@ -164,6 +190,18 @@ def trainer(model: Any, ids: Tensor) -> Callable[[], Tensor]:
     return run
 
 
+def tiles_of(model: nn.Module, tokens: int) -> Callable[[], object]:
+    """The tile instructions of a step: y and dX of every layer."""
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    products = [limits.multiplier(2 * tokens, *layer.weight.shape) for layer in layers]
+
+    def run() -> None:
+        for product in products:
+            product()
+
+    return run
+
+
 def train_rows(model: Any, shape: Shape, effort: Effort) -> Iterator[Row]:
     """A step of one sequence; the unquantized model is changed."""
     generator = torch.Generator().manual_seed(4)
@@ -177,9 +215,14 @@ def train_rows(model: Any, shape: Shape, effort: Effort) -> Iterator[Row]:
     for name, trained in models.items():
         call = trainer(trained, ids)
         engines.append(Engine(name, [call], {"first loss": float(call())}))
+    if limits.has_tiles():
+        engines.append(Engine(TILES, [tiles_of(models["qkern"], shape.batch)]))
     rows = interleaved(engines, effort)
     add_ratios(rows, "torch bf16", "times faster than torch bf16")
+    bound = next((row["median"] for row in rows if row["engine"] == TILES), None)
     for row in rows:
+        if bound is not None and row["engine"] in {"qkern", "torch bf16"}:
+            row["share of tiles"] = bound / row["median"]
         yield {"case": "training step", "dtype": "bf16", "M": shape.batch, **row}
 
 

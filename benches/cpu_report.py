@@ -188,6 +188,8 @@ def goals_table(judged: Rows) -> str:
 NOTES = (
     "share of read",
     "share of NT write",
+    "share of reading codes and NT write",
+    "share of tiles",
     "times faster than torch bf16",
     "times faster than bitsandbytes",
     "times faster than one thread",

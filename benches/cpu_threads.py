@@ -20,11 +20,12 @@ from typing import Any
 from cpu_timing import Effort, Engine, Seconds, absent, interleaved
 
 Row = dict[str, Any]
+TILED = 1024  # tokens and rows of the product whose tile instructions are a limit
 TALL, SMALL = (14336, 4096), ((64, 64), (128, 128), (256, 256), (512, 512))
 
 
-def memory_limits(effort: Effort, threads: int) -> list[Engine]:
-    """Reading, filling and copying buffers that leave the caches, in GB/s.
+def machine_limits(effort: Effort, threads: int) -> list[Engine]:
+    """Reading, filling and copying buffers that leave the caches, in GB/s; the tile instructions.
 
     Args:
         effort: see there.
@@ -54,7 +55,11 @@ def memory_limits(effort: Effort, threads: int) -> list[Engine]:
     def moved(name: str) -> int:
         return 2 * nbytes if "read" in name else nbytes
 
-    return [Engine(n, [partial(run, calls)], {"bytes": moved(n)}) for n, calls in parts.items()]
+    found = [Engine(n, [partial(run, calls)], {"bytes": moved(n)}) for n, calls in parts.items()]
+    if limits.has_tiles():
+        share = limits.multiplier(TILED, TILED, effort.rotate >> 16)
+        found.append(Engine("limit: tiles", [partial(run, [share] * threads)]))
+    return found
 
 
 def codec_engines(effort: Effort, *, size: tuple[int, int]) -> list[Engine]:
@@ -148,7 +153,7 @@ def cases(size: tuple[int, int], *, quick: bool) -> dict[str, Builder]:
     """What builds the engines of each group; the groups are measured one after the other."""
     Ms = (1, 32) if quick else (1, 8, 32, 512)
     found: dict[str, Builder] = {
-        "limits": partial(memory_limits, threads=2),
+        "limits": partial(machine_limits, threads=2),
         "codec": partial(codec_engines, size=size),
         "linear": partial(linear_engines, size=size, Ms=Ms),
         "lora": partial(lora_engines, size=size, Ms=(Ms[0], Ms[-1])),

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import limits
 import torch
 from cpu_engines import WrongResultError
+from cpu_linear import TILES
 from cpu_timing import (
     Effort,
     Engine,
@@ -160,9 +162,14 @@ def train(size: tuple[int, int], M: int, effort: Effort) -> Iterator[Row]:
             yield absent(name, error, **about)
             continue
         engines.append(Engine(name, [partial(step, c, x, grad) for c in copies], errors))
+    if limits.has_tiles():  # y and dX
+        engines.append(Engine(TILES, [limits.multiplier(2 * M, *size)]))
     rows = interleaved(engines, effort)
     add_ratios(rows, "torch bf16", "times faster than torch bf16")
+    bound = next((row["median"] for row in rows if row["engine"] == TILES), None)
     for row in rows:
+        if bound is not None and row["engine"] in {"qkern", "torch bf16"}:
+            row["share of tiles"] = bound / row["median"]
         yield about | row
 
 

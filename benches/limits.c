@@ -1,5 +1,6 @@
-/* Limits of the machine's memory: read, non-temporal write, copy. Compiled by limits.py with
- * -O3 -march=native; any length and alignment; each returns after its stores are done. */
+/* Limits of the machine. Memory: read, non-temporal write, copy; any length and alignment; each
+ * returns after its stores are done. Arithmetic: tiles. Compiled by limits.py with -O3
+ * -march=native. */
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -100,3 +101,49 @@ void copy_bytes(uint8_t *to, const uint8_t *from, size_t bytes) {
     memcpy(to + i, from + i, bytes - i);
     fence();
 }
+
+/* Reads bytes and writes `times` as many past the caches, line by line. */
+void expand_bytes(uint8_t *to, const uint8_t *from, size_t bytes, size_t times) {
+    for (size_t i = 0; i + LINE <= bytes; i += LINE)
+        for (size_t copy = 0; copy < times; copy++)
+            for (size_t j = 0; j < LINE; j += WIDTH)
+                STREAM(to + i * times + copy * LINE + j, LOAD(from + i + j));
+    fence();
+}
+
+/* The tile instructions of AMX: products of 32x32 by 32x32 bfloat16, sums in registers, operands in
+ * the first cache. */
+#if defined(__AMX_BF16__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+
+int has_tiles(void) {
+    return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0;
+}
+
+void multiply_tiles(size_t products) {
+    static const struct {
+        uint8_t palette, start, reserved[14];
+        uint16_t bytes[16];
+        uint8_t rows[16];
+    } config = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+    enum { PAIR = 2048, ROOM = 4 * PAIR };
+    static const uint8_t left[ROOM] __attribute__((aligned(64)));
+    static const uint8_t right[ROOM] __attribute__((aligned(64)));
+    const size_t row = LINE;
+    __asm__ volatile("ldtilecfg %0" ::"m"(config));
+    for (size_t i = 0, at = 0; i < products; i++, at = (at + PAIR) % ROOM) {
+        __asm__ volatile(
+            "tileloadd (%0,%2), %%tmm4\n tileloadd (%1,%2), %%tmm6\n"
+            "tdpbf16ps %%tmm6, %%tmm4, %%tmm0\n tileloadd 1024(%1,%2), %%tmm7\n"
+            "tdpbf16ps %%tmm7, %%tmm4, %%tmm1\n tileloadd 1024(%0,%2), %%tmm5\n"
+            "tdpbf16ps %%tmm6, %%tmm5, %%tmm2\n tdpbf16ps %%tmm7, %%tmm5, %%tmm3"
+            :: "r"(left + at), "r"(right + at), "r"(row) : "memory");
+    }
+    __asm__ volatile("tilerelease");
+}
+#else
+int has_tiles(void) { return 0; }
+
+void multiply_tiles(size_t products) { (void)products; }
+#endif

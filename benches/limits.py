@@ -1,4 +1,4 @@
-"""Limits of this machine's memory, as the same buffers see them: ``limits.c`` through ctypes.
+"""Limits of this machine, by ``limits.c``: memory as the same buffers see it, and tiles.
 
 No NumPy or torch call reads at the speed of memory (their sums are bound by arithmetic), so the
 loops are a C file that is compiled here, for this machine, into a temporary directory.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import operator
 import os
 import shutil
@@ -51,8 +52,12 @@ def library() -> ctypes.CDLL:
     loops.read_bytes.argtypes = [pointer, size, size]
     loops.write_bytes.argtypes = [pointer, size, ctypes.c_int]
     loops.copy_bytes.argtypes = [pointer, pointer, size]
+    loops.expand_bytes.argtypes = [pointer, pointer, size, size]
+    loops.multiply_tiles.argtypes = [size]
     loops.read_bytes.restype = ctypes.c_uint
-    loops.write_bytes.restype = loops.copy_bytes.restype = None
+    loops.has_tiles.restype = ctypes.c_int
+    for name in ("write_bytes", "copy_bytes", "expand_bytes", "multiply_tiles"):
+        getattr(loops, name).restype = None
     return loops
 
 
@@ -77,6 +82,33 @@ def copier(to: Tensor, source: Tensor) -> Callable[[], object]:
     """Copies the bytes by non-temporal stores."""
     places = (to.data_ptr(), source.data_ptr(), to.nbytes)
     return _keeping((to, source), functools.partial(library().copy_bytes, *places))
+
+
+def expander(to: Tensor, source: Tensor) -> Callable[[], object]:
+    """Reads ``source`` while ``to``, a whole number of times as long, is filled past the caches.
+
+    Both start at a multiple of 64 bytes, and have whole lines of so many.
+    """
+    times, rest = divmod(to.nbytes, source.nbytes)
+    if rest or to.data_ptr() % 64 or source.nbytes % 64:
+        msg = f"{to.nbytes} bytes are no whole number of times {source.nbytes}, or not aligned"
+        raise ValueError(msg)
+    places = (to.data_ptr(), source.data_ptr(), source.nbytes, times)
+    return _keeping((to, source), functools.partial(library().expand_bytes, *places))
+
+
+def has_tiles() -> bool:
+    """Whether this machine multiplies bfloat16 by tiles (AMX)."""
+    return bool(library().has_tiles())
+
+
+def multiplier(M: int, N: int, K: int) -> Callable[[], object]:
+    """The tile instructions of a product (M, K) (K, N) in bfloat16, and nothing else.
+
+    Their operands lie in the first cache; a product reads and writes more than that.
+    """
+    products = math.prod(-(-size // 32) for size in (M, N, K))
+    return functools.partial(library().multiply_tiles, products)
 
 
 def _keeping(owner: object, call: Callable[[], object]) -> Callable[[], object]:
