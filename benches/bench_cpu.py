@@ -3,7 +3,7 @@
 python benches/bench_cpu.py [--sections linear,codec] [--quick] [--no-peers] [--save]
 
 One thread (the process is held on one core): its CPU time, medians. Two threads beside one: wall
-time, minima. Engines take turns; weights rotate through 300 MiB; each engine is checked against
+time. Engines take turns; weights rotate through 300 MiB; each engine is checked against
 fp64 before it is timed. Peers are ``requirements-peers.txt``; one that is missing is listed with
 the reason. Needs a C compiler for the memory limits. Sections:
 

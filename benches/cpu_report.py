@@ -193,6 +193,7 @@ NOTES = (
     "times faster than torch bf16",
     "times faster than bitsandbytes",
     "times faster than one thread",
+    "times faster than one thread, minima",
     "extra time",
     "GB/s",
     "tokens/s",

@@ -2,8 +2,9 @@
 
 All in one process, in which the number of threads is switched before each measurement. It is a
 process of its own, since bench_cpu.py is held on one core: this one has two from its start, when
-every package's own pool of threads gets its size. Wall time, minimum: a process that waits for a
-core has no say in it.
+every package's own pool of threads gets its size. Wall time: ratios of medians, and beside them of
+minima, where a process that waits for a core has no say. A minimum shows what a core does at its
+best, which two may not do for long: tiles are several times slower when they have worked a while.
 """
 
 from __future__ import annotations
@@ -237,6 +238,8 @@ def paired(rows: list[Row], group: str) -> Iterator[Row]:
         name, threads = row["engine"][:-4], int(row["engine"][-2])
         if "bytes" in row:
             row["GB/s"] = row["bytes"] / row["minimum"] / 1e9
-        ratio = one[f"{name} (1)"]["minimum"] / row["minimum"]
-        fields = {"case": "threads", "group": group, "threads": threads}
-        yield {**row, **fields, "engine": name, "times faster than one thread": ratio}
+        alone, key = one[f"{name} (1)"], "times faster than one thread"
+        ratios = {key: alone["median"] / row["median"]}
+        ratios[f"{key}, minima"] = alone["minimum"] / row["minimum"]
+        fields = {"case": "threads", "group": group, "threads": threads, "engine": name}
+        yield {**row, **fields, **ratios}

@@ -1,6 +1,6 @@
 """Timing for bench_cpu.py: engines in turn, each through its copies of the weights.
 
-One thread: its CPU time, median. Two threads: wall time, minimum. Weights rotate through enough
+One thread: its CPU time, median. Two threads: wall time. Weights rotate through enough
 copies to leave the caches; what an engine costs besides its own thread is recorded.
 """
 
