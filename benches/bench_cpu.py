@@ -72,7 +72,7 @@ def limits_section(plan: Plan, effort: Any) -> Iterator[Row]:
     from cpu_timing import interleaved
 
     limits.check()
-    for row in interleaved(cpu_threads.machine_limits(effort, 1), effort):
+    for row in interleaved(cpu_threads.machine_limits(effort, 1), effort.sustained()):
         rate = {"GB/s": row["bytes"] / row["median"] / 1e9} if "bytes" in row else {}
         yield {"case": "limits", **rate, **row}
 

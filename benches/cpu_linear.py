@@ -43,7 +43,7 @@ def rows_for(
     bounds = read_limits(layers) if bounded else []
     if bounded and M >= TILED and limits.has_tiles():
         bounds.append(Engine(TILES, [limits.multiplier(M, about["N"], about["K"])]))
-    rows = interleaved([*bounds, *engines], effort)
+    rows = interleaved([*bounds, *engines], effort.sustained() if M >= TILED else effort)
     add_ratios(rows, BASE, f"times faster than {BASE}")
     add_ratios(rows, "qkern", "times faster than qkern")
     found = {row["engine"]: row["median"] for row in rows}

@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,12 +32,21 @@ class Effort:
         min_time: seconds that one measurement lasts at least, by calling often.
         budget: seconds for all measurements of one engine; three of them are always made.
         rotate: bytes of weights that the copies take together.
+        warm: seconds that an engine works before each measurement of it.
     """
 
     repeats: int = 15
     min_time: float = 0.03
     budget: float = 1.2
     rotate: int = 300 << 20
+    warm: float = 0.0
+
+    def sustained(self) -> Effort:
+        """For what uses tiles: some processors slow down when these have worked a while.
+
+        Without it the engine that is measured after one without tiles would be the faster one.
+        """
+        return replace(self, warm=2 * self.min_time)
 
     def copies(self, nbytes: int) -> int:
         """How many weights of ``nbytes`` leave the caches; small ones stay in them."""
@@ -99,22 +108,26 @@ def interleaved(
         first = max(engine.measure(1)[1], 1e-9)
         loops = max(1, math.ceil(effort.min_time / first))
         rounds = min(effort.repeats, max(3, int(effort.budget / (first * loops))))
-        plans.append((engine, loops, max(1, effort.repeats // rounds)))
+        warm = math.ceil(effort.warm / first)
+        plans.append((engine, warm, loops, max(1, effort.repeats // rounds)))
     times: dict[str, list[Seconds]] = {plan[0].name: [] for plan in plans}
     position = 0  # engines that share buffers go on where the last ended: the oldest in the caches
     gc.collect()
     gc.disable()
     try:
         for turn in range(effort.repeats):
-            for engine, loops, every in plans:
+            for engine, warm, loops, every in plans:
                 if turn % every == 0:
+                    if warm:
+                        engine.measure(warm, position)
+                        position += warm
                     times[engine.name].append(engine.measure(loops, position))
                     position += loops
     finally:
         gc.enable()
     return [
         {"engine": engine.name, **_summary(times[engine.name], wall=wall), **engine.facts}
-        for engine, _, _ in plans
+        for engine, *_ in plans
     ]
 
 

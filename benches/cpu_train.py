@@ -11,7 +11,7 @@ from typing import Any
 import limits
 import torch
 from cpu_engines import WrongResultError
-from cpu_linear import TILES
+from cpu_linear import TILED, TILES
 from cpu_timing import (
     Effort,
     Engine,
@@ -164,7 +164,7 @@ def train(size: tuple[int, int], M: int, effort: Effort) -> Iterator[Row]:
         engines.append(Engine(name, [partial(step, c, x, grad) for c in copies], errors))
     if limits.has_tiles():  # y and dX
         engines.append(Engine(TILES, [limits.multiplier(2 * M, *size)]))
-    rows = interleaved(engines, effort)
+    rows = interleaved(engines, effort.sustained())
     add_ratios(rows, "torch bf16", "times faster than torch bf16")
     bound = next((row["median"] for row in rows if row["engine"] == TILES), None)
     for row in rows:
@@ -193,7 +193,7 @@ def lora(size: tuple[int, int], Ms: list[int], effort: Effort) -> Iterator[Row]:
     for M in Ms:
         x = tokens(M, size[1])
         engines = [Engine(n, [partial(c, x) for c in made]) for n, made in copies.items()]
-        rows = interleaved(engines, effort)
+        rows = interleaved(engines, effort.sustained() if M >= TILED else effort)
         times = {row["engine"]: row["median"] for row in rows}
         for row in rows:
             base = row["engine"].partition(" with")[0]
