@@ -60,7 +60,12 @@ impl Stores {
 
     /// The better way to write values into memory that was in use before.
     pub fn for_reused(values: &ValuesMut<'_>) -> Self {
-        if values.bytes() > Self::CACHED {
+        Self::for_bytes(values.bytes())
+    }
+
+    /// The same for so many bytes.
+    pub(crate) fn for_bytes(bytes: usize) -> Self {
+        if bytes > Self::CACHED {
             Self::Streaming
         } else {
             Self::Cached

@@ -8,12 +8,12 @@ use std::arch::x86_64::*;
 use half::{bf16, f16};
 
 use crate::quantize_int8::{scalar, SMALLEST};
-use crate::values::{Element, Values};
+use crate::values::{Element, Stores, Values};
 use crate::x86::avx2::{
     all_finite, bf16_lanes, f16_lanes, lanes, load_bf16, load_f16, load_f32, magnitudes_16_bit,
-    magnitudes_f32, max_of_each, store,
+    magnitudes_f32, max_of_each, write,
 };
-use crate::x86::{prefetch_l2, Plain};
+use crate::x86::{end_stream, prefetch_l2, Plain};
 
 /// Blocks whose scales are computed together.
 const GROUP: usize = 8;
@@ -26,6 +26,7 @@ pub(crate) const AHEAD: usize = 16384;
 struct Task<'a, T> {
     values: &'a [T],
     blocksize: usize,
+    stores: Stores,
     codes: &'a mut [i8],
     absmax: &'a mut [f32],
 }
@@ -35,32 +36,37 @@ struct Task<'a, T> {
 pub(crate) fn quantize(
     values: Values<'_>,
     blocksize: usize,
+    stores: Stores,
     codes: &mut [i8],
     absmax: &mut [f32],
 ) -> bool {
-    match values {
+    let finite = match values {
         Values::F32(values) => blocks(
-            Task { values, blocksize, codes, absmax },
+            Task { values, blocksize, stores, codes, absmax },
             |block| magnitudes_f32(block),
             |bits| _mm256_castsi256_ps(bits),
             |strip| strip_f32(strip),
             |codes| pack_in_order(codes),
         ),
         Values::F16(values) => blocks(
-            Task { values, blocksize, codes, absmax },
+            Task { values, blocksize, stores, codes, absmax },
             |block| magnitudes_16_bit(block),
             |bits| f16_lanes(bits),
             |strip| strip_f16(strip),
             |codes| pack_in_order(codes),
         ),
         Values::Bf16(values) => blocks(
-            Task { values, blocksize, codes, absmax },
+            Task { values, blocksize, stores, codes, absmax },
             |block| magnitudes_16_bit(block),
             |bits| bf16_lanes(bits),
             |strip| strip_bf16(strip),
             |codes| pack_even_odd(codes),
         ),
+    };
+    if stores == Stores::Streaming {
+        end_stream();
     }
+    finite
 }
 
 /// Quantizes groups of blocks.
@@ -76,7 +82,7 @@ fn blocks<T: Element + Plain>(
     load: impl Fn(&[T; STRIP]) -> [__m256; 4],
     pack: impl Fn([__m256i; 4]) -> __m256i,
 ) -> bool {
-    let Task { values, blocksize, codes, absmax } = task;
+    let Task { values, blocksize, stores, codes, absmax } = task;
     let mut finite = true;
     let outputs = codes.chunks_mut(GROUP * blocksize).zip(absmax.chunks_mut(GROUP));
     for (values, (codes, absmax)) in values.chunks(GROUP * blocksize).zip(outputs) {
@@ -99,7 +105,10 @@ fn blocks<T: Element + Plain>(
                     prefetch_l2(strip, AHEAD + 64 * line);
                 }
                 let codes = load(strip).map(|x| _mm256_cvtps_epi32(_mm256_mul_ps(x, factor)));
-                store(bytes, pack(codes));
+                match stores {
+                    Stores::Cached => write::<false, _, _>(bytes, pack(codes)),
+                    Stores::Streaming => write::<true, _, _>(bytes, pack(codes)),
+                }
             }
         }
         if !all_finite(largest) {

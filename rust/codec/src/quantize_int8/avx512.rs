@@ -8,12 +8,12 @@ use std::arch::x86_64::*;
 use half::{bf16, f16};
 
 use crate::quantize_int8::{scalar, SMALLEST};
-use crate::values::{Element, Values};
+use crate::values::{Element, Stores, Values};
 use crate::x86::avx512::{
     all_finite, bf16_lanes, f16_lanes, lanes, load_bf16, load_f16, load_f32, magnitudes_16_bit,
-    magnitudes_f32, max_of_each, store,
+    magnitudes_f32, max_of_each, write,
 };
-use crate::x86::{prefetch_l2, Plain};
+use crate::x86::{end_stream, prefetch_l2, Plain};
 
 /// Blocks whose scales are computed together.
 const GROUP: usize = 16;
@@ -27,6 +27,7 @@ pub(crate) const AHEAD: usize = 16384;
 struct Task<'a, T> {
     values: &'a [T],
     blocksize: usize,
+    stores: Stores,
     codes: &'a mut [i8],
     absmax: &'a mut [f32],
 }
@@ -36,32 +37,37 @@ struct Task<'a, T> {
 pub(crate) fn quantize(
     values: Values<'_>,
     blocksize: usize,
+    stores: Stores,
     codes: &mut [i8],
     absmax: &mut [f32],
 ) -> bool {
-    match values {
+    let finite = match values {
         Values::F32(values) => blocks(
-            Task { values, blocksize, codes, absmax },
+            Task { values, blocksize, stores, codes, absmax },
             |block| magnitudes_f32(block),
             |bits| _mm512_castsi512_ps(bits),
             |strip| strip_f32(strip),
             |codes| pack_in_order(codes),
         ),
         Values::F16(values) => blocks(
-            Task { values, blocksize, codes, absmax },
+            Task { values, blocksize, stores, codes, absmax },
             |block| magnitudes_16_bit(block),
             |bits| f16_lanes(bits),
             |strip| strip_f16(strip),
             |codes| pack_in_order(codes),
         ),
         Values::Bf16(values) => blocks(
-            Task { values, blocksize, codes, absmax },
+            Task { values, blocksize, stores, codes, absmax },
             |block| magnitudes_16_bit(block),
             |bits| bf16_lanes(bits),
             |strip| strip_bf16(strip),
             |codes| pack_even_odd(codes),
         ),
+    };
+    if stores == Stores::Streaming {
+        end_stream();
     }
+    finite
 }
 
 /// Quantizes groups of blocks.
@@ -77,7 +83,7 @@ fn blocks<T: Element + Plain>(
     load: impl Fn(&[T; STRIP]) -> [__m512; 4],
     pack: impl Fn([__m512i; 4]) -> __m512i,
 ) -> bool {
-    let Task { values, blocksize, codes, absmax } = task;
+    let Task { values, blocksize, stores, codes, absmax } = task;
     let halves_per_block = (blocksize / HALF).trailing_zeros();
     let mut finite = true;
     let outputs = codes.chunks_mut(GROUP * blocksize).zip(absmax.chunks_mut(GROUP));
@@ -106,7 +112,10 @@ fn blocks<T: Element + Plain>(
                 _mm512_cvtps_epi32(_mm512_mul_ps(x[2], high)),
                 _mm512_cvtps_epi32(_mm512_mul_ps(x[3], high)),
             ]);
-            store(bytes, codes);
+            match stores {
+                Stores::Cached => write::<false, _, _>(bytes, codes),
+                Stores::Streaming => write::<true, _, _>(bytes, codes),
+            }
         }
         if let ([_, ..], [.., absmax]) = (rest, &mut *absmax) {
             scalar::quantize_block(rest, rest_bytes, absmax); // an odd block of 32

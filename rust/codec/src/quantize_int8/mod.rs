@@ -25,7 +25,7 @@ use crate::float_env::in_default_float_env;
 use crate::layout::{check_blocksize, check_len, num_blocks};
 use crate::parallel::{self, JOB};
 use crate::simd::Engine;
-use crate::values::{with_slice, NonFinite, Values};
+use crate::values::{with_slice, NonFinite, Stores, Values};
 
 /// Blocks whose absmax is below this are coded as zeros.
 pub(crate) const SMALLEST: f32 = 1e-36;
@@ -56,10 +56,11 @@ pub fn quantize_int8(
     let (codes, tail_codes) = codes.split_at_mut(whole);
     let (absmax, tail_absmax) = absmax.split_at_mut(whole / blocksize);
 
+    let stores = Stores::for_bytes(codes.len());
     let finite = AtomicBool::new(true);
     let outputs = codes.chunks_mut(JOB).zip(absmax.chunks_mut(JOB / blocksize));
     parallel::for_each(whole, engine, blocks.chunks(JOB).zip(outputs), |(v, (q, a))| {
-        if !(engine.bodies.quantize_int8)(v, blocksize, q, a) {
+        if !(engine.bodies.quantize_int8)(v, blocksize, stores, q, a) {
             finite.store(false, Ordering::Relaxed);
         }
     })?;

@@ -2,7 +2,7 @@
 
 use crate::quantize::scalar::block_absmax;
 use crate::quantize_int8::factor;
-use crate::values::{with_slice, Element, Values};
+use crate::values::{with_slice, Element, Stores, Values};
 
 /// Values that are widened and coded together.
 const STRIP: usize = 32;
@@ -14,6 +14,7 @@ const MAGIC: f32 = 12_582_912.0;
 pub(crate) fn quantize(
     values: Values<'_>,
     blocksize: usize,
+    _stores: Stores,
     codes: &mut [i8],
     absmax: &mut [f32],
 ) -> bool {

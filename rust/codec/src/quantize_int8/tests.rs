@@ -51,6 +51,25 @@ proptest! {
 }
 
 #[test]
+fn codes_written_past_the_caches_are_the_same_at_any_place() {
+    let (blocksize, len) = (64, 64 * 37);
+    for weights in Weights::all(&hard_values(1, len, blocksize)) {
+        let expected = expected(&weights, blocksize).0;
+        for &bodies in available() {
+            for place in [0, 1, 16, 32, 63] {
+                let (mut room, mut absmax) = (vec![99; len + 128], vec![0.0; len / blocksize]);
+                let codes = &mut room[place..place + len];
+                let values = weights.values();
+                (bodies.quantize_int8)(values, blocksize, Stores::Streaming, codes, &mut absmax);
+                assert_eq!(codes, expected, "{} at {place}", bodies.name());
+                let around = room[..place].iter().chain(&room[place + len..]);
+                assert!(around.copied().all(|byte| byte == 99), "{} at {place}", bodies.name());
+            }
+        }
+    }
+}
+
+#[test]
 fn every_block_size_and_length() {
     for blocksize in BLOCKSIZES {
         for len in lengths(blocksize) {

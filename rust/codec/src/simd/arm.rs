@@ -24,7 +24,7 @@ static NEON: Bodies = Bodies {
     // SAFETY: as above.
     dequantize_4bit: |p, a, t, b, _, v| unsafe { dequantize::neon::dequantize(p, a, t, b, v) },
     // SAFETY: as above.
-    quantize_int8: |v, b, q, a| unsafe { quantize_int8::neon::quantize(v, b, q, a) },
+    quantize_int8: |v, b, _, q, a| unsafe { quantize_int8::neon::quantize(v, b, q, a) },
     // SAFETY: as above.
     dequantize_int8: |q, a, b, _, v| unsafe { dequantize_int8::neon::dequantize(q, a, b, v) },
     // SAFETY: as above.

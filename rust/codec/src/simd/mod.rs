@@ -88,8 +88,8 @@ type EncodeFn = fn(Values<'_>, &Codebook, usize, &[f32], &mut [u8]);
 type SearchFn = fn(Values<'_>, &Codebook, usize, Way<'_>, &mut [f32]) -> bool;
 /// Packed, absmax, table, block size, how to write -> values.
 type DequantizeFn = fn(&[u8], &[f32], &[f32; 16], usize, Stores, ValuesMut<'_>);
-/// Values, block size -> codes, absmax, and whether all values were finite.
-type QuantizeInt8Fn = fn(Values<'_>, usize, &mut [i8], &mut [f32]) -> bool;
+/// Values, block size, how to write codes -> these, absmax, and whether all values were finite.
+type QuantizeInt8Fn = fn(Values<'_>, usize, Stores, &mut [i8], &mut [f32]) -> bool;
 /// Codes, absmax, block size, how to write -> values.
 type DequantizeInt8Fn = fn(&[i8], &[f32], usize, Stores, ValuesMut<'_>);
 /// Values of a row -> codes, and its absmax.

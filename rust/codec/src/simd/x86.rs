@@ -66,7 +66,7 @@ const AVX512_BODIES: Bodies = Bodies {
         dequantize::avx512::dequantize(p, a, t, b, s, v);
     },
     // SAFETY: as above.
-    quantize_int8: |v, b, q, a| unsafe { quantize_int8::avx512::quantize(v, b, q, a) },
+    quantize_int8: |v, b, s, q, a| unsafe { quantize_int8::avx512::quantize(v, b, s, q, a) },
     // SAFETY: as above.
     dequantize_int8: |q, a, b, s, v| unsafe {
         dequantize_int8::avx512::dequantize(q, a, b, s, v);
@@ -108,7 +108,7 @@ static AVX2: Bodies = Bodies {
     // SAFETY: as above.
     dequantize_4bit: |p, a, t, b, s, v| unsafe { dequantize::avx2::dequantize(p, a, t, b, s, v) },
     // SAFETY: as above.
-    quantize_int8: |v, b, q, a| unsafe { quantize_int8::avx2::quantize(v, b, q, a) },
+    quantize_int8: |v, b, s, q, a| unsafe { quantize_int8::avx2::quantize(v, b, s, q, a) },
     // SAFETY: as above.
     dequantize_int8: |q, a, b, s, v| unsafe {
         dequantize_int8::avx2::dequantize(q, a, b, s, v);
