@@ -4,20 +4,22 @@
 //! right-hand tiles, four for 32 rows. A panel of 512 rows stays in L2 for all tokens, and so do
 //! the sums until the next panel.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use half::bf16;
 
 use crate::error::CodecError;
 use crate::linear::amx::decode::{PairDecoder, TileRows};
+use crate::linear::amx::forward::GROUPS;
 use crate::linear::amx::tiles::{Stack, Tiles, LINES, TOKENS};
 use crate::linear::amx::transpose::write_interleaved;
 use crate::linear::amx::work;
 use crate::linear::backward::{copy_columns, Adapter};
-use crate::linear::matvec::scales_avx512::write_scales;
 use crate::linear::strips::{self, Strip};
 use crate::linear::weight::{Codes, Weight};
 use crate::parallel;
+use crate::scales::Scales;
 use crate::scratch::{Line, Scratch};
 use crate::simd::Engine;
 use crate::values::Element;
@@ -47,6 +49,7 @@ pub(crate) unsafe fn backward<T: Element>(
 ) -> Result<(), CodecError> {
     let tokens = dx.len() / weight.cols;
     let grad = Packed::new(engine, grad, weight.rows)?;
+    let scales = all_scales(engine, weight)?;
     // Each strip reads all of dY; there must be one for each thread.
     let share = weight.cols / parallel::threads(engine);
     let width = share.next_multiple_of(BLOCK).clamp(BLOCK, 4 * BLOCK);
@@ -71,8 +74,24 @@ pub(crate) unsafe fn backward<T: Element>(
             }
         };
         // SAFETY: the caller vouches for the tiles; all such processors have the vectors.
-        unsafe { strip_sums(&grad, weight, columns, tokens, &mut finish) };
+        unsafe { strip_sums(&grad, weight, &scales, columns, tokens, &mut finish) };
     })
+}
+
+/// The scales of all blocks: strips take a few of each row, which are slow to decode one by one.
+fn all_scales<'a>(engine: Engine, weight: &Weight<'a>) -> Result<Cow<'a, [f32]>, CodecError> {
+    /// Scales of a job.
+    const JOB: usize = 1 << 13;
+    if let Scales::Plain(scales) = weight.scales {
+        return Ok(Cow::Borrowed(scales));
+    }
+    let count = weight.rows * (weight.cols / weight.blocksize);
+    let mut scales = vec![0.0; count];
+    let jobs = scales.chunks_mut(JOB).enumerate();
+    parallel::for_each(8 * count, engine, jobs, |(job, scales)| {
+        (engine.bodies.write_scales)(&weight.scales, job * JOB, scales);
+    })?;
+    Ok(Cow::Owned(scales))
 }
 
 /// dY in left-hand tiles: for each 32 tokens, for each 32 rows of W, two tiles.
@@ -120,6 +139,7 @@ impl Packed {
 unsafe fn strip_sums(
     grad: &Packed,
     weight: &Weight<'_>,
+    scales: &[f32],
     columns: Range<usize>,
     tokens: usize,
     finish: &mut dyn FnMut(usize, &mut [f32]),
@@ -129,18 +149,20 @@ unsafe fn strip_sums(
     let lines_per_block = PANEL * TILES * LINES;
     let mut panel = Scratch::<Line>::new(blocks * lines_per_block);
     let parts = grad.depth.div_ceil(PANEL);
-    let kept = if parts > 1 { groups * blocks * 8 * LINES } else { 0 };
+    let kept = if parts > 1 { groups.min(GROUPS) * blocks * 8 * LINES } else { 0 };
     let mut partial = Scratch::<Line>::new(kept);
     let mut sums = Scratch::<f32>::new(2 * TOKENS * width);
     // SAFETY: the caller vouches for the tiles.
     let tiles = unsafe { Tiles::configure() };
-    for part in 0..parts {
+    for (first, part) in (0..groups).step_by(GROUPS).flat_map(|g| (0..parts).map(move |p| (g, p))) {
         let depth = part * PANEL..((part + 1) * PANEL).min(grad.depth);
-        decode_panel(weight, columns.clone(), depth.clone(), &mut panel);
-        for group in 0..groups {
+        if parts > 1 || first == 0 {
+            decode_panel(weight, scales, columns.clone(), depth.clone(), &mut panel);
+        }
+        for group in first..groups.min(first + GROUPS) {
             let left = grad.group(group, depth.clone()).as_chunks::<{ 2 * LINES }>().0;
             for (block, panel) in panel.chunks_exact(lines_per_block).enumerate() {
-                let at = (group * blocks + block) * 8 * LINES;
+                let at = ((group - first) * blocks + block) * 8 * LINES;
                 let mut last = [Line([0; 64]); 8 * LINES];
                 for (half, last) in last.as_chunks_mut::<{ 4 * LINES }>().0.iter_mut().enumerate() {
                     let at = at + half * 4 * LINES;
@@ -175,6 +197,7 @@ unsafe fn strip_sums(
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 fn decode_panel(
     weight: &Weight<'_>,
+    all_scales: &[f32],
     columns: Range<usize>,
     depth: Range<usize>,
     panel: &mut [Line],
@@ -189,14 +212,9 @@ fn decode_panel(
         for (i, scales) in scales.iter_mut().enumerate() {
             scales.fill(0.0);
             if row + i < weight.rows {
-                let first = columns.start / weight.blocksize;
-                let last = columns.end.div_ceil(weight.blocksize);
-                let mut room = [0.0; 4];
-                let room = &mut room[..last - first];
-                write_scales(&weight.scales, (row + i) * per_row + first, room);
+                let of_row = &all_scales[(row + i) * per_row..][..per_row];
                 for (block, scale) in scales.iter_mut().take(blocks).enumerate() {
-                    let at = (columns.start + block * BLOCK) / weight.blocksize;
-                    *scale = room[at - first];
+                    *scale = of_row[(columns.start + block * BLOCK) / weight.blocksize];
                 }
             }
         }

@@ -28,6 +28,8 @@ use crate::x86::prefetch_l2;
 pub(super) const FEW: usize = 2 * TOKENS;
 /// Chunks of columns in a panel.
 const PANEL: usize = 8;
+/// Groups of 32 tokens whose sums stay in L2, between panels of 512 rows.
+pub(super) const GROUPS: usize = 16;
 /// Rows of W that are multiplied with 32 tokens at a time.
 pub(super) const PAIR: usize = 2 * LINES;
 
@@ -260,20 +262,23 @@ fn many_tokens(
     let (pairs, groups) = (rows.div_ceil(PAIR), tokens.div_ceil(2 * TOKENS));
     let mut panel = Scratch::<Line>::new(pairs * panel_chunks.min(x.chunks) * 2 * CHUNK_LINES);
     let parts = x.chunks.div_ceil(panel_chunks);
-    let mut partial = Scratch::<Line>::new(if parts > 1 { pairs * groups * 4 * LINES } else { 0 });
+    let kept = if parts > 1 { pairs * groups.min(GROUPS) * 4 * LINES } else { 0 };
+    let mut partial = Scratch::<Line>::new(kept);
     let mut last = [Line([0; 64]); 4 * LINES];
-    for part in 0..parts {
+    for (first, part) in (0..groups).step_by(GROUPS).flat_map(|g| (0..parts).map(move |p| (g, p))) {
         let chunks = part * panel_chunks..((part + 1) * panel_chunks).min(x.chunks);
         let lines_per_pair = chunks.len() * 2 * CHUNK_LINES;
         let panel = &mut panel[..pairs * lines_per_pair];
-        decode(chunks.clone(), panel);
-        for group in 0..groups {
+        if parts > 1 || first == 0 {
+            decode(chunks.clone(), panel);
+        }
+        for group in first..groups.min(first + GROUPS) {
             let columns = chunks.start * CHUNK_LINES..chunks.end * CHUNK_LINES;
             let [b0, b1] = [0, 1].map(|i| &x.group(2 * group + i)[columns.clone()]);
             let here = (tokens - group * FEW).min(FEW);
             let sums = &mut sums[..here * rows];
             for (pair, panel) in panel.chunks_exact(lines_per_pair).enumerate() {
-                let at = (group * pairs + pair) * 4 * LINES;
+                let at = ((group - first) * pairs + pair) * 4 * LINES;
                 if part == 0 {
                     tiles.zero();
                 } else {
