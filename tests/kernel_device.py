@@ -6,11 +6,15 @@ QKERN_TEST_DEVICE names the device, "cpu" by default; "cuda" is a GPU of NVIDIA 
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
+from unittest import mock
 
 import torch
 from torch import Tensor
 
+from qkern.ops import host
 from qkern.reference import Parts
 
 HOST = torch.device("cpu")
@@ -42,3 +46,16 @@ def same_bytes(got: Tensor, right: Tensor) -> bool:
         return True
     one, other = (t.detach().cpu().reshape(-1).contiguous() for t in (got, right))
     return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+@contextlib.contextmanager
+def host_code_takes_cpu_tensors_alone() -> Iterator[None]:
+    """A failed test instead of a crash, where a test hands a GPU's memory to the codec."""
+    lend = host.lend
+
+    def checked(tensor: Tensor) -> object:
+        assert tensor.is_cpu, f"host code was given the memory of {tensor.device}"
+        return lend(tensor)
+
+    with mock.patch.object(host, "lend", checked):
+        yield

@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_device import DEVICE, INTERPRETED
-
-from qkern.ops import host
+from kernel_device import DEVICE, INTERPRETED, host_code_takes_cpu_tensors_alone
 
 # They send CPU tensors to the kernels by force: the operators of a GPU are tested in tests/gpu.
 FORCED = ("test_device_ops", "test_operators")
@@ -30,17 +28,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _on_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Tensors are made on the device under test; host code takes the CPU's alone."""
+def _on_device() -> Iterator[None]:
+    """Tensors are made on the device under test."""
     if INTERPRETED:
         yield
         return
-    lend = host.lend
-
-    def lend_of_cpu(tensor: torch.Tensor) -> object:
-        assert tensor.is_cpu, f"host code was given the memory of {tensor.device}"
-        return lend(tensor)
-
-    monkeypatch.setattr(host, "lend", lend_of_cpu)
-    with torch.device(DEVICE):
+    with host_code_takes_cpu_tensors_alone(), torch.device(DEVICE):
         yield
