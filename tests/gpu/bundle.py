@@ -2,9 +2,9 @@
 
     python tests/gpu/bundle.py [--out build/gpu] [--package peft] [--python 3.12] [--cuda 130]
 
-Takes the newest qkern wheel of ``dist`` and downloads other packages for the other machine's Python,
-alone: what they need must be there, or be named too. bitsandbytes' wheel is cut down to the code for
-one version of CUDA. ``tests/gpu/run.sh`` installs what lies in the folder.
+Takes the newest qkern wheel of ``dist``, and downloads other packages for that machine's Python,
+alone: what they need must be there, or be named too. bitsandbytes' wheel is cut down to the code
+for one version of CUDA. ``tests/gpu/run.sh`` installs what lies in the folder.
 """
 
 from __future__ import annotations
