@@ -7,15 +7,13 @@ import warnings
 import pytest
 import torch
 from gpu_work import BOUNDS, error
-from kernel_device import DEVICE, INTERPRETED, same_bytes
+from kernel_device import DEVICE, same_bytes
 from torch import Tensor
 
 import qkern
 from qkern.formats import QuantFormat
 from qkern.reference import Parts
 
-if INTERPRETED:
-    pytest.skip("needs a GPU: make test-gpu", allow_module_level=True)
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     bnb = pytest.importorskip(

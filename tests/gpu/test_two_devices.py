@@ -5,14 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from gpu_work import layer, step
-from kernel_device import DEVICE, INTERPRETED, same_bytes
+from kernel_device import DEVICE, same_bytes
 
 import qkern
 from qkern.errors import DeviceError
 
-pytestmark = pytest.mark.skipif(
-    not INTERPRETED and torch.cuda.device_count() < 2, reason="one GPU: this is about two"
-)
+pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU: this is about two")
 
 
 def test_a_layer_on_the_other_device_computes_the_same() -> None:
