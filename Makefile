@@ -10,6 +10,8 @@ MATURIN_ARGS ?=# more arguments for `maturin build`
 DEMO_ARGS ?=# arguments of the demo
 BENCH_ARGS ?=# arguments of the bench
 AOT_ARGS ?=# arguments of `make aot`: --quick, --arch sm_90, --name matmul
+GPU_BUNDLE_ARGS ?=# arguments of `make gpu-bundle`: --python 3.12, --cuda 130, --package peft
+GPU_OUT ?= build/gpu-results# where `make test-gpu` and `make bench-gpu` write
 PEERS ?=# 1: bench-cpu first installs the packages that it compares with, some minutes
 NIGHTLY ?= nightly# toolchain of `make sanitize`, with its components miri and rust-src
 QEMU_CPU ?= max# processor that `make test-neon` emulates; cortex-a53 has no half-precision arithmetic
@@ -30,7 +32,7 @@ export PYO3_PYTHON := $(abspath $(VENV_PYTHON))
 .NOTPARALLEL:
 .PHONY: help install build sdist lint format test test-rust test-neon test-python \
 	test-large test-wheel demo bench-codec bench-cpu bench-methods bench-scales \
-	aot sanitize clean missing
+	aot gpu-bundle test-gpu bench-gpu sanitize clean missing
 
 help: ## show this help
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' \
@@ -90,6 +92,20 @@ test-wheel: $(VENV)/.dev ## build the wheel, open it, use it where there is no t
 
 aot: $(VENV)/.dev ## compile the Triton kernels for every GPU: registers, spills, instructions
 	$(VENV_PYTHON) tests/kernels/aot_report.py $(AOT_ARGS)
+
+gpu-bundle: build ## wheels in build/gpu for a machine with a GPU and without Rust or network
+	$(VENV_PYTHON) tests/gpu/bundle.py $(GPU_BUNDLE_ARGS)
+
+# Where there is no Rust, the wheels of build/gpu serve, and python3 must have torch and pytest.
+HAS_RUST := $(shell command -v cargo 2>/dev/null)
+GPU_PYTHON ?= $(if $(HAS_RUST),$(VENV_PYTHON),python3)
+GPU_RUN = OUT="$(GPU_OUT)" GPU_PYTHON="$(GPU_PYTHON)" tests/gpu/run.sh
+
+test-gpu: $(if $(HAS_RUST),$(VENV)/.dev) ## the tests of kernels on a GPU, and those that need one
+	$(GPU_RUN) test
+
+bench-gpu: $(if $(HAS_RUST),$(VENV)/.dev) ## products, codec and blocks of a model on a GPU
+	BENCH_ARGS="$(BENCH_ARGS)" $(GPU_RUN) bench
 
 demo: $(VENV)/.train ## fine-tune a small model on a laptop
 	$(VENV_PYTHON) examples/demo/demo.py $(DEMO_ARGS)

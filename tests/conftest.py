@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 
-# Kernels run in Triton's interpreter. Triton reads this when it is imported, which torch and others
-# do; what compiles kernels unsets it in a process of its own.
-os.environ.setdefault("TRITON_INTERPRET", "1")
+# Kernels run in Triton's interpreter, unless QKERN_TEST_DEVICE names a GPU. Triton reads this when
+# it is imported, which torch and others do; what compiles kernels unsets it in its own process.
+if os.environ.get("QKERN_TEST_DEVICE", "cpu") == "cpu":
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+else:
+    os.environ.pop("TRITON_INTERPRET", None)
 
 try:
     import torch

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from kernel_device import DEVICE, HOST, on_device
 from torch import Tensor
 
 from qkern import reference
@@ -61,23 +62,37 @@ def product(
     rounded: bool = True,
 ) -> Product:
     """Random operands; fp32 scales have both signs. The weight is rounded to ``dtype``, or not."""
-    fmt = QuantFormat(quant_type, blocksize, double_quant)
-    parts = reference.quantize(torch.randn(N, K) / K**0.5, fmt)
-    if parts.nested_absmax is None:
-        parts = parts._replace(absmax=parts.absmax * torch.randn(parts.absmax.shape).sign())
-    dense = reference.dequantize(parts, fmt, N * K, dtype if rounded else torch.float32).reshape(
-        N, K
-    )
+    fmt = QuantFormat(quant_type, blocksize, double_quant).for_shape((N, K))
+    parts, dense = random_weight(N, K, fmt, dtype if rounded else torch.float32)
     adapter = adapter or dtype
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=HOST).to(DEVICE)
+
     return Product(
-        x=torch.randn(M, K).to(dtype),
+        x=random(M, K).to(dtype),
         parts=parts,
         fmt=fmt,
         dense=dense,
-        bias=torch.randn(N).to(dtype) if bias else None,
-        h=torch.randn(M, rank).to(adapter) if rank else None,
-        lora_B=(torch.randn(N, rank) / rank**0.5).to(adapter) if rank else None,
+        bias=random(N).to(dtype) if bias else None,
+        h=random(M, rank).to(adapter) if rank else None,
+        lora_B=(random(N, rank) / rank**0.5).to(adapter) if rank else None,
     )
+
+
+def random_weight(
+    N: int, K: int, fmt: QuantFormat, dtype: torch.dtype
+) -> tuple[reference.Parts, Tensor]:
+    """The parts of a random weight, and its values in ``dtype`` as the host's reference has them.
+
+    fp32 scales have both signs.
+    """
+    with HOST:
+        parts = reference.quantize(torch.randn(N, K) / K**0.5, fmt)
+        if parts.nested_absmax is None:
+            parts = parts._replace(absmax=parts.absmax * torch.randn(parts.absmax.shape).sign())
+        dense = reference.dequantize(parts, fmt, N * K, dtype).reshape(N, K)
+    return on_device(parts), dense.to(DEVICE)
 
 
 def worst_error(y: Tensor, operands: Product) -> float:

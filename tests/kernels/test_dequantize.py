@@ -1,4 +1,4 @@
-"""The dequantize kernel in Triton's interpreter, byte for byte against the reference."""
+"""The dequantize kernel, byte for byte against the reference on the host."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from kernel_device import DEVICE, HOST, on_device, same_bytes
 
 from qkern import reference
 from qkern.formats import QuantFormat
@@ -27,12 +28,15 @@ def test_dequantize_writes_the_references_bytes(
 ) -> None:
     fmt = QuantFormat(quant_type, blocksize, double_quant)
     for numel in NUMELS:
-        parts = reference.quantize(torch.randn(numel), fmt)
-        if not double_quant:  # a scale may be negative
-            parts = parts._replace(absmax=parts.absmax * torch.randn(parts.absmax.shape).sign())
+        with HOST:
+            parts = reference.quantize(torch.randn(numel), fmt)
+            if not double_quant:  # a scale may be negative
+                parts = parts._replace(absmax=parts.absmax * torch.randn(parts.absmax.shape).sign())
+            right = {dtype: reference.dequantize(parts, fmt, numel, dtype) for dtype in DTYPES}
+        parts = on_device(parts)
         for dtype in DTYPES:
             # A value that is not written stays NaN; one too many is seen behind the end.
-            memory = torch.full((numel + 64,), torch.nan, dtype=dtype)
+            memory = torch.full((numel + 64,), torch.nan, dtype=dtype, device=DEVICE)
             got = dequantize(*parts, fmt, numel, dtype, out=memory[:numel])
-            assert torch.equal(got, reference.dequantize(parts, fmt, numel, dtype))
+            assert same_bytes(got, right[dtype])
             assert memory[numel:].isnan().all()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_device import DEVICE
 
 from qkern import reference
 from qkern.errors import DeviceError, DTypeError, ShapeError
@@ -39,7 +40,7 @@ def test_parts_of_another_device_are_refused() -> None:
     fmt = QuantFormat("nf4", 64)
     parts = parts_of(fmt, 2, 64)
     parts = parts._replace(absmax=parts.absmax.to("meta"))
-    with pytest.raises(DeviceError, match="cpu, meta"):
+    with pytest.raises(DeviceError, match=f"{DEVICE}, meta"):
         launch.weight(*parts, fmt, (2, 64))
 
 
@@ -76,14 +77,14 @@ def test_codes_at_an_odd_place_are_copied_to_where_words_can_be_read() -> None:
 
 def test_tables_begin_with_the_codes_of_four_bits() -> None:
     fmt = QuantFormat("fp4")
-    tables = launch.tables_of(fmt.code, torch.device("cpu"))
+    tables = launch.tables_of(fmt.code, DEVICE)
     assert tables.shape == (16 + 256,)
     assert torch.equal(tables[:16], torch.tensor(fmt.code))
 
 
 def test_more_counters_than_there_are_are_refused() -> None:
     with pytest.raises(ShapeError, match="do not split it"):
-        launch.counters(torch.device("cpu"), launch.COUNTERS + 1)
+        launch.counters(DEVICE, launch.COUNTERS + 1)
 
 
 @pytest.mark.parametrize(("rank", "step"), [(0, 16), (1, 16), (16, 16), (17, 32), (256, 64)])

@@ -1,13 +1,14 @@
-"""Products of packed weights in Triton's interpreter, against fp64.
+"""Products of packed weights, against fp64.
 
-One case costs as many operations as its kernel has, whatever the size: shapes are small, with ends
-that fill no tile, and cases cover pairs of settings, not all of them.
+In the interpreter one case costs as many operations as its kernel has, whatever the size: shapes
+are small, with ends that fill no tile, and cases cover pairs of settings, not all of them.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
+from kernel_device import INTERPRETED
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -92,7 +93,11 @@ def test_one_token_with_a_single_one_reads_a_column_of_the_weight_to_the_bit(
     )
     columns = torch.tensor([0, 1, 2, 9, 31, 32, 62, 63])[: how.tile[0]]
     operands = operands._replace(x=torch.eye(K, dtype=dtype)[columns])
-    assert torch.equal(run(operands, how), operands.dense.T[columns])
+    got, right = run(operands, how), operands.dense.T[columns]
+    if how is MATVEC and not INTERPRETED:  # its products may be fused into sums, so scales differ
+        torch.testing.assert_close(got, right, rtol=2 * torch.finfo(dtype).eps, atol=0)
+    else:
+        assert torch.equal(got, right)
 
 
 def test_split_products_are_equal_in_every_run_and_leave_their_counters_at_zero(
@@ -127,6 +132,7 @@ def test_shapes_and_memory_of_operands_are_what_kernels_need() -> None:
     assert no_tokens.shape == (0, 40)
 
 
+@pytest.mark.interpreter("is about it alone")
 def test_the_interpreter_takes_the_rows_of_the_oldest_gpus() -> None:
     operands = product(1, 12, 64, rounded=False)
     assert worst_error(linear(operands.x, operands.weight), operands) <= 1

@@ -1,4 +1,4 @@
-"""The adapter's kernels in Triton's interpreter, against fp64."""
+"""The adapter's kernels, against fp64."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from kernel_device import INTERPRETED, SUMS
 from kernel_memory import guarded
 
 pytest.importorskip("triton")
@@ -31,11 +32,16 @@ BOUND, BOUND_OF_16_BITS = 2e-6, 2e-5
 
 @pytest.fixture
 def processors(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """As on a device with so many: sums are split; with two or more, factors are too."""
+    """As on a device with so many: sums are split; with two or more, factors are too.
+
+    A GPU keeps its own way with factors.
+    """
 
     def pretend(count: int) -> None:
         monkeypatch.setattr(lora, "processors", lambda device: count)
-        monkeypatch.setattr(thin_product, "arch_of", lambda device: "sm_90" if count > 1 else "")
+        if INTERPRETED:
+            arch = "sm_90" if count > 1 else ""
+            monkeypatch.setattr(thin_product, "arch_of", lambda device: arch)
 
     return pretend
 
@@ -49,7 +55,7 @@ def error(got: torch.Tensor, right: torch.Tensor) -> float:
 def bound_of(dtype: torch.dtype, rounded_to: torch.dtype = torch.float32) -> float:
     """Of products of values in ``dtype``; the largest of many results is some units large."""
     bound = BOUND_OF_16_BITS if dtype == torch.bfloat16 else BOUND
-    return bound + (0 if rounded_to == torch.float32 else 4 * torch.finfo(rounded_to).eps)
+    return SUMS * bound + (0 if rounded_to == torch.float32 else 4 * torch.finfo(rounded_to).eps)
 
 
 @pytest.mark.case("A11", "A14")
@@ -108,9 +114,9 @@ def test_each_token_has_its_own_adapter(M: int) -> None:
     low = torch.einsum("mk,mrk->mr", x.double(), A64[used]) * factor[:, None]
     y = torch.einsum("mr,mnr->mn", low, B64[used])
     y.backward(grad.double())
-    assert error(h @ side_by_side.T, y.detach()) < 1e-5
-    assert error(dA, A64.grad.reshape(-1, K)) < 1e-5
-    assert error(dB, B64.grad.permute(1, 0, 2).reshape(N, -1)) < 1e-5
+    assert error(h @ side_by_side.T, y.detach()) < 1e-5 * SUMS
+    assert error(dA, A64.grad.reshape(-1, K)) < 1e-5 * SUMS
+    assert error(dB, B64.grad.permute(1, 0, 2).reshape(N, -1)) < 1e-5 * SUMS
 
 
 def kept_by_hand(M: int, K: int, dropout: Dropout) -> torch.Tensor:
