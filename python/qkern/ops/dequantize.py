@@ -5,15 +5,15 @@ w[i] = round_to_dtype(code[i] * absmax[i // blocksize])     product in fp32, rou
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from qkern import kernels, reference
-from qkern.formats import NESTED_BLOCKSIZE, QuantFormat, dynamic_code
+from qkern.formats import NESTED_BLOCKSIZE, QuantFormat
 from qkern.ops import host
+from qkern.ops.dequantize_torch import dequantize_torch
 from qkern.ops.direct import is_unobserved
 
 # Schema fragment of a quantized tensor, the same in every operator.
@@ -83,7 +83,7 @@ def parts_of_shard(parts: reference.Parts, fmt: QuantFormat, start: int) -> refe
 def dense(
     parts: reference.Parts, fmt: QuantFormat, shape: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
-    """The values by the best way that their device has: host code, a kernel, the reference."""
+    """The values by the best way that their device has: host code, a kernel, torch."""
     numel = torch.Size(shape).numel()
     device = parts.packed.device
     if device.type == "cpu":
@@ -94,48 +94,9 @@ def dense(
         from qkern.kernels.dequantize import dequantize as launch
 
         return launch(*parts, fmt, numel, dtype).reshape(tuple(shape))
-    return by_torch(parts, fmt, numel, dtype).reshape(tuple(shape))
-
-
-def by_torch(parts: reference.Parts, fmt: QuantFormat, numel: int, dtype: torch.dtype) -> Tensor:
-    """The ``numel`` values, flat, by torch's operations: the bytes of ``reference.dequantize``.
-
-    For GPUs that have no kernels. Some blocks at a time, so that the fp32 values need little
-    memory; nothing waits for the device.
-    """
-    absmax = parts.absmax.reshape(-1)
-    pairs, nested_code = _tables(fmt.code, absmax.device)
-    if parts.nested_absmax is not None and parts.offset is not None:
-        scale = parts.nested_absmax.repeat_interleave(NESTED_BLOCKSIZE)[: absmax.numel()]
-        absmax = nested_code[absmax.int()] * scale + parts.offset
-    step = absmax * _INT8_STEP if fmt.code is None else absmax
-    packed, each = parts.packed.reshape(-1), 8 // fmt.bits
-    out = torch.empty(numel, dtype=dtype, device=absmax.device)
-    blocks = max(_VALUES_AT_ONCE // fmt.blocksize, 1)  # of an even size where codes have 4 bits
-    for block in range(0, step.numel(), blocks):
-        first = block * fmt.blocksize
-        values = out[first : first + blocks * fmt.blocksize]
-        codes = packed[first // each : -(-(first + values.numel()) // each)]
-        looked_up = codes.float() if fmt.code is None else pairs[codes.int()].reshape(-1)
-        scales = step[block : block + blocks].repeat_interleave(fmt.blocksize)
-        values.copy_(looked_up[: values.numel()] * scales[: values.numel()])
-    return out
-
-
-_INT8_STEP = float(torch.tensor(1 / 127, dtype=torch.float32))
-_VALUES_AT_ONCE = 1 << 22
-
-
-@functools.lru_cache(maxsize=64)
-def _tables(code: tuple[float, ...] | None, device: torch.device) -> tuple[Tensor, Tensor]:
-    """fp32 values of the two codes of a byte, (256, 2), and of 8-bit scales, (256,)."""
-    code = code or (0.0,) * 16
-    pairs = [(code[byte >> 4], code[byte & 15]) for byte in range(256)]
-    tables = (torch.tensor(table, dtype=torch.float32) for table in (pairs, dynamic_code()))
-    by_pair, nested_code = (table.to(device) for table in tables)
-    return by_pair, nested_code
+    return dequantize_torch(parts, fmt, numel, dtype).reshape(tuple(shape))
 
 
 def why_no_kernel(device: torch.device) -> str:
-    """Why ``dense`` takes the reference on a device that is no CPU; empty where it does not."""
+    """Why ``dense`` takes torch on a device that is no CPU; empty where it does not."""
     return kernels.why_not(device)
