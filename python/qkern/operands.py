@@ -133,7 +133,7 @@ def check_lora_mode(lora_mode: str, lora_dropout: float, x: Tensor, layer: objec
                 "adapter alone: a merged weight has none of its own; set one of them back"
             )
             raise FormatError(msg)
-        if not devices.serves(x.device):
+        if not devices.serves(x):
             msg = (
                 f'{_name(layer)} has lora_mode="merged", which is for GPUs: on a {x.device.type} '
                 'the adapter is added to the same sums and costs next to nothing; set "separate"'

@@ -339,7 +339,7 @@ def linear(
         operands.check_lora_mode(lora_mode, lora_dropout, x, layer)
     if lora_dropout != 0.0 and lora_A is not None and lora_B is not None:
         operands.check_dropout(lora_dropout)
-        if dense or not ops.drops_in_kernel(x.device):
+        if dense or not ops.drops_in_kernel(x):
             y = linear(x, weight, bias, compute=compute, layer=layer)
             return ops.add_dropped(y, x, lora_A, lora_B, scaling, lora_dropout)
     if dense:

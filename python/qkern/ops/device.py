@@ -68,9 +68,9 @@ class Adapter(NamedTuple):
     merged: bool = False
 
 
-def serves(device: torch.device) -> bool:
-    """Whether products on a device are this module's: on all but the CPU."""
-    return device.type != "cpu"
+def serves(x: Tensor) -> bool:
+    """Whether products of x are this module's: on all devices but the CPU."""
+    return not x.is_cpu
 
 
 def check_compute(compute: str, device: torch.device) -> None:

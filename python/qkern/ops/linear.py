@@ -75,7 +75,7 @@ def linear(
         lora_B = None if lora_B is None else lora_B.to(dtype)
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
-    on_device = device.serves(x.device)
+    on_device = device.serves(x)
     if on_device and lora_A is not None and lora_B is not None:
         device.check_compute(compute, x.device)
         seed = draw_seed(x) if lora_dropout > 0.0 else None
@@ -240,7 +240,7 @@ def _backward_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         adapter = (lora_A, lora_B, ctx.scaling)
         direct = is_unobserved(x, grad, lora_A, lora_B, parts[0])
         if need_x:
-            on_device = device.serves(grad.device)
+            on_device = device.serves(grad)
             multiply: Any = torch.ops.qkern.linear_backward
             if direct:
                 multiply = _linear_backward_device if on_device else _linear_backward_cpu
@@ -272,7 +272,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        on_device = device.serves(inputs[0].device)
+        on_device = device.serves(inputs[0])
         output: Tensor = _linear_device(*inputs) if on_device else _linear_cpu(*inputs)
         _setup_linear(ctx, inputs, output)  # as setup_context it would cost 80 us a call
         return output

@@ -18,9 +18,9 @@ from qkern.ops import device
 _LARGEST_SEED = 2**63 - 1
 
 
-def drops_in_kernel(where: torch.device) -> bool:
-    """Whether kernels drop by themselves there: ``add_dropped`` is for where they do not."""
-    return device.serves(where) and kernels.is_supported(where)
+def drops_in_kernel(x: Tensor) -> bool:
+    """Whether kernels drop x by themselves: ``add_dropped`` is for where they do not."""
+    return device.serves(x) and kernels.is_supported(x.device)
 
 
 def draw_seed(x: Tensor) -> Tensor:
