@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """One line for the cases whose tests all passed, and one for those that did not."""
+    """Kernels' errors; the cases whose tests all passed, and those that did not."""
+    kernel_errors = sys.modules.get("kernel_errors")  # it needs torch
+    if kernel_errors is not None and kernel_errors.FOUND:
+        terminalreporter.section("largest errors of kernels against fp64")
+        for line in kernel_errors.lines():
+            terminalreporter.write_line(line)
     outcomes: dict[str, set[str]] = {}
     for outcome in ("passed", "failed", "error", "skipped", "xfailed", "xpassed"):
         for report in terminalreporter.stats.get(outcome, []):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_errors import within
 from torch import Tensor
 
 import qkern
@@ -122,4 +123,8 @@ def worst(
     """The largest error of y and the four gradients, in units of its bound."""
     factor = FACTOR_BOUNDS[dtype] if adapter == torch.float32 else OUTPUT_BOUNDS[adapter]
     bounds = (*[OUTPUT_BOUNDS[dtype]] * 3, factor, factor)
-    return max(error(g, e) / bound for g, e, bound in zip(got, exact, bounds, strict=True))
+    errors = [error(g, e) / bound for g, e, bound in zip(got, exact, bounds, strict=True)]
+    names = ("y", "dX", "dbias", "dA", "dB")
+    for name, bound, found in zip(names, bounds, errors, strict=True):
+        within(f"layer: {name}", dtype, found * bound, bound)
+    return max(errors)

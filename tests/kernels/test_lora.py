@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from kernel_device import INTERPRETED, SUMS
+from kernel_errors import within
 from kernel_memory import guarded
 
 pytest.importorskip("triton")
@@ -75,10 +76,12 @@ def test_products_are_those_of_fp64(
             h = hidden(x, A, 0.5)
             G, dB = grad_hidden(grad, B, h, 0.5)
             dA = grad_a(G, x, adapter)
-        assert error(h, right_h) < bound_of(dtype)
-        assert error(G, 0.5 * grad.double() @ B.double()) < bound_of(dtype)
-        assert error(dB, grad.double().T @ h.double()) < bound_of(dtype, adapter)
-        assert error(dA, G.double().T @ x.double()) < bound_of(dtype, adapter)
+        right_G, bound = 0.5 * grad.double() @ B.double(), bound_of(dtype)
+        assert within("adapter: h", dtype, error(h, right_h), bound)
+        assert within("adapter: G", dtype, error(G, right_G), bound)
+        bound, kind = bound_of(dtype, adapter), f"in {str(adapter).removeprefix('torch.')}"
+        assert within(f"adapter: dB {kind}", dtype, error(dB, grad.double().T @ h.double()), bound)
+        assert within(f"adapter: dA {kind}", dtype, error(dA, G.double().T @ x.double()), bound)
         assert (h.dtype, G.dtype, dB.dtype, dA.dtype) == (*[torch.float32] * 2, *[adapter] * 2)
 
 
