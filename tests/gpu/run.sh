@@ -6,10 +6,11 @@
 # Where qkern is not built, its compiled part comes from the wheels of build/gpu (`make gpu-bundle`),
 # and so does what else lies there; the Python files are those of this tree.
 #
-#     GPU_PYTHON  the interpreter that has torch, triton and pytest; python3 by default
-#     OUT         where results go; build/gpu-results by default
-#     LIMIT       seconds for each part; 540 by default
-#     WORKERS     processes of pytest, if pytest-xdist is there; a few less than cores by default
+#     GPU_PYTHON    the interpreter that has torch, triton and pytest; python3 by default
+#     OUT           where results go; build/gpu-results by default
+#     LIMIT         seconds for each part; 540 by default
+#     WORKERS       processes of pytest, if pytest-xdist is there; a few less than cores by default
+#     QKERN_COMMIT  what the bench says of the commit, where there is no git
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 [ $# -gt 0 ] || set -- test
