@@ -97,6 +97,11 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> str | None:
+    """Of the checkout; where there is none, or no git, what QKERN_COMMIT says."""
     command = ["git", "describe", "--always", "--dirty"]
-    run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=RESULTS.parent)
-    return run.stdout.strip() or None
+    where = RESULTS.parent
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=where)
+    except OSError:
+        return os.environ.get("QKERN_COMMIT")
+    return run.stdout.strip() or os.environ.get("QKERN_COMMIT")

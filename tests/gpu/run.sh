@@ -6,12 +6,23 @@
 # Where qkern is not built, its compiled part comes from the wheels of build/gpu (`make gpu-bundle`),
 # and so does what else lies there; the Python files are those of this tree.
 #
-#     GPU_PYTHON  the interpreter that has torch, triton and pytest; python3 by default
-#     OUT         where results go; build/gpu-results by default
-#     LIMIT       seconds for each part; 540 by default
-#     WORKERS     processes of pytest, if pytest-xdist is there; a few less than cores by default
+#     GPU_PYTHON    the interpreter that has torch, triton and pytest; python3 by default
+#     OUT           where results go; build/gpu-results by default
+#     LIMIT         seconds for each part; 540 by default
+#     WORKERS       processes of pytest, if pytest-xdist is there; a few less than cores by default
+#     QKERN_COMMIT  what the bench says of the commit, where there is no git
 set -uo pipefail
 cd "$(dirname "$0")/../.."
+[ $# -gt 0 ] || set -- test
+for part in "$@"; do
+    case $part in
+    test | sanitize | bench) ;;
+    *)
+        echo "error: no part '$part': there are test, sanitize, bench" >&2
+        exit 2
+        ;;
+    esac
+done
 python=${GPU_PYTHON:-python3}
 out=${OUT:-build/gpu-results}
 limit=${LIMIT:-540}
@@ -51,7 +62,7 @@ run_test() { # arguments are pytest's
 }
 
 failed=0
-for part in "${@:-test}"; do
+for part in "$@"; do
     case $part in
     test) run_test tests/gpu tests/kernels ;;
     sanitize) run_test tests/gpu/test_sanitizer.py ;;
@@ -59,10 +70,6 @@ for part in "${@:-test}"; do
         # shellcheck disable=SC2086 # several arguments in one variable
         timeout -k 10 $((limit + 30)) "$python" benches/bench_gpu.py --budget "$limit" \
             --out "$out/gpu.json" ${BENCH_ARGS:-} 2>&1 | tee "$out/bench-gpu.log"
-        ;;
-    *)
-        echo "error: no part '$part': there are test, sanitize, bench" >&2
-        exit 2
         ;;
     esac || failed=1
 done
