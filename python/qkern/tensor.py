@@ -337,17 +337,19 @@ def linear(
     check_choice("compute", compute, COMPUTE)
     if lora_mode != "separate":
         operands.check_lora_mode(lora_mode, lora_dropout, x, layer)
+    adapter = (lora_A, lora_B)
+    dropped = None
     if lora_dropout != 0.0 and lora_A is not None and lora_B is not None:
         operands.check_dropout(lora_dropout)
         if dense or not ops.drops_in_kernel(x):
-            y = linear(x, weight, bias, compute=compute, layer=layer)
-            return ops.add_dropped(y, x, lora_A, lora_B, scaling, lora_dropout)
+            dropped, adapter = (lora_A, lora_B), (None, None)
     if dense:
         bias = None if bias is None else bias.to(x.dtype)
-        return reference.linear(x, weight.dequantize(x.dtype), bias, lora_A, lora_B, scaling)
-    operand = (weight.parts, weight.format, out_features)
-    lora = (lora_A, lora_B, scaling)
-    return ops.linear(x, *operand, bias, *lora, compute, lora_dropout, lora_mode)
+        y = reference.linear(x, weight.dequantize(x.dtype), bias, *adapter, scaling)
+    else:
+        product = (weight.parts, weight.format, out_features, bias, *adapter, scaling)
+        y = ops.linear(x, *product, compute, lora_dropout, lora_mode)
+    return y if dropped is None else ops.add_dropped(y, x, *dropped, scaling, lora_dropout)
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002

@@ -123,4 +123,5 @@ def aot_specs(arch: str) -> Iterator[AotSpec]:
             divisible=("K",),
             exact=False,
             tensor_cores=True,
+            quick=arch == "sm_90" and rank == 16,
         )
