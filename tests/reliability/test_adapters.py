@@ -180,7 +180,7 @@ def test_odd_names_are_exact_keys(tmp_path: Path) -> None:
     for target in (Odd(), Odd().to("meta")):
         assert torch.equal(qkern.load(tmp_path / "model", target)(X), expected)
     stock = PeftModel.from_pretrained(quantized_odd(), tmp_path / "adapter")
-    torch.testing.assert_close(stock(X), expected)
+    torch.testing.assert_close(stock(X), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.case("E2")
