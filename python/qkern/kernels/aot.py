@@ -7,7 +7,7 @@ with a function of this name takes part.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qkern.kernels import dispatch
@@ -37,7 +37,7 @@ class AotSpec:
 
     name: str
     kernel: Any
-    signature: dict[str, str | tuple[str, ...]]
+    signature: Mapping[str, str | tuple[str, ...]]
     constants: dict[str, Any]
     warps: int = 4
     stages: int = 3
