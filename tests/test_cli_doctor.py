@@ -106,20 +106,16 @@ def test_a_forced_body_is_told() -> None:
 
 
 @pytest.mark.parametrize(
-    ("capability", "decode"), [((7, 5), "torch operations"), ((8, 0), "Triton"), ((9, 0), "Triton")]
+    ("capability", "by"), [((7, 5), "torch operations"), ((8, 0), "Triton"), ((9, 0), "Triton")]
 )
 def test_what_is_said_of_a_gpu_is_what_the_operators_do(
-    capability: tuple[int, int], decode: str, monkeypatch: pytest.MonkeyPatch
+    capability: tuple[int, int], by: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("qkern.kernels._capability", lambda _: capability)
     monkeypatch.setattr("qkern.kernels._has_triton", lambda: True)
     paths = doctor._gpu_paths({"name": "a GPU", "why": ""}, native=object(), problem="")
     runs = {path["operation"]: path["path"] for path in paths}
-    assert runs == {
-        "quantize": "torch operations",
-        "dequantize": decode,
-        "linear": decode,
-    }
+    assert runs == dict.fromkeys(("quantize", "dequantize", "linear"), by)
 
 
 def test_nothing_runs_on_a_gpu_without_the_native_extension() -> None:

@@ -152,11 +152,14 @@ class QLoRALinear(QuantizedLinear):
         init_lora_weights: True: A as ``nn.Linear`` is, B zero, so that training starts at the
             base; False: B random too.
         dtype: of the adapter; fp32 unless given.
+        lora_mode: "separate", or "merged" for GPUs, see ``qkern.linear``. Like ``compute`` it is an
+            attribute that may be set at any time, and no part of a file.
         compute: "exact" or "int8", see ``qkern.linear``; gradients are exact with either.
     """
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+    lora_mode: str = "separate"
 
     def __init__(
         self,
@@ -169,16 +172,19 @@ class QLoRALinear(QuantizedLinear):
         use_rslora: bool = False,
         init_lora_weights: bool = True,
         dtype: torch.dtype = torch.float32,
+        lora_mode: str = "separate",
         compute: str = "exact",
     ) -> None:
         super().__init__(weight, bias, compute=compute)
+        check_choice("lora_mode", lora_mode, operands.LORA_MODES)
         if r < 1:
             msg = f"the rank r must be 1 or more, got {r}"
             raise ShapeError(msg)
-        if not 0.0 <= lora_dropout < 1.0:
-            msg = f"lora_dropout must be in [0, 1), got {lora_dropout}"
-            raise ShapeError(msg)
-        self.r, self.lora_dropout = r, lora_dropout
+        operands.check_dropout(lora_dropout)
+        if lora_mode == "merged" and lora_dropout > 0.0:
+            msg = f"lora_mode='merged' has no dropout of the adapter's own, got {lora_dropout}"
+            raise FormatError(msg)
+        self.r, self.lora_dropout, self.lora_mode = r, lora_dropout, lora_mode
         self.set_scaling(lora_alpha, use_rslora=use_rslora)
         self.merged = False
         with torch.inference_mode(False):
@@ -251,15 +257,18 @@ class QLoRALinear(QuantizedLinear):
         """(..., in_features) to (..., out_features)."""
         if self.merged:
             return super().forward(x)
-        weight, A, B = self.quantized_weight, self.lora_A, self.lora_B
-        if not (self.training and self.lora_dropout > 0.0):
-            lora: dict[str, Any] = {"lora_A": A, "lora_B": B, "scaling": self.scaling}
-            return linear(x, weight, self.bias, **lora, compute=self.compute, layer=self)
-        # Dropout is on the adapter's input alone, so its part is a pass of its own.
-        y = linear(x, weight, self.bias, compute=self.compute, layer=self)  # (..., out_features)
-        dropped = nn.functional.dropout(x.to(A.dtype), self.lora_dropout)
-        h = nn.functional.linear(dropped, A)  # (..., r)
-        return (y + nn.functional.linear(h, B) * self.scaling).to(y.dtype)
+        return linear(
+            x,
+            self.quantized_weight,
+            self.bias,
+            lora_A=self.lora_A,
+            lora_B=self.lora_B,
+            scaling=self.scaling,
+            lora_dropout=self.lora_dropout if self.training else 0.0,
+            lora_mode=self.lora_mode,
+            compute=self.compute,
+            layer=self,
+        )
 
     def delta(self) -> Tensor:
         """``scaling B A``, fp32 (out_features, in_features)."""
@@ -267,7 +276,8 @@ class QLoRALinear(QuantizedLinear):
 
     def extra_repr(self) -> str:
         """Sizes, format and the adapter's rank, for ``print(model)``."""
-        return f"{super().extra_repr()}, r={self.r}, scaling={self.scaling:g}"
+        how = "" if self.lora_mode == "separate" else f", lora_mode={self.lora_mode}"
+        return f"{super().extra_repr()}, r={self.r}, scaling={self.scaling:g}{how}"
 
 
 # What nn.Module keeps of hooks on forward and backward.

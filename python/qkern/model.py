@@ -105,6 +105,7 @@ def add_lora(
     use_rslora: bool = False,
     init_lora_weights: bool = True,
     dtype: torch.dtype = torch.float32,
+    lora_mode: str = "separate",
 ) -> list[str]:
     """Give quantized layers a trainable adapter, in place, and freeze everything else.
 
@@ -118,12 +119,15 @@ def add_lora(
         use_rslora: multiply by ``lora_alpha / sqrt(r)`` instead.
         init_lora_weights: True to start at the base model, False for a random adapter.
         dtype: of the adapters.
+        lora_mode: "separate", or "merged" for GPUs, see ``qkern.linear``.
 
     Returns:
         The paths of the layers that got one.
 
     Raises:
         AdapterMismatchError: if a target matches no quantized layer, or one has an adapter already.
+        FormatError: for another ``lora_mode``, or "merged" with dropout.
+        ShapeError: for a rank below 1, or a dropout outside of [0, 1).
     """
     layers = _quantized_layers(model)
     names = [name for name in layers if _is_target(name, target_modules)]
@@ -137,6 +141,7 @@ def add_lora(
         use_rslora=use_rslora,
         init_lora_weights=init_lora_weights,
         dtype=dtype,
+        lora_mode=lora_mode,
     )
     return names
 

@@ -8,11 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from qkern.codec import check_choice
 from qkern.errors import DeviceError, DTypeError, FormatError, ShapeError
+from qkern.ops import device as devices
 
 if TYPE_CHECKING:
     from qkern.tensor import QuantizedTensor
 
+LORA_MODES = ("separate", "merged")
 # float64 is for checking gradients: it computes on a dense copy of the weight.
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -96,6 +99,46 @@ def check_linear(
         raise ShapeError(msg)
     for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B)):
         _check_tensor(tensor, name, device, layer)
+
+
+def check_dropout(lora_dropout: float) -> None:
+    """Refuse a probability outside of [0, 1).
+
+    Raises:
+        ShapeError: naming it.
+    """
+    if not 0.0 <= lora_dropout < 1.0:
+        msg = f"lora_dropout must be in [0, 1), got {lora_dropout}"
+        raise ShapeError(msg)
+
+
+def check_lora_mode(lora_mode: str, lora_dropout: float, x: Tensor, layer: object) -> None:
+    """Refuse a way of applying an adapter that there is not, or not here.
+
+    Args:
+        lora_mode: see ``qkern.linear``.
+        lora_dropout: what the adapter's input is dropped by.
+        x: what is multiplied.
+        layer: what errors name, as in ``check_linear``.
+
+    Raises:
+        FormatError: for an unknown one, and for "merged" with dropout.
+        DeviceError: for "merged" on a CPU, where the adapter is part of the same sums already.
+    """
+    check_choice("lora_mode", lora_mode, LORA_MODES)
+    if lora_mode == "merged":
+        if lora_dropout > 0.0:
+            msg = (
+                f"{_name(layer)} has lora_dropout={lora_dropout:g}, which drops inputs of the "
+                "adapter alone: a merged weight has none of its own; set one of them back"
+            )
+            raise FormatError(msg)
+        if not devices.serves(x):
+            msg = (
+                f'{_name(layer)} has lora_mode="merged", which is for GPUs: on a {x.device.type} '
+                'the adapter is added to the same sums and costs next to nothing; set "separate"'
+            )
+            raise DeviceError(msg)
 
 
 def need_dense_weight(x: Tensor, weight: QuantizedTensor) -> bool:

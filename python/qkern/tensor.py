@@ -24,7 +24,7 @@ from torch import Tensor
 from qkern import operands, ops, reference, tensor_dispatch
 from qkern.codec import COMPUTE, check_choice, check_method
 from qkern.errors import DTypeError, ShapeError
-from qkern.formats import NESTED_BLOCKSIZE, QuantFormat
+from qkern.formats import QuantFormat
 from qkern.ops import host
 from qkern.reference import Parts
 
@@ -197,7 +197,9 @@ class QuantizedTensor(torch.Tensor):
         if self.is_whole:
             return ops.decoded(self.parts, fmt, self.shape, dtype)
         if self.has_rows:
-            return ops.decoded(_decode_shard(self), fmt, self.shape, dtype)
+            return ops.decoded(
+                ops.parts_of_shard(self.parts, fmt, self.start), fmt, self.shape, dtype
+            )
         flat = ops.decoded(self.parts, fmt, self.whole_shape, dtype).reshape(-1)
         return flat[self.start : self.start + self.numel()].reshape(self.shape)
 
@@ -288,14 +290,16 @@ def linear(
     lora_A: Tensor | None = None,
     lora_B: Tensor | None = None,
     scaling: float = 1.0,
+    lora_dropout: float = 0.0,
+    lora_mode: str = "separate",
     compute: str = "exact",
     layer: torch.nn.Module | None = None,
 ) -> Tensor:
     """``x W^T + bias + scaling (x A^T) B^T`` on the packed bytes of W.
 
-    The weight is dequantized to x's dtype, the bias is cast to it, whatever their own; the
-    adapter's part is computed in the adapter's dtype, on a CPU in fp32. float64, forward-mode
-    derivatives and ``torch.func``'s transforms work on a dense copy of the weight.
+    The weight is dequantized to x's dtype, the bias is cast to it, whatever their own; sums are
+    fp32, of an adapter too. float64, forward-mode derivatives and ``torch.func``'s transforms work
+    on a dense copy of the weight, with the adapter's part in the adapter's dtype.
 
     Args:
         x: (..., in_features), float32, float16, bfloat16 or float64.
@@ -304,6 +308,10 @@ def linear(
         lora_A: (r, in_features) or None.
         lora_B: (out_features, r) or None.
         scaling: factor of the adapter's part.
+        lora_dropout: probability of zeroing an input of the adapter's part; for training.
+        lora_mode: "separate", or on a GPU "merged": for many tokens, which a dense copy of the
+            weight multiplies, the adapter is added to it before it is rounded. Saves passes over x
+            and y; the noise of that rounding hides small updates (docs/kernels.md).
         compute: "exact", or on a CPU "int8": x is rounded to 8 bits for the product, and W where
             this is faster, an error of about one per cent of y; gradients stay exact.
         layer: what errors name.
@@ -312,10 +320,12 @@ def linear(
         (..., out_features) in x's dtype, or in autocast's.
 
     Raises:
-        ShapeError: if the last dimension of x is not in_features, or another size does not fit.
+        ShapeError: if the last dimension of x is not in_features, another size does not fit, or
+            ``lora_dropout`` is not in [0, 1).
         DTypeError: for anything but floating-point tensors, or a weight that is not quantized.
-        DeviceError: for operands on different devices, or "int8" for those not on a CPU.
-        FormatError: for another ``compute``.
+        DeviceError: for operands on different devices, "int8" for those not on a CPU, or "merged"
+            for those on one.
+        FormatError: for another ``compute`` or ``lora_mode``, and for "merged" with dropout.
     """
     if not isinstance(weight, QuantizedTensor):
         msg = f"the weight is a {type(weight).__name__}: qkern.quantize it, or call F.linear"
@@ -325,11 +335,19 @@ def linear(
         dense = operands.need_dense_weight(x, weight)
         out_features = weight.shape[0]
     check_choice("compute", compute, COMPUTE)
+    if lora_mode != "separate":
+        operands.check_lora_mode(lora_mode, lora_dropout, x, layer)
+    if lora_dropout != 0.0 and lora_A is not None and lora_B is not None:
+        operands.check_dropout(lora_dropout)
+        if dense or not ops.drops_in_kernel(x):
+            y = linear(x, weight, bias, compute=compute, layer=layer)
+            return ops.add_dropped(y, x, lora_A, lora_B, scaling, lora_dropout)
     if dense:
         bias = None if bias is None else bias.to(x.dtype)
         return reference.linear(x, weight.dequantize(x.dtype), bias, lora_A, lora_B, scaling)
     operand = (weight.parts, weight.format, out_features)
-    return ops.linear(x, *operand, bias, lora_A, lora_B, scaling, compute)
+    lora = (lora_A, lora_B, scaling)
+    return ops.linear(x, *operand, bias, *lora, compute, lora_dropout, lora_mode)
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002
@@ -339,17 +357,6 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     if isinstance(weight, QuantizedTensor):
         return linear(input, weight, bias)
     return torch.nn.functional.linear(input, weight, bias)
-
-
-def _decode_shard(q: QuantizedTensor) -> Parts:
-    """Parts with fp32 scales of a shard; its groups of scales may start in mid-tensor."""
-    if q.nested_absmax is None or q.offset is None:
-        return q.parts
-    first = q.start // q.format.blocksize
-    group, lead = divmod(first, NESTED_BLOCKSIZE)
-    codes = torch.nn.functional.pad(q.absmax.reshape(-1), [lead, 0])
-    absmax = reference.dequantize_absmax(codes, q.nested_absmax[group:], q.offset)[lead:]
-    return Parts(q.packed, absmax.reshape(q.absmax.shape), None, None)
 
 
 def _rows_are_blocks(shape: Sequence[int], fmt: QuantFormat) -> bool:

@@ -149,10 +149,9 @@ def _gpu_paths(gpu: dict[str, Any], native: Any, problem: str) -> list[dict[str,
     from qkern.ops.dequantize import why_no_kernel
 
     gap = why_no_kernel(torch.device("cuda"))
-    decode = "torch operations" if gap else "Triton"
+    how, served = "torch operations" if gap else "Triton", "triton serves this GPU"
     return [
-        _path("quantize", "gpu", "torch operations", "there is no kernel for it yet"),
-        _path("dequantize", "gpu", decode, gap or "triton serves this GPU"),
+        *(_path(name, "gpu", how, gap or served) for name in ("quantize", "dequantize")),
         _path("linear", "gpu", *_gpu_linear(gap)),
     ]
 
@@ -160,7 +159,7 @@ def _gpu_paths(gpu: dict[str, Any], native: Any, problem: str) -> list[dict[str,
 def _gpu_linear(gap: str) -> tuple[str, str]:
     if gap:
         return "torch operations", "the weight is dense during the call"
-    return "Triton", "many tokens, and the backward pass, multiply a dense weight with torch"
+    return "Triton", "many tokens multiply a weight that is dense during the call, with torch"
 
 
 def _path(operation: str, device: str, path: str, why: str) -> dict[str, str]:

@@ -19,6 +19,18 @@ def is_supported(device: torch.device) -> bool:
     return not why_not(device)
 
 
+# What ``torch.compiler.assume_constant_result`` sets: compiled code is made for one device anyway.
+# That function would load the compiler, which takes longer than all of qkern.
+is_supported._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether ``device`` has products of bf16: NVIDIA's have since Ampere."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return True
+    return _capability(device.index or 0) >= MIN_CAPABILITY
+
+
 def why_not(device: torch.device) -> str:
     """Why no kernel runs on ``device``; empty if one does."""
     if device.type != "cuda":

@@ -1,11 +1,12 @@
 """``torch.library`` operators over plain tensors: schema, fake, autograd and the CPU kernels.
 
-The only importer of ``kernels``. Every operator has the readable fallback of ``reference`` as its
-default implementation, for devices that have no kernels of their own.
+The only importer of ``kernels``. Every operator has a default implementation for other devices: by
+kernels, or where there are none by torch.
 """
 
-from qkern.ops.dequantize import decoded, dequantize
+from qkern.ops.dequantize import decoded, dequantize, parts_of_shard
 from qkern.ops.linear import linear
+from qkern.ops.lora_dropout import add_dropped, drops_in_kernel
 from qkern.ops.quantize import (
     encode,
     has_data,
@@ -16,11 +17,14 @@ from qkern.ops.quantize import (
 )
 
 __all__ = [
+    "add_dropped",
     "decoded",
     "dequantize",
+    "drops_in_kernel",
     "encode",
     "has_data",
     "linear",
+    "parts_of_shard",
     "quantize",
     "quantize_absmax",
     "search_scales",

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from qkern import kernels, reference
-from qkern.formats import QuantFormat
+from qkern.formats import NESTED_BLOCKSIZE, QuantFormat
 from qkern.ops import host
+from qkern.ops.dequantize_torch import dequantize_torch
 from qkern.ops.direct import is_unobserved
 
 # Schema fragment of a quantized tensor, the same in every operator.
@@ -65,10 +66,24 @@ def decoded(
     return out
 
 
+def parts_of_shard(parts: reference.Parts, fmt: QuantFormat, start: int) -> reference.Parts:
+    """Parts with fp32 scales of a shard of whole rows, whose first value has flat index ``start``.
+
+    Its groups of scales may start in mid-tensor.
+    """
+    packed, absmax, nested_absmax, offset = parts
+    if nested_absmax is None or offset is None:
+        return parts
+    group, lead = divmod(start // fmt.blocksize, NESTED_BLOCKSIZE)
+    codes = torch.nn.functional.pad(absmax.reshape(-1), [lead, 0])
+    scales = reference.dequantize_absmax(codes, nested_absmax[group:], offset)[lead:]
+    return reference.Parts(packed, scales.reshape(absmax.shape), None, None)
+
+
 def dense(
     parts: reference.Parts, fmt: QuantFormat, shape: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
-    """The values by the best way that their device has: host code, a kernel, the reference."""
+    """The values by the best way that their device has: host code, a kernel, torch."""
     numel = torch.Size(shape).numel()
     device = parts.packed.device
     if device.type == "cpu":
@@ -79,9 +94,9 @@ def dense(
         from qkern.kernels.dequantize import dequantize as launch
 
         return launch(*parts, fmt, numel, dtype).reshape(tuple(shape))
-    return reference.dequantize(parts, fmt, numel, dtype).reshape(tuple(shape))
+    return dequantize_torch(parts, fmt, numel, dtype).reshape(tuple(shape))
 
 
 def why_no_kernel(device: torch.device) -> str:
-    """Why ``dense`` takes the reference on a device that is no CPU; empty where it does not."""
+    """Why ``dense`` takes torch on a device that is no CPU; empty where it does not."""
     return kernels.why_not(device)

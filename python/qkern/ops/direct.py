@@ -13,11 +13,14 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 def is_unobserved(*tensors: Tensor | None) -> bool:
-    """Whether nothing but results and gradients can tell that no operator ran on these tensors."""
+    """Whether nothing but results and gradients can tell that no operator ran on these tensors.
+
+    Those on meta have no results.
+    """
     if torch.compiler.is_compiling():
         return False
     for tensor in tensors:
-        if tensor is not None and not (type(tensor) in _PLAIN and tensor.is_cpu):
+        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_meta):
             return False
     return not (
         torch._C._len_torch_dispatch_stack()

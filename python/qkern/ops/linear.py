@@ -1,5 +1,7 @@
 """``qkern::linear``: ``y = x W^T + bias + scaling (x A^T) B^T`` over quantized W, LoRA optional.
 
+What a CPU computes; other devices multiply without an adapter so, and with one by ``lora_linear``.
+
     forward    h = x A^T              (M, r)
                y = x W^T + s h B^T    (M, N)
     backward   G = s dY B             (M, r)
@@ -20,12 +22,12 @@ import torch
 from torch import Tensor
 
 from qkern import reference
-from qkern.errors import DeviceError
 from qkern.formats import QuantFormat
-from qkern.ops import device, host
-from qkern.ops.dequantize import FORMAT_SCHEMA, PARTS_SCHEMA, dense
+from qkern.ops import device, host, lora_linear
+from qkern.ops.dequantize import FORMAT_SCHEMA, PARTS_SCHEMA
 from qkern.ops.direct import is_unobserved, wants_grad
-from qkern.ops.lora_gradients import lora_gradients
+from qkern.ops.lora_dropout import draw_seed
+from qkern.ops.lora_gradients import add_product, lora_gradients
 
 _LORA_SCHEMA = "Tensor? lora_A, Tensor? lora_B, float scaling"
 
@@ -40,6 +42,8 @@ def linear(
     lora_B: Tensor | None = None,
     scaling: float = 1.0,
     compute: str = "exact",
+    lora_dropout: float = 0.0,
+    lora_mode: str = "separate",
 ) -> Tensor:
     """The operator, with autocast: x, bias and adapter are cast, scales never are.
 
@@ -55,6 +59,9 @@ def linear(
         lora_B: (out_features, r) or None.
         scaling: factor of the adapter's part.
         compute: "exact" or "int8", see ``qkern.linear``.
+        lora_dropout: probability of zeroing an input of the adapter's part, for where
+            ``drops_in_kernel`` holds; 0 elsewhere.
+        lora_mode: "separate" or "merged", see ``qkern.linear``: not on a CPU.
 
     Returns:
         (..., out_features) in x's dtype, or in autocast's.
@@ -68,23 +75,27 @@ def linear(
         lora_B = None if lora_B is None else lora_B.to(dtype)
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
+    on_device = device.serves(x)
+    if on_device and lora_A is not None and lora_B is not None:
+        device.check_compute(compute, x.device)
+        seed = draw_seed(x) if lora_dropout > 0.0 else None
+        merged = lora_mode == "merged"
+        adapter = device.Adapter(lora_A, lora_B, scaling, seed, lora_dropout, merged)
+        return lora_linear.multiply(x, parts, fmt, bias, adapter)
     operands = (bias, lora_A, lora_B)
     direct = is_unobserved(x, *operands, parts.packed)
-    if direct and not wants_grad(x, *operands):
+    recorded = wants_grad(x, *operands)
+    if direct and not recorded and not on_device:
         return host.linear(x, parts, fmt, out_features, *operands, scaling, compute)
     weight = (*parts, fmt.quant_type, fmt.blocksize, out_features)
-    operator = _Linear.apply if direct else torch.ops.qkern.linear
+    operator: Any = torch.ops.qkern.linear
+    if direct:
+        operator = _Linear.apply if recorded else _linear_device
     out: Tensor = operator(x, *weight, *operands, scaling, compute)
     return out
 
 
-@torch.library.custom_op(
-    "qkern::linear",
-    mutates_args=(),
-    schema=f"(Tensor x, {PARTS_SCHEMA}, {FORMAT_SCHEMA}, int out_features, Tensor? bias,"
-    f" {_LORA_SCHEMA}, str compute='exact') -> Tensor",
-)
-def _linear(
+def _linear_device(
     x: Tensor,
     packed: Tensor,
     absmax: Tensor,
@@ -99,12 +110,22 @@ def _linear(
     scaling: float,
     compute: str = "exact",
 ) -> Tensor:
-    if compute != "exact":
-        msg = f"compute={compute!r} is for weights on a CPU, not on {x.device}: leave it out"
-        raise DeviceError(msg)
+    device.check_compute(compute, x.device)
     fmt = QuantFormat(quant_type, blocksize, nested_absmax is not None)
     parts = reference.Parts(packed, absmax, nested_absmax, offset)
-    return device.linear(x, parts, fmt, out_features, bias, lora_A, lora_B, scaling)
+    base = device.Base(parts, fmt, (out_features, x.shape[-1]))
+    if lora_A is None or lora_B is None:
+        return device.linear(x, base, bias)
+    return device.lora_linear(x, base, bias, device.Adapter(lora_A, lora_B, scaling))[0]
+
+
+_linear = torch.library.custom_op(
+    "qkern::linear",
+    _linear_device,
+    mutates_args=(),
+    schema=f"(Tensor x, {PARTS_SCHEMA}, {FORMAT_SCHEMA}, int out_features, Tensor? bias,"
+    f" {_LORA_SCHEMA}, str compute='exact') -> Tensor",
+)
 
 
 @_linear.register_fake
@@ -134,13 +155,7 @@ def _linear_cpu(
     return host.linear(x, parts, fmt, out_features, bias, lora_A, lora_B, scaling, compute)
 
 
-@torch.library.custom_op(
-    "qkern::linear_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad, {PARTS_SCHEMA}, {FORMAT_SCHEMA}, int in_features,"
-    " Tensor? lora_A=None, Tensor? lora_B=None, float scaling=1.0) -> Tensor",
-)
-def _linear_backward(
+def _linear_backward_device(
     grad: Tensor,
     packed: Tensor,
     absmax: Tensor,
@@ -156,10 +171,19 @@ def _linear_backward(
     """``dY W + scaling (dY B) A``: (..., out_features) to (..., in_features)."""
     fmt = QuantFormat(quant_type, blocksize, nested_absmax is not None)
     parts = reference.Parts(packed, absmax, nested_absmax, offset)
-    dX = grad @ dense(parts, fmt, (grad.shape[-1], in_features), grad.dtype)
+    base = device.Base(parts, fmt, (grad.shape[-1], in_features))
     if lora_A is None or lora_B is None:
-        return dX
-    return _add_product(dX, (grad.to(lora_B.dtype) @ lora_B) * scaling, lora_A)
+        return device.linear_backward(grad, base)
+    return device.grad_x(grad, base, device.Adapter(lora_A, lora_B, scaling))
+
+
+_linear_backward = torch.library.custom_op(
+    "qkern::linear_backward",
+    _linear_backward_device,
+    mutates_args=(),
+    schema=f"(Tensor grad, {PARTS_SCHEMA}, {FORMAT_SCHEMA}, int in_features,"
+    " Tensor? lora_A=None, Tensor? lora_B=None, float scaling=1.0) -> Tensor",
+)
 
 
 @_linear_backward.register_fake
@@ -209,27 +233,23 @@ def _backward_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if need_x:
             dX = torch.ops.qkern.linear_backward(grad, *parts, *weight)
             if lora_A is not None:
-                dX = _add_product(dX, (grad.to(lora_B.dtype) @ lora_B) * ctx.scaling, lora_A)
+                dX = add_product(dX, (grad.to(lora_B.dtype) @ lora_B) * ctx.scaling, lora_A)
         if need_A or need_B:
             dA, dB = lora_gradients(x, grad, lora_A, lora_B, ctx.scaling)
     else:
         adapter = (lora_A, lora_B, ctx.scaling)
         direct = is_unobserved(x, grad, lora_A, lora_B, parts[0])
         if need_x:
-            multiply = _linear_backward_cpu if direct else torch.ops.qkern.linear_backward
+            on_device = device.serves(grad)
+            multiply: Any = torch.ops.qkern.linear_backward
+            if direct:
+                multiply = _linear_backward_device if on_device else _linear_backward_cpu
             dX = multiply(grad, *parts, *weight, *adapter)
-        if need_A or need_B:
+        if need_A or need_B:  # of an operator on a device, or of a CPU
+            direct = direct and grad.is_cpu
             reduce = host.lora_gradients if direct else torch.ops.qkern.lora_gradients
             dA, dB = reduce(x, grad, *adapter)
     return (dX, *[None] * 7, dbias, dA if need_A else None, dB if need_B else None, None, None)
-
-
-def _add_product(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """``y + a b`` in y's dtype, (..., N) + (..., r) (r, N); one pass over y where dtypes agree."""
-    flat_y, flat_a = y.reshape(-1, y.shape[-1]), a.reshape(-1, a.shape[-1])
-    if b.dtype == y.dtype:
-        return torch.addmm(flat_y, flat_a, b).reshape(y.shape)
-    return (y + (flat_a @ b).reshape(y.shape)).to(y.dtype)
 
 
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -248,11 +268,12 @@ def _double_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 class _Linear(torch.autograd.Function):
-    """The operator on a CPU, recorded for gradients without the dispatcher."""
+    """The operator, recorded for gradients without the dispatcher."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        output: Tensor = _linear_cpu(*inputs)
+        on_device = device.serves(inputs[0])
+        output: Tensor = _linear_device(*inputs) if on_device else _linear_cpu(*inputs)
         _setup_linear(ctx, inputs, output)  # as setup_context it would cost 80 us a call
         return output
 

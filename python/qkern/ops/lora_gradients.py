@@ -13,10 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qkern import kernels
-from qkern.ops import host
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+from qkern.ops import device, host
 
 
 def lora_gradients(
@@ -40,6 +37,14 @@ def lora_gradients(
     return G.mT @ flat_x, flat_grad.mT @ (flat_x @ lora_A.mT) * scaling
 
 
+def add_product(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """``y + a b`` in y's dtype, (..., N) + (..., r) (r, N); one pass over y where dtypes agree."""
+    flat_y, flat_a = y.reshape(-1, y.shape[-1]), a.reshape(-1, a.shape[-1])
+    if b.dtype == y.dtype:
+        return torch.addmm(flat_y, flat_a, b).reshape(y.shape)
+    return (y + (flat_a @ b).reshape(y.shape)).to(y.dtype)
+
+
 @torch.library.custom_op(
     "qkern::lora_gradients",
     mutates_args=(),
@@ -49,26 +54,9 @@ def lora_gradients(
 def _lora_gradients(
     x: Tensor, grad: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    tensors = (x, grad, lora_A, lora_B)
-    if kernels.is_supported(x.device) and all(t.dtype in _DTYPES for t in tensors):
-        return _by_kernels(*tensors, scaling)
-    return lora_gradients(*tensors, scaling)
-
-
-def _by_kernels(
-    x: Tensor, grad: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
-) -> tuple[Tensor, Tensor]:
-    """One pass over dY and two over x, sums in fp32, in the order that the shapes fix."""
-    from qkern.kernels.launch import operand
-    from qkern.kernels.lora import hidden
-    from qkern.kernels.lora_backward import grad_a, grad_hidden
-
-    flat_x = operand(x, x.shape[-1], "x")  # (M, in_features)
-    flat_grad = operand(grad, grad.shape[-1], "grad")  # (M, out_features)
-    A, B = (operand(t, t.shape[-1], name) for t, name in ((lora_A, "lora_A"), (lora_B, "lora_B")))
-    h = hidden(flat_x, A, scaling)  # (M, r)
-    G, dB = grad_hidden(flat_grad, B, h, scaling)
-    return grad_a(G, flat_x, lora_A.dtype), dB
+    if torch.float64 in (x.dtype, grad.dtype, lora_A.dtype, lora_B.dtype):
+        return lora_gradients(x, grad, lora_A, lora_B, scaling)
+    return device.lora_gradients(x, grad, device.Adapter(lora_A, lora_B, scaling))
 
 
 @_lora_gradients.register_fake

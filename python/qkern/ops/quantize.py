@@ -183,7 +183,7 @@ def to_parts(
             scales = reference.dequantize_absmax(absmax, nested_absmax, offset)
         packed = encode(values, scales, *kind)
     else:
-        if is_unobserved(values):
+        if values.is_cpu and is_unobserved(values):
             packed, scales = host.quantize(
                 values, QuantFormat(*kind, double_quant=False), nonfinite
             )
@@ -200,7 +200,7 @@ def _store_scales(
     if not fmt.double_quant:
         return (scales, None, None), fmt
     safe: Tensor | bool
-    if is_unobserved(scales):
+    if scales.is_cpu and is_unobserved(scales):
         codes, nested_absmax, offset, safe = host.quantize_absmax(scales)
     else:
         codes, nested_absmax, offset, safe = quantize_absmax(scales)
