@@ -70,8 +70,10 @@ def check_weights(weights: Sequence[Weight]) -> None:
     """
     kinds = {(weight.in_features, weight.fmt) for weight in weights}
     if len(kinds) != 1:
-        found = "; ".join(sorted(f"{K} in-features of {fmt}" for K, fmt in kinds)) or "none"
-        msg = f"weights of one launch must have the same in-features and format, got {found}"
+        found = "; ".join(sorted(f"{K} in-features of {fmt.quant_type}" for K, fmt in kinds))
+        msg = (
+            f"weights of one launch must have the same in-features and format, got {found or None}"
+        )
         raise ShapeError(msg)
 
 
