@@ -3,8 +3,11 @@
 ``fuse_projections`` leaves model and modules as they are: the layers keep their weights, names and
 adapters, and the model's own code calls one after the other. The first that is called computes all;
 the others hand out what is there if they are called with the same tensor, unchanged, and nothing
-else that counts has changed. That holds within one call of the module that owns them; what nobody
-asked for by its end is dropped.
+else that counts has changed. Each output is handed out once. What nobody has asked for is dropped
+when the module that owns the layers has ended, or when its thread computes the next group.
+
+Whether layers share a launch depends on them and on x alone, never on who calls: what checkpointing
+computes again must save the same tensors.
 """
 
 from __future__ import annotations
@@ -40,11 +43,10 @@ def fuse_projections(
     On a GPU with kernels the layers of a group become one launch forward and one for the input's
     gradient; x is cast and saved once, and read once for all of their adapters. Numbers are those
     of the layers alone within rounding: sums may be taken in another order, and the gradient of x
-    is rounded once. One by one, as if nothing had been done, run: layers on a CPU, where a product
-    for each costs nothing more; compiled code (``torch.compile`` sees the single layers); layers of
-    different formats; active ``lora_dropout`` and ``lora_mode="merged"``; under
-    ``torch.inference_mode``, where a change of x could not be seen (``torch.no_grad`` is served);
-    and a layer that is called outside of its owner's forward.
+    is rounded once. One by one, as if nothing had been done, run: layers on a CPU, where there is
+    little to gain; compiled code (``torch.compile`` sees the single layers); layers of different
+    formats; active ``lora_dropout`` and ``lora_mode="merged"``; and under
+    ``torch.inference_mode``, where a change of x could not be seen (``torch.no_grad`` is served).
 
     Siblings that the model calls with different inputs (cross-attention) give right results, but
     each launch computes all: a warning says so once. Exclude them.
@@ -99,7 +101,7 @@ def fuse_projections(
 def unfuse_projections(model: nn.Module) -> None:
     """Undo ``fuse_projections``: every layer is multiplied by itself again."""
     for module in model.modules():
-        _remove_scopes(module)
+        _remove_hooks(module)
         if isinstance(module, QuantizedLinear):
             module.siblings = None
 
@@ -132,16 +134,20 @@ class _State(NamedTuple):
         )
 
 
-class _Call:
-    """One call of the owner in a thread: the input that was multiplied last, and what is left."""
+class _Pending(threading.local):
+    """What a thread has computed and not handed out yet: of one group, for one input."""
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget it."""
+        self.siblings: _Siblings | None = None
         self.x: Tensor | None = None
         self.held: dict[int, _Held] = {}
 
-    def clear(self) -> None:
-        self.x = None
-        self.held = {}
+
+_pending = _Pending()
 
 
 class _Siblings:
@@ -149,7 +155,6 @@ class _Siblings:
 
     def __init__(self, owner: nn.Module, names: tuple[str, ...]) -> None:
         self.owner, self.names = owner, names
-        self.calls: dict[int, _Call] = {}  # of each thread
         self.has_warned = False
 
     def __reduce__(self) -> Any:
@@ -184,41 +189,50 @@ class _Siblings:
         for layer in self.layers():
             if layer is not None:
                 layer.siblings = self
-        _remove_scopes(self.owner, self.names)
-        scope = _Scope(self)
-        self.owner.register_forward_pre_hook(scope)
-        self.owner.register_forward_hook(scope, always_call=True)
+        _remove_hooks(self.owner, self.names)
+        self.owner.register_forward_hook(_OwnerHasEnded(self), always_call=True)
 
     def output(self, layer: QuantizedLinear, x: Tensor) -> Tensor | None:
         """What ``layer`` makes of x, computed with its siblings; None where it runs by itself."""
-        call = self.calls.get(threading.get_ident())
-        if call is None or not ops.has_kernels(x.device) or x.is_inference():
+        if not isinstance(x, Tensor) or not ops.has_kernels(x.device) or x.is_inference():
             return None
         layers = self.layers()
         own = next((i for i, each in enumerate(layers) if each is layer), None)
-        if own is None:
+        if own is None:  # of a replica
             return None
-        held = call.held.pop(own, None) if x is call.x else None
-        if held is not None:
-            is_last = not call.held
-            if is_last:
-                call.clear()
-            mine = _layer_of(layer, x)
-            if mine is not None and _state(mine, x).holds(held.state):
-                return held.y
+        mine = _layer_of(layer, x)
+        held = self.take(own, x)
+        if held is not None and mine is not None and held.state.holds(_state(mine, x)):
+            return held.y
         taken = [None if each is None else _layer_of(each, x) for each in layers]
         present = [each for each in taken if each is not None]
         if len(present) < len(layers) or not ops.share_a_launch(x, present):
-            call.clear()
             return None
-        if x is not call.x:
-            self.warn_if(call.held)
+        if _pending.siblings is self and _pending.x is not x:
+            self.warn_if(_pending.held)
+        _pending.clear()
         states = [_state(each, x) for each in present]
         outputs = ops.projections(x, present)
         pairs = enumerate(zip(outputs, states, strict=True))
-        call.held = {i: _Held(y, state) for i, (y, state) in pairs if i != own}
-        call.x = x
+        _pending.held = {i: _Held(y, state) for i, (y, state) in pairs if i != own}
+        _pending.siblings, _pending.x = self, x
         return outputs[own]
+
+    def take(self, own: int, x: Tensor) -> _Held | None:
+        """What is there for x of the layer at place ``own``; not a second time."""
+        if _pending.siblings is not self or _pending.x is not x:
+            return None
+        held = _pending.held.pop(own, None)
+        if not _pending.held:
+            _pending.clear()
+        return held
+
+    def end(self, *, well: bool) -> None:
+        """Drop what was not asked for; that is worth a word if the owner has ended well."""
+        if _pending.siblings is self:
+            if well:
+                self.warn_if(_pending.held)
+            _pending.clear()
 
     def warn_if(self, held: dict[int, _Held]) -> None:
         """Say once that outputs were computed in vain."""
@@ -235,35 +249,26 @@ class _Siblings:
         )
 
 
-class _Scope:
-    """A hook before and after the owner's forward: outputs are held no longer than this lasts."""
+class _OwnerHasEnded:
+    """A hook after the owner's forward, called after errors too: outputs are held no longer."""
 
     def __init__(self, siblings: _Siblings | None) -> None:
         self.siblings = siblings  # None in a copy
 
-    def __call__(self, owner: nn.Module, args: Any, *output: Any) -> None:
-        siblings = self.siblings
-        if siblings is None or torch.compiler.is_compiling():
-            return
-        thread = threading.get_ident()
-        if not output:
-            siblings.calls[thread] = _Call()
-            return
-        call = siblings.calls.pop(thread, None)
-        if call is not None and output[0] is not None:  # None: it ended with an error
-            siblings.warn_if(call.held)
+    def __call__(self, owner: nn.Module, args: Any, output: Any) -> None:
+        if self.siblings is not None and not torch.compiler.is_compiling():
+            self.siblings.end(well=output is not None)
 
 
-def _remove_scopes(owner: nn.Module, names: tuple[str, ...] | None = None) -> None:
+def _remove_hooks(owner: nn.Module, names: tuple[str, ...] | None = None) -> None:
     """Remove the hooks of these siblings, or of all, and those that a copy has without use."""
-    own = vars(owner)
-    for hooks in (own["_forward_pre_hooks"], own["_forward_hooks"]):
-        for key, hook in list(hooks.items()):
-            if not isinstance(hook, _Scope):
-                continue
-            if names is None or hook.siblings is None or hook.siblings.names == names:
-                del hooks[key]
-                own["_forward_hooks_always_called"].pop(key, None)
+    hooks = owner._forward_hooks
+    for key, hook in list(hooks.items()):
+        if not isinstance(hook, _OwnerHasEnded):
+            continue
+        if names is None or hook.siblings is None or hook.siblings.names == names:
+            del hooks[key]
+            owner._forward_hooks_always_called.pop(key, None)
 
 
 def _layer_of(layer: QuantizedLinear, x: Tensor) -> Layer | None:
@@ -293,8 +298,14 @@ def _state(layer: Layer, x: Tensor) -> _State:
     kind = x.device.type
     autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-    mode = (torch.is_grad_enabled(), x.requires_grad, autocast, stream)
+    # Checkpointing saves what is computed within it by hooks of its own.
+    saving = _saving_hooks(True)
+    mode = (torch.is_grad_enabled(), x.requires_grad, autocast, stream, saving)
     tensors = tuple(layer.tensors)
     versions = tuple(t._version for t in (x, *tensors))
     trained = tuple(t.requires_grad for t in tensors)
     return _State(mode, (layer.fmt, layer.scaling, *trained), tensors, versions)
+
+
+# Not in every torch.
+_saving_hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", bool)

@@ -214,17 +214,12 @@ def _backward(ctx: Any, outputs: list[Tensor | None]) -> tuple[Any, ...]:
         factors = [t if there else None for t, there in zip(factors, is_there, strict=True)]
     half = len(ctx.adapted)
     nothing = [[None] * count for count in ctx.counts[:4]]
+    # Torch takes an empty list of numbers for one of tensors.
+    biased, adapted = ([] if not places else None for places in (ctx.biased, ctx.adapted))
     return (
-        *(dX if needs_x and grads else None, *nothing, None, None, None, dbias, None),
-        *(factors[:half], factors[half:], None, None),
+        *(dX if needs_x and grads else None, *nothing, None, None, None, dbias, biased),
+        *(factors[:half], factors[half:], adapted, adapted),
     )
-
-
-def _saved(ctx: Any) -> tuple[Tensor | None, Tensor | None, list[list[Tensor]]]:
-    """x, h, and lists of packed, absmax, nested_absmax, offset, A and B."""
-    x, h, *flat = ctx.saved_tensors
-    rest = iter(flat)
-    return x, h, [[next(rest) for _ in range(count)] for count in ctx.counts]
 
 
 def _gradients_of(

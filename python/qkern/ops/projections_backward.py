@@ -67,7 +67,8 @@ def gradients(
     adapters = adapters_of(lora_A, lora_B, adapted, scalings, len(rows))
     if h is not None and len(given) < len(rows):
         columns = torch.split(h, [A.shape[0] for A in lora_A], dim=1)
-        h = torch.cat([c for c, i in zip(columns, adapted, strict=True) if i in given], dim=1)
+        used = [own for own, i in zip(columns, adapted, strict=True) if i in given]
+        h = torch.cat(used, dim=1) if used else None
     needs_x, needs_factors = needs
     dX, dA, dB = device_projections.backward(
         grads,
