@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from qkern.layers import QLoRALinear, QuantizedLinear
     from qkern.merging import merge_adapter, unmerge_adapter
     from qkern.model import CoverageReport, add_lora, memory_footprint, quantize_model
+    from qkern.projections import fuse_projections, unfuse_projections
     from qkern.tensor import QuantizedTensor, linear
 
 __all__ = [
@@ -68,6 +69,7 @@ __all__ = [
     "__version__",
     "add_lora",
     "dequantize",
+    "fuse_projections",
     "inspect_checkpoint",
     "linear",
     "load",
@@ -78,6 +80,7 @@ __all__ = [
     "quantize_model",
     "save",
     "save_adapter",
+    "unfuse_projections",
     "unmerge_adapter",
 ]
 
@@ -90,6 +93,7 @@ _HOMES = {
     "QuantizedLinear": "qkern.layers",
     "QuantizedTensor": "qkern.tensor",
     "add_lora": "qkern.model",
+    "fuse_projections": "qkern.projections",
     "inspect_checkpoint": "qkern.checkpoint.inspection",
     "linear": "qkern.tensor",
     "load": "qkern.integrations.pretrained",
@@ -99,6 +103,7 @@ _HOMES = {
     "quantize_model": "qkern.model",
     "save": "qkern.checkpoint",
     "save_adapter": "qkern.adapters",
+    "unfuse_projections": "qkern.projections",
     "unmerge_adapter": "qkern.merging",
 }
 

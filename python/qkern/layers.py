@@ -39,6 +39,7 @@ class QuantizedLinear(FlatWeight, nn.Linear):
     Attributes:
         path: where a model holds the layer, for errors; empty until a model is quantized or loaded.
         compute: as above; may be set at any time.
+        siblings: set by ``qkern.fuse_projections``: what computes the layer with others.
 
     Raises:
         ShapeError: for a weight that has not 2 dimensions, or a bias that does not fit.
@@ -48,6 +49,7 @@ class QuantizedLinear(FlatWeight, nn.Linear):
     weight: nn.Parameter
     path: str = ""
     compute: str = "exact"
+    siblings: Any = None
 
     def __init__(
         self,
@@ -119,7 +121,17 @@ class QuantizedLinear(FlatWeight, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
+        shared = self._output_with_siblings(x)
+        if shared is not None:
+            return shared
         return linear(x, self.quantized_weight, self.bias, compute=self.compute, layer=self)
+
+    def _output_with_siblings(self, x: Tensor) -> Tensor | None:
+        """The output, if it is computed with those of other layers."""
+        if self.siblings is None or torch.compiler.is_compiling():
+            return None
+        shared: Tensor | None = self.siblings.output(self, x)
+        return shared
 
     def extra_repr(self) -> str:
         """Sizes and format, for ``print(model)``."""
@@ -257,6 +269,9 @@ class QLoRALinear(QuantizedLinear):
         """(..., in_features) to (..., out_features)."""
         if self.merged:
             return super().forward(x)
+        shared = self._output_with_siblings(x)
+        if shared is not None:
+            return shared
         return linear(
             x,
             self.quantized_weight,
@@ -290,6 +305,7 @@ _HOOKS = (
 
 def _take_over(layer: _Layer, replaced: nn.Linear) -> _Layer:
     """The new layer, in the mode, with hooks and settings of the one whose place it takes."""
-    kept = (*_HOOKS, "path", "compute") if isinstance(replaced, QuantizedLinear) else _HOOKS
+    own = ("path", "compute", "siblings") if isinstance(replaced, QuantizedLinear) else ()
+    kept = (*_HOOKS, *own)
     vars(layer).update({name: vars(replaced)[name] for name in kept if name in vars(replaced)})
     return layer.train(replaced.training)

@@ -67,6 +67,13 @@ def target_of(arch: str) -> GPUTarget:
     return GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
 
 
+def places(index: int, kind: str | tuple[str, ...]) -> list[tuple[tuple[int, ...], str]]:
+    """Path and type of an argument, or of each entry of a tuple."""
+    if isinstance(kind, tuple):
+        return [((index, i), each) for i, each in enumerate(kind)]
+    return [((index,), kind)]
+
+
 def compile_spec(spec: AotSpec, arch: str) -> Any:
     """The compiled kernel."""
     names = spec.kernel.arg_names
@@ -74,15 +81,16 @@ def compile_spec(spec: AotSpec, arch: str) -> Any:
     assert not missing, f"{spec.name}: {sorted(missing)} are in the kernel or the spec alone"
     signature = {n: "constexpr" if n in spec.constants else spec.signature[n] for n in names}
     aligned = [
-        i
+        place
         for i, n in enumerate(names)
-        if n not in spec.constants and (signature[n].startswith("*") or n in spec.divisible)
+        for place, kind in places(i, signature[n])
+        if kind.startswith("*") or n in spec.divisible
     ]
     source = ASTSource(
         spec.kernel,
         signature,
         {(i,): spec.constants[n] for i, n in enumerate(names) if n in spec.constants},
-        {(i,): [["tt.divisibility", 16]] for i in aligned},
+        {place: [["tt.divisibility", 16]] for place in aligned},
     )
     options = {
         "num_warps": spec.warps,

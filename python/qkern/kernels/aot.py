@@ -7,7 +7,7 @@ with a function of this name takes part.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qkern.kernels import dispatch
@@ -23,8 +23,8 @@ class AotSpec:
     Args:
         name: of the line in the table.
         kernel: the ``triton.jit`` function.
-        signature: type of each run-time argument, as Triton writes them ("*bf16", "i32"); pointers
-            and those of ``divisible`` count as multiples of 16.
+        signature: type of each run-time argument, as Triton writes them ("*bf16", "i32"), a tuple
+            of types for a tuple; pointers and those of ``divisible`` count as multiples of 16.
         constants: value of each constexpr argument.
         warps: of a program.
         stages: of the pipelined loop.
@@ -37,7 +37,7 @@ class AotSpec:
 
     name: str
     kernel: Any
-    signature: dict[str, str]
+    signature: Mapping[str, str | tuple[str, ...]]
     constants: dict[str, Any]
     warps: int = 4
     stages: int = 3
@@ -88,11 +88,12 @@ def product_specs(
         else:
             each = kinds
         for kind, dtype, adapter, rank in each:
+            fitted = row.for_codes(8 if kind.startswith("int8") else 4)
             yield AotSpec(
-                f"{op} {'x'.join(map(str, row.tile))} {kind} {dtype} r{rank} {adapter}",
+                f"{op} {'x'.join(map(str, fitted.tile))} {kind} {dtype} r{rank} {adapter}",
                 kernel,
                 _signature(kernel, kind, dtype, adapter) | (more or {}),
-                _constants(kernel, row, kind, dtype, rank, arch),
+                _constants(kernel, fitted, kind, dtype, rank, arch),
                 warps=row.warps,
                 stages=row.stages,
                 divisible=("N", "K"),
@@ -102,7 +103,54 @@ def product_specs(
             )
 
 
-def _signature(kernel: Any, kind: str, dtype: str, adapter: str) -> dict[str, str]:
+def member_specs(
+    op: str,
+    kernel: Any,
+    arch: str,
+    count: int,
+    *,
+    exact: bool = True,
+    more: dict[str, str] | None = None,
+) -> Iterator[AotSpec]:
+    """The same for ``count`` layers in one launch: NF4 in bf16, each row of the table.
+
+    Args:
+        op: of the rows.
+        kernel: the function; what it has for each layer are tuples.
+        arch: of ``ARCHS``.
+        count: layers.
+        exact: whether bytes of the weights are promised.
+        more: types of other run-time arguments.
+    """
+    pointers = {"packed": "*u8", "absmax": "*u8", "bias": "*bf16", "B": "*bf16", "y": "*bf16"}
+    pointers |= dict.fromkeys(("nested_absmax", "offset"), "*fp32")
+    members = {name: (type_,) * count for name, type_ in pointers.items()}
+    members |= dict.fromkeys(("rows", "ranks"), ("i32",) * count)
+    for row in dispatch.table(dispatch.family(arch)):
+        if row.op != op or row.bits != 16:
+            continue
+        common = _signature(kernel, "nf4", "bf16", "fp32") | (more or {})
+        constants = _constants(kernel, row, "nf4", "bf16", 16, arch)
+        constants |= {"BIASED": (1 << count) - 1}
+        if "SPLIT" in kernel.arg_names:
+            constants["SPLIT"] = op == "matmul_small"
+        yield AotSpec(
+            f"{count} x {op} {'x'.join(map(str, row.tile))} nf4 bf16 r16 bf16",
+            kernel,
+            common | members,
+            constants,
+            warps=row.warps,
+            stages=row.stages,
+            divisible=("K", "rows", "ranks"),
+            exact=exact,
+            tensor_cores=op != "matvec",
+            quick=arch == "sm_90" and op == "matvec" and row.tokens == 1,
+        )
+
+
+def _signature(
+    kernel: Any, kind: str, dtype: str, adapter: str
+) -> dict[str, str | tuple[str, ...]]:
     nested = kind in {"nf4", "int8"}
     types = {
         "packed_ptr": "*i8" if kind.startswith("int8") else "*u8",

@@ -23,6 +23,7 @@ _PROGRAMS_EACH = 2
 _STEPS_AT_LEAST = 4  # of a program that shares a tile
 _LARGEST_SPLIT = 16
 _FEWEST_ROWS = 4  # of a matvec program
+_MOST_COLUMNS_OF_BYTES = 64  # of a tile of 8-bit codes: more take registers that are not there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,13 @@ class Config:
     def decodes_ahead(self, weight_bits: int) -> bool:
         """Whether tiles of W are decoded a step ahead; 8-bit ones of ``matmul`` would spill."""
         return self.ahead and (weight_bits == 4 or self.op == "matmul_small")
+
+    def for_codes(self, weight_bits: int) -> Config:
+        """The row for a weight of this width: tiles of 8-bit codes have as many bytes, not more."""
+        BM, BN, BK = self.tile
+        if weight_bits == 4 or self.op == "matvec" or BK <= _MOST_COLUMNS_OF_BYTES:
+            return self
+        return self.replace(tile=(BM, BN, _MOST_COLUMNS_OF_BYTES))
 
     def replace(self, **changes: object) -> Config:
         """A copy with some entries changed."""

@@ -20,6 +20,8 @@ from qkern.kernels.rounding import INTERPRETED
 
 # Options of every launch: a product that is fused into a sum is rounded once instead of twice.
 EXACT = {"enable_fp_fusion": False}
+# Where that does not matter; said too, for Triton is about to change what it does by itself.
+FUSED = {"enable_fp_fusion": True}
 TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 # Counters of one stream: split products have at most so many tiles.
 COUNTERS = 1 << 16

@@ -83,5 +83,6 @@ def linear(
         if config is None:
             msg = f"no kernel multiplies {M} tokens of {x.dtype}: dequantize the weight instead"
             raise ShapeError(msg)
+        config = config.for_codes(weight.fmt.bits)
         KERNELS[config.op](rows, weight, bias, h, lora_B, config, out)
     return out.reshape(*x.shape[:-1], N)

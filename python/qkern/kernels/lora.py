@@ -24,7 +24,7 @@ from torch import Tensor
 
 from qkern.kernels.aot import AotSpec
 from qkern.kernels.dropout import Dropout, arguments, gain_of, keep
-from qkern.kernels.launch import TL_DTYPES, processors, same_device
+from qkern.kernels.launch import EXACT, FUSED, TL_DTYPES, processors, same_device
 from qkern.kernels.rounding import round_to, widen
 from qkern.kernels.thin_product import multiply_thin, precision, precision_of
 
@@ -197,7 +197,7 @@ def hidden(
         if M <= FEW and not dropped["DROPOUT"]:
             block = min(max(triton.next_power_of_2(K), 16), 1024)
             _hidden_few_kernel[(R, M)](
-                x, A, out_ptr=h, K=K, scaling=factor, RANK=R, BK=block, **common
+                x, A, out_ptr=h, K=K, scaling=factor, RANK=R, BK=block, **common, **FUSED
             )
             return h
         tile = tile_of(R, x.dtype, dropped=dropped["DROPOUT"])
@@ -219,6 +219,7 @@ def hidden(
             PRECISION=precision(x.device),
             **dropped,
             **tile,
+            **FUSED,
             **(common if whole else {**common, "EACH": 0, "SCALES": False}),
         )
         if not whole:
@@ -253,6 +254,7 @@ def add_parts(
         RANK=out.shape[-1] if common["EACH"] or common["SCALES"] else 1,
         BLOCK=1024,
         **common,
+        **EXACT,
     )
 
 
@@ -276,8 +278,11 @@ def _scaling_and_rows(
 def tile_of(R: int, dtype: torch.dtype, *, dropped: bool = False) -> dict[str, int]:
     """BM, BR and BK for a product of x (M, K) with R rows."""
     BR = min(max(triton.next_power_of_2(R), 16), RANK_TILE)
+    BK = 64
+    if dtype == torch.float32:  # three products of each tile: as many registers as there are
+        BK = 16 if BR == RANK_TILE else 32
     # Values that come from registers, as those that dropout chose, make wgmma wait: no tile for it.
-    return {"BM": 32 if dropped else 64, "BR": BR, "BK": 32 if dtype == torch.float32 else 64}
+    return {"BM": 32 if dropped else 64, "BR": BR, "BK": BK}
 
 
 def split_of(length: int, step: int, tiles: int, device: torch.device) -> int:
@@ -324,7 +329,12 @@ def aot_specs(arch: str) -> Iterator[AotSpec]:
     few = {"x_ptr": "*bf16", "A_ptr": "*fp32", "K": "i32"}
     constants = {"RANK": 16, "BK": 1024, **plain}
     yield AotSpec(
-        "lora hidden of few", _hidden_few_kernel, common | few, constants, divisible=("K",)
+        "lora hidden of few",
+        _hidden_few_kernel,
+        common | few,
+        constants,
+        divisible=("K",),
+        exact=False,
     )
     parts = {"parts_ptr": "*fp32", "count": "i32", "numel": "i64"}
     constants = {"RANK": 16, "BLOCK": 1024, **plain}

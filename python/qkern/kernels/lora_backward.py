@@ -25,13 +25,13 @@ from torch import Tensor
 
 from qkern.kernels.aot import AotSpec
 from qkern.kernels.dropout import Dropout, arguments, keep
+from qkern.kernels.launch import FUSED, same_device
 from qkern.kernels.launch import arch as arch_of
-from qkern.kernels.launch import same_device
 from qkern.kernels.lora import Rows, add_parts, name_of, pointer_to, split_of, tile_of
 from qkern.kernels.thin_product import multiply_thin, precision, precision_of
 
 # A tile of dY takes half of the shared memory of a small GPU: two are in flight.
-_OPTIONS = {"num_warps": 8, "num_stages": 2}
+_OPTIONS = {"num_warps": 8, "num_stages": 2, **FUSED}
 
 
 @triton.jit

@@ -81,7 +81,24 @@ def _matmul_kernel(
         EVEN_K,
         AHEAD,
     )  # (BM, BN)
-    finish(sums, bias_ptr, h_ptr, B_ptr, y_ptr, m, n, M, N, HAS_BIAS, RANK, BR, PRECISION)
+    finish(
+        sums,
+        bias_ptr,
+        h_ptr,
+        B_ptr,
+        y_ptr,
+        m,
+        n,
+        M,
+        N,
+        N,
+        RANK,
+        RANK,
+        HAS_BIAS,
+        RANK,
+        BR,
+        PRECISION,
+    )
 
 
 def matmul(

@@ -84,6 +84,7 @@ def _matmul_backward_kernel(
     first = tl.program_id(0) // tiles_m * BK
     start = tl.program_id(1) * split
     sums = sum_over_rows(
+        tl.full([BM, BK], 0.0, tl.float32),
         grad_ptr,
         packed_ptr,
         absmax_ptr,
@@ -154,7 +155,7 @@ def matmul_backward(
         return dX
     has_adapter = G is not None and lora_A is not None and lora_A.shape[0] > 0
     rank = lora_A.shape[0] if has_adapter and lora_A is not None else 0
-    config = _choose(M, grad.dtype, launch.arch(grad.device))
+    config = choose_backward(M, grad.dtype, launch.arch(grad.device))
     tiles = triton.cdiv(M, config.BM) * triton.cdiv(K, config.BK)
     split = split_of(N, config.BN, tiles, grad.device)
     parts = triton.cdiv(N, split)
@@ -189,7 +190,7 @@ def matmul_backward(
     return dX
 
 
-def _choose(M: int, dtype: torch.dtype, arch: str) -> _Config:
+def choose_backward(M: int, dtype: torch.dtype, arch: str) -> _Config:
     """By tokens; wgmma, of sm_90, holds more sums and wants 64 rows of dY."""
     if dtype == torch.float32:
         return _Config(32, 64, 32, warps=4, stages=2)
@@ -215,7 +216,7 @@ def aot_specs(arch: str) -> Iterator[AotSpec]:
         (512, torch.bfloat16, torch.bfloat16, "int8 rows", 16),
         (512, torch.float32, torch.float32, "nf4", 16),
     ):
-        config = _choose(tokens, dtype, arch)
+        config = choose_backward(tokens, dtype, arch)
         nested = kind != "int8 rows"
         signature = {
             **dict.fromkeys(("grad_ptr", "dX_ptr"), pointer_to(dtype)),

@@ -102,7 +102,24 @@ def _matmul_small_kernel(
             sums += tl.load(
                 partials_ptr + i * plane + at, mask=mask, other=0.0, cache_modifier=".cg"
             )
-        finish(sums, bias_ptr, h_ptr, B_ptr, y_ptr, m, n, M, N, HAS_BIAS, RANK, BR, PRECISION)
+        finish(
+            sums,
+            bias_ptr,
+            h_ptr,
+            B_ptr,
+            y_ptr,
+            m,
+            n,
+            M,
+            N,
+            N,
+            RANK,
+            RANK,
+            HAS_BIAS,
+            RANK,
+            BR,
+            PRECISION,
+        )
 
 
 def matmul_small(

@@ -84,7 +84,7 @@ def _chunk_sums(values, x_ptr, k, K, EVEN_K: tl.constexpr):
 
 
 @triton.jit
-def _store(
+def store_token(
     sums,  # (BN, CHUNKS) fp32
     bias_ptr,
     h_ptr,
@@ -93,59 +93,58 @@ def _store(
     m,
     n,  # (BN,)
     N,
+    biased,
+    width,
+    rank,
     HAS_BIAS: tl.constexpr,
     RANK: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """Sum one token's chunks, add the adapter's part and the bias, round, store."""
+    """Sum one token's chunks, add the adapter's part and the bias, round, store.
+
+    The bias has ``biased`` values (all or none), a row of h ``width``, a row of B ``rank``, at most
+    RANK.
+    """
     y = tl.sum(sums, axis=1)  # (BN,)
     mask = n < N
     rows = n.to(tl.int64)
     for r in tl.static_range(0, RANK, BR):
-        rank = r + tl.arange(0, BR)  # (BR,)
-        inside = rank < RANK
-        h = tl.load(h_ptr + m * RANK + rank, mask=inside, other=0.0).to(tl.float32)
-        at = rows[:, None] * RANK + rank[None, :]
+        column = r + tl.arange(0, BR)  # (BR,)
+        inside = column < rank
+        h = tl.load(h_ptr + m * width + column, mask=inside, other=0.0).to(tl.float32)
+        at = rows[:, None] * rank + column[None, :]
         B = tl.load(B_ptr + at, mask=mask[:, None] & inside[None, :], other=0.0).to(tl.float32)
         y += tl.sum(h[None, :] * B, axis=1)
     if HAS_BIAS:
-        y += tl.load(bias_ptr + n, mask=mask, other=0.0).to(tl.float32)
+        y += tl.load(bias_ptr + n, mask=n < biased, other=0.0).to(tl.float32)
     tl.store(y_ptr + m.to(tl.int64) * N + n, round_to(y, y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _matvec_kernel(
+def sums_of_tokens(
     x_ptr,
     packed_ptr,
     absmax_ptr,
     nested_absmax_ptr,
     offset_ptr,
     tables_ptr,
-    bias_ptr,
-    h_ptr,
-    B_ptr,
-    y_ptr,
+    n,  # (BN,) int32, rows of W
     N,
     K,
     BITS: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
     DOUBLE_QUANT: tl.constexpr,
     LOOKUP: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    RANK: tl.constexpr,
-    BR: tl.constexpr,
     EVEN_K: tl.constexpr,
     TOKENS: tl.constexpr,
-    BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    CHUNKS: tl.constexpr = BK // _CHUNK
-    n = tl.program_id(0) * BN + tl.arange(0, BN)  # (BN,)
+    """Four of fp32 (BN, CHUNKS): the sums of each token by chunks; beyond TOKENS they are 0."""
     row_mask = n < N
     rows = n.to(tl.int64)
     table = open_table(tables_ptr, LOOKUP)
     offset = load_offset(offset_ptr, DOUBLE_QUANT)
-    sums0 = tl.full([BN, CHUNKS], 0.0, tl.float32)
+    sums0 = tl.full([n.shape[0], BK // _CHUNK], 0.0, tl.float32)
     sums1, sums2, sums3 = sums0, sums0, sums0
     for k in range(0, K, BK):
         codes = load_codes(packed_ptr, rows, row_mask, k, K, BK, BITS, EVEN_K)  # (BN, C)
@@ -174,14 +173,108 @@ def _matvec_kernel(
             sums2 += scales * _chunk_sums(values, x_ptr + 2 * K, k, K, EVEN_K)
         if TOKENS > 3:
             sums3 += scales * _chunk_sums(values, x_ptr + 3 * K, k, K, EVEN_K)
+    return sums0, sums1, sums2, sums3
+
+
+@triton.jit
+def store_tokens(
+    sums,  # four of (BN, CHUNKS) fp32
+    bias_ptr,
+    h_ptr,
+    B_ptr,
+    y_ptr,
+    n,  # (BN,)
+    N,
+    biased,
+    width,
+    rank,
+    HAS_BIAS: tl.constexpr,
+    RANK: tl.constexpr,
+    BR: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """``store_token`` of each."""
     first = tl.program_id(0) * 0
-    _store(sums0, bias_ptr, h_ptr, B_ptr, y_ptr, first, n, N, HAS_BIAS, RANK, BR)
-    if TOKENS > 1:
-        _store(sums1, bias_ptr, h_ptr, B_ptr, y_ptr, first + 1, n, N, HAS_BIAS, RANK, BR)
-    if TOKENS > 2:
-        _store(sums2, bias_ptr, h_ptr, B_ptr, y_ptr, first + 2, n, N, HAS_BIAS, RANK, BR)
-    if TOKENS > 3:
-        _store(sums3, bias_ptr, h_ptr, B_ptr, y_ptr, first + 3, n, N, HAS_BIAS, RANK, BR)
+    for i in tl.static_range(TOKENS):
+        store_token(
+            sums[i],
+            bias_ptr,
+            h_ptr,
+            B_ptr,
+            y_ptr,
+            first + i,
+            n,
+            N,
+            biased,
+            width,
+            rank,
+            HAS_BIAS,
+            RANK,
+            BR,
+        )
+
+
+@triton.jit
+def _matvec_kernel(
+    x_ptr,
+    packed_ptr,
+    absmax_ptr,
+    nested_absmax_ptr,
+    offset_ptr,
+    tables_ptr,
+    bias_ptr,
+    h_ptr,
+    B_ptr,
+    y_ptr,
+    N,
+    K,
+    BITS: tl.constexpr,
+    BLOCKSIZE: tl.constexpr,
+    DOUBLE_QUANT: tl.constexpr,
+    LOOKUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    RANK: tl.constexpr,
+    BR: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    n = tl.program_id(0) * BN + tl.arange(0, BN)  # (BN,)
+    sums = sums_of_tokens(
+        x_ptr,
+        packed_ptr,
+        absmax_ptr,
+        nested_absmax_ptr,
+        offset_ptr,
+        tables_ptr,
+        n,
+        N,
+        K,
+        BITS,
+        BLOCKSIZE,
+        DOUBLE_QUANT,
+        LOOKUP,
+        EVEN_K,
+        TOKENS,
+        BK,
+    )
+    store_tokens(
+        sums,
+        bias_ptr,
+        h_ptr,
+        B_ptr,
+        y_ptr,
+        n,
+        N,
+        N,
+        RANK,
+        RANK,
+        HAS_BIAS,
+        RANK,
+        BR,
+        TOKENS,
+    )
 
 
 def matvec(
@@ -212,6 +305,7 @@ def matvec(
             BK=BK,
             num_warps=config.warps,
             num_stages=config.stages,
+            **launch.FUSED,
         )
     return out
 

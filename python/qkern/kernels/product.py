@@ -19,28 +19,8 @@ from qkern.kernels.decode import (
     load_scales,
     open_table,
 )
-from qkern.kernels.rounding import INTERPRETED, round_to
-
-_IEEE = tl.constexpr("ieee")  # Triton 3.6 takes no bare string as a default
-
-
-@triton.jit
-def multiply(a, b, sums, PRECISION: tl.constexpr = _IEEE):
-    """``sums + a b`` in fp32.
-
-    Args:
-        a: (M, K) fp32, fp16 or bf16.
-        b: (K, N), the same dtype.
-        sums: (M, N) fp32.
-        PRECISION: of fp32 factors: "ieee" on ordinary units, "tf32x3" as three products on
-            tensor cores, within some units of 2^-22. 16-bit factors are always exact.
-    """
-    if INTERPRETED:  # it takes the bits of bf16 for integers
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), sums)
-    elif a.dtype == tl.float32:
-        return tl.dot(a, b, sums, input_precision=PRECISION)
-    else:
-        return tl.dot(a, b, sums)
+from qkern.kernels.rounding import round_to
+from qkern.kernels.thin_product import multiply, multiply_thin
 
 
 @triton.jit
@@ -138,21 +118,25 @@ def add_adapter(
     n,  # (BN,) int32
     M,
     N,
+    width,
+    rank,
     RANK: tl.constexpr,
     BR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``sums + h[m] B[n]^T``; factors of different dtypes are multiplied in fp32."""
+    """``sums + h[m] B[n]^T``, multiplied as ``thin_product`` says.
+
+    A row of h has ``width`` values, of which the first ``rank`` count, a row of B ``rank``; at most
+    RANK.
+    """
     for r in tl.static_range(0, RANK, BR):
-        rank = r + tl.arange(0, BR)  # (BR,)
-        at_h = m.to(tl.int64)[:, None] * RANK + rank[None, :]
-        at_B = n.to(tl.int64)[:, None] * RANK + rank[None, :]
-        h = tl.load(h_ptr + at_h, mask=(m < M)[:, None] & (rank < RANK)[None, :], other=0.0)
-        B = tl.load(B_ptr + at_B, mask=(n < N)[:, None] & (rank < RANK)[None, :], other=0.0)
-        if h.dtype == B.dtype:
-            sums = multiply(h, tl.trans(B), sums, PRECISION)
-        else:
-            sums = multiply(h.to(tl.float32), tl.trans(B.to(tl.float32)), sums, PRECISION)
+        column = r + tl.arange(0, BR)  # (BR,)
+        inside = (column < rank)[None, :]
+        at_h = m.to(tl.int64)[:, None] * width + column[None, :]
+        at_B = n.to(tl.int64)[:, None] * rank + column[None, :]
+        h = tl.load(h_ptr + at_h, mask=(m < M)[:, None] & inside, other=0.0)
+        B = tl.load(B_ptr + at_B, mask=(n < N)[:, None] & inside, other=0.0)
+        sums = multiply_thin(h, tl.trans(B), sums, PRECISION)
     return sums
 
 
@@ -167,15 +151,21 @@ def finish(
     n,  # (BN,) int32
     M,
     N,
+    biased,
+    width,
+    rank,
     HAS_BIAS: tl.constexpr,
     RANK: tl.constexpr,
     BR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Add the adapter's part and the bias, round, store y (M, N)."""
-    sums = add_adapter(sums, h_ptr, B_ptr, m, n, M, N, RANK, BR, PRECISION)
+    """Add the adapter's part and the bias, round, store y (M, N).
+
+    The bias has ``biased`` values (all or none); for the rest see ``add_adapter``.
+    """
+    sums = add_adapter(sums, h_ptr, B_ptr, m, n, M, N, width, rank, RANK, BR, PRECISION)
     if HAS_BIAS:
-        sums += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        sums += tl.load(bias_ptr + n, mask=n < biased, other=0.0).to(tl.float32)[None, :]
     at = m.to(tl.int64)[:, None] * N + n[None, :]  # (BM, BN)
     y = round_to(sums, y_ptr.dtype.element_ty)
     tl.store(y_ptr + at, y, mask=(m < M)[:, None] & (n < N)[None, :])

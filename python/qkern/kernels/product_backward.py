@@ -21,12 +21,12 @@ from qkern.kernels.decode import (
     open_table,
 )
 from qkern.kernels.dropout import keep
-from qkern.kernels.product import multiply
-from qkern.kernels.thin_product import multiply_thin
+from qkern.kernels.thin_product import multiply, multiply_thin
 
 
 @triton.jit
 def sum_over_rows(
+    sums,  # (BM, BK) fp32
     grad_ptr,
     packed_ptr,
     absmax_ptr,
@@ -49,7 +49,7 @@ def sum_over_rows(
     EVEN_K: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
-    """fp32 (BM, BK): the products over rows start to end of W.
+    """``sums`` and the products over rows start to end of W, fp32 (BM, BK).
 
     Codes are loaded one step ahead, scales two, as in ``product.sum_over_columns``.
     """
@@ -75,7 +75,6 @@ def sum_over_rows(
     absmax, nested = load_scales(
         absmax_ptr, nested_absmax_ptr, rows, rows < end, k, K, BK, BLOCKSIZE, DOUBLE_QUANT
     )
-    sums = tl.full([m.shape[0], BK], 0.0, tl.float32)  # (BM, BK)
     if AHEAD:
         w = decode(codes, scales, table, BITS, LOOKUP, DTYPE)  # (BN, BK)
         scales = decode_scales(absmax, nested, tables_ptr, offset, BK, BITS, DOUBLE_QUANT)

@@ -13,8 +13,28 @@ import triton
 import triton.language as tl
 
 from qkern.kernels.launch import arch as arch_of
-from qkern.kernels.product import multiply
-from qkern.kernels.rounding import round_to, widen
+from qkern.kernels.rounding import INTERPRETED, round_to, widen
+
+_IEEE = tl.constexpr("ieee")  # Triton 3.6 takes no bare string as a default
+
+
+@triton.jit
+def multiply(a, b, sums, PRECISION: tl.constexpr = _IEEE):
+    """``sums + a b`` in fp32.
+
+    Args:
+        a: (M, K) fp32, fp16 or bf16.
+        b: (K, N), the same dtype.
+        sums: (M, N) fp32.
+        PRECISION: of fp32 factors: "ieee" on ordinary units, "tf32x3" as three products on
+            tensor cores, within some units of 2^-22. 16-bit factors are always exact.
+    """
+    if INTERPRETED:  # it takes the bits of bf16 for integers
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), sums)
+    elif a.dtype == tl.float32:
+        return tl.dot(a, b, sums, input_precision=PRECISION)
+    else:
+        return tl.dot(a, b, sums)
 
 
 @triton.jit
@@ -29,6 +49,10 @@ def multiply_thin(a, b, sums, PRECISION: tl.constexpr):
         high = round_to(b, tl.bfloat16)
         low = round_to(b - widen(high), tl.bfloat16)
         return multiply(a, high, multiply(a, low, sums))
+    elif a.dtype == tl.float32 and b.dtype == tl.bfloat16:
+        high = round_to(a, tl.bfloat16)
+        low = round_to(a - widen(high), tl.bfloat16)
+        return multiply(high, b, multiply(low, b, sums))
     elif PRECISION == "ieee":
         return multiply(widen(a), widen(b), sums)
     else:

@@ -4,9 +4,10 @@ The only importer of ``kernels``. Every operator has a default implementation fo
 kernels, or where there are none by torch.
 """
 
-from qkern.ops.dequantize import decoded, dequantize, parts_of_shard
+from qkern.ops.dequantize import decoded, dequantize, has_kernels, parts_of_shard
 from qkern.ops.linear import linear
 from qkern.ops.lora_dropout import add_dropped, drops_in_kernel
+from qkern.ops.projections import Layer, projections, share_a_launch
 from qkern.ops.quantize import (
     encode,
     has_data,
@@ -17,16 +18,20 @@ from qkern.ops.quantize import (
 )
 
 __all__ = [
+    "Layer",
     "add_dropped",
     "decoded",
     "dequantize",
     "drops_in_kernel",
     "encode",
     "has_data",
+    "has_kernels",
     "linear",
     "parts_of_shard",
+    "projections",
     "quantize",
     "quantize_absmax",
     "search_scales",
+    "share_a_launch",
     "to_parts",
 ]

@@ -100,3 +100,8 @@ def dense(
 def why_no_kernel(device: torch.device) -> str:
     """Why ``dense`` takes torch on a device that is no CPU; empty where it does not."""
     return kernels.why_not(device)
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether kernels run on a device."""
+    return kernels.is_supported(device)
