@@ -69,9 +69,12 @@ def fuse_projections(
             matches none.
 
     Example:
-        >>> qkern.quantize_model(model, "nf4")
-        >>> qkern.fuse_projections(model)[0]
-        ('model.layers.0.self_attn.q_proj', 'model.layers.0.self_attn.k_proj', ...)
+        >>> import qkern, torch
+        >>> names = ("q_proj", "k_proj", "v_proj")
+        >>> model = torch.nn.ModuleDict({name: torch.nn.Linear(64, 64) for name in names})
+        >>> report = qkern.quantize_model(model)
+        >>> qkern.fuse_projections(model)
+        [('q_proj', 'k_proj', 'v_proj')]
     """
     patterns = [exclude] if isinstance(exclude, str) else list(exclude)
     unmatched, fused = set(patterns), []
