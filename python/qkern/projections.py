@@ -192,9 +192,10 @@ class _Siblings:
         _remove_hooks(self.owner, self.names)
         self.owner.register_forward_hook(_OwnerHasEnded(self), always_call=True)
 
-    def output(self, layer: QuantizedLinear, x: Tensor) -> Tensor | None:
+    def output(self, layer: QuantizedLinear, x: Any) -> Tensor | None:
         """What ``layer`` makes of x, computed with its siblings; None where it runs by itself."""
-        if not isinstance(x, Tensor) or not ops.has_kernels(x.device) or x.is_inference():
+        is_served = isinstance(x, Tensor) and ops.has_kernels(x.device)
+        if not is_served or x.is_inference():
             return None
         layers = self.layers()
         own = next((i for i, each in enumerate(layers) if each is layer), None)

@@ -215,7 +215,8 @@ def _backward(ctx: Any, outputs: list[Tensor | None]) -> tuple[Any, ...]:
     half = len(ctx.adapted)
     nothing = [[None] * count for count in ctx.counts[:4]]
     # Torch takes an empty list of numbers for one of tensors.
-    biased, adapted = ([] if not places else None for places in (ctx.biased, ctx.adapted))
+    biased: list[Any] | None = None if ctx.biased else []
+    adapted: list[Any] | None = None if ctx.adapted else []
     return (
         *(dX if needs_x and grads else None, *nothing, None, None, None, dbias, biased),
         *(factors[:half], factors[half:], adapted, adapted),
