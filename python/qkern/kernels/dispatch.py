@@ -2,7 +2,8 @@
 
 ``configs/<family>.json`` holds rows, tried from the top: a row serves at most ``tokens`` tokens of
 ``bits``-bit activations, and of one shape (N, K) if it names one; those come first. Without a row
-the caller dequantizes the weight and multiplies that. Nothing is timed at run time.
+the caller dequantizes the weight and multiplies that. Nothing is timed at run time; rows that were
+timed before, on request, come first (``tune``).
 
     op      "matvec", "matmul_small" (columns are split) or "matmul" (where tiles are too few for
             the GPU, "matmul_small" with the same tile)
@@ -17,6 +18,7 @@ import dataclasses
 import functools
 import importlib.resources
 import json
+from typing import Protocol
 
 # Enough programs to hide each other's waiting.
 _PROGRAMS_EACH = 2
@@ -78,8 +80,17 @@ def table(name: str) -> tuple[Config, ...]:
     )
 
 
+class Rows(Protocol):
+    """Rows that come before those of a table, see ``tune``."""
+
+    def find(self, bits: int, M: int, N: int, K: int) -> Config | None:
+        """The row for a product, ready to be launched; its op may be "dense"."""
+
+
 @functools.lru_cache(maxsize=4096)
-def choose(arch: str, processors: int, bits: int, M: int, N: int, K: int) -> Config | None:
+def choose(
+    arch: str, processors: int, bits: int, M: int, N: int, K: int, tuned: Rows | None = None
+) -> Config | None:
     """The config of a product, its ``tile`` and ``split`` fitted to the shape; None if no row fits.
 
     Args:
@@ -89,12 +100,20 @@ def choose(arch: str, processors: int, bits: int, M: int, N: int, K: int) -> Con
         M: tokens.
         N: out_features.
         K: in_features.
+        tuned: of the device, if there are any.
     """
+    own = None if tuned is None else tuned.find(bits, M, N, K)
+    if own is not None:
+        if own.op == "matvec":
+            return own.replace(tile=(M, *own.tile[1:]))
+        return None if own.op == "dense" else own
     rows = [row for row in table(family(arch)) if row.bits == bits and row.tokens >= M]
     rows = [row for row in rows if row.shape == (N, K)] or [r for r in rows if r.shape is None]
-    if not rows:
-        return None
-    row = rows[0]
+    return fitted(rows[0], processors, M, N, K) if rows else None
+
+
+def fitted(row: Config, processors: int, M: int, N: int, K: int) -> Config:
+    """A row of a table for a product, see ``choose``: as many programs as keep the GPU busy."""
     if row.op == "matvec":
         _, BN, BK = row.tile
         while BN > _FEWEST_ROWS and -(-N // BN) < (_PROGRAMS_EACH + 1) * processors:

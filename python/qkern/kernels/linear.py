@@ -17,6 +17,7 @@ from qkern.kernels.launch import Weight
 from qkern.kernels.matmul import matmul
 from qkern.kernels.matmul_small import matmul_small
 from qkern.kernels.matvec import matvec
+from qkern.kernels.tune import tuned_of
 
 KERNELS = {"matvec": matvec, "matmul_small": matmul_small, "matmul": matmul}
 
@@ -28,7 +29,8 @@ def config_for(
     if dtype not in launch.TL_DTYPES:
         return None
     processors, bits = launch.processors(device), dtype.itemsize * 8
-    return choose(launch.arch(device), processors, bits, tokens, out_features, in_features)
+    tuned = tuned_of(device)
+    return choose(launch.arch(device), processors, bits, tokens, out_features, in_features, tuned)
 
 
 def linear(

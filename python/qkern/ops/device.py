@@ -31,6 +31,7 @@ from qkern import kernels
 from qkern.errors import DeviceError
 from qkern.formats import QuantFormat
 from qkern.ops.dequantize import dense
+from qkern.ops.tuning import tune_if_asked
 from qkern.reference import Parts
 
 if TYPE_CHECKING:
@@ -282,6 +283,7 @@ def _packed(x: Tensor, base: Base) -> Weight | None:
     tokens = x.shape[:-1].numel()
     if not launch.fits(base.fmt, base.shape):
         return None
+    tune_if_asked(x.device, x.dtype, tokens, base.shape)
     if config_for(x.device, x.dtype, tokens, *base.shape) is None:
         return None
     return launch.weight(*base.parts, base.fmt, base.shape)

@@ -23,6 +23,7 @@ from torch import Tensor
 from qkern import kernels
 from qkern.ops.dequantize import dense
 from qkern.ops.device import Adapter, Base
+from qkern.ops.tuning import tune_if_asked
 
 if TYPE_CHECKING:
     from qkern.kernels.launch import Weight
@@ -163,6 +164,7 @@ def _are_packed(rows: Tensor, bases: Sequence[Base]) -> bool:
     from qkern.kernels.linear import config_for
 
     N, K = sum(base.shape[0] for base in bases), bases[0].shape[1]
+    tune_if_asked(rows.device, rows.dtype, rows.shape[0], (N, K))
     return config_for(rows.device, rows.dtype, rows.shape[0], N, K) is not None
 
 
