@@ -6,6 +6,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from kernel_device import SUMS
+from kernel_errors import within
+
 from qkern.errors import DeviceError
 from qkern.kernels import thin_product
 from qkern.kernels.add_adapter import add_adapter
@@ -37,12 +40,14 @@ def test_sums_are_those_of_fp64_rounded_once_and_nothing_else_is_written(
     size = before.abs() + h.double().abs() @ B.double().abs() * gain_of(p)
     exact = exact + before
     assert add_adapter(y, h, B, dropout=dropout) is y
-    error = (y.double() - exact).abs()
-    assert bool((error <= exact.abs() * torch.finfo(dtype).eps / 2 + size * 2.0**-20).all())
+    allowed = exact.abs() * torch.finfo(dtype).eps / 2 + size * 2.0**-20 * SUMS
+    worst = float(((y.double() - exact).abs() / allowed).max())
+    assert within("add adapter", dtype, worst)
     assert memory[:256].isnan().all()
     assert memory[256 + M * N :].isnan().all()
 
 
+@pytest.mark.interpreter("takes it for a GPU")
 def test_fp32_factors_keep_22_bits_where_tensor_cores_have_tf32(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -61,5 +66,5 @@ def test_nothing_to_add_changes_nothing(M: int, N: int, rank: int) -> None:
 
 
 def test_tensors_of_several_devices_are_refused() -> None:
-    with pytest.raises(DeviceError, match="cpu, meta"):
+    with pytest.raises(DeviceError, match="meta"):
         add_adapter(torch.zeros(3, 4), torch.zeros(3, 2, device="meta"), torch.zeros(2, 4))

@@ -33,7 +33,10 @@ from qkern.kernels.matmul import matmul
 from qkern.kernels.matmul_backward import matmul_backward
 
 Sparse = Callable[[tuple[int, ...], torch.dtype], Tensor]
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="files need not be sparse there")
+pytestmark = [
+    pytest.mark.interpreter("runs single programs of a launch; for GPUs: tests/gpu/test_large.py"),
+    pytest.mark.skipif(sys.platform != "linux", reason="files need not be sparse there"),
+]
 
 LARGE = 1 << 25  # 64 of these are 2^31
 FP16, FP32 = torch.float16, torch.float32

@@ -7,8 +7,6 @@ checkpointing restores it, a CUDA graph draws a new one each time, and nothing w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -44,18 +42,3 @@ def add_dropped(
     dropped = torch.nn.functional.dropout(x.to(lora_A.dtype), dropout)
     h = torch.nn.functional.linear(dropped, lora_A)  # (..., r)
     return (y + torch.nn.functional.linear(h, lora_B) * scaling).to(y.dtype)
-
-
-@torch.library.custom_op(
-    "qkern::dropout_mask",
-    mutates_args=(),
-    schema="(Tensor seed, float dropout, SymInt[] shape) -> Tensor",
-)
-def dropout_mask(seed: Tensor, dropout: float, shape: Sequence[int]) -> Tensor:
-    """What a kernel multiplies x of ``shape`` by: 0, or 1 / (1 - p); fp32."""
-    return device.dropout_mask(seed, dropout, shape)
-
-
-@dropout_mask.register_fake
-def _(seed: Tensor, dropout: float, shape: Sequence[int]) -> Tensor:
-    return seed.new_empty(shape, dtype=torch.float32)

@@ -25,7 +25,6 @@ from qkern.formats import QuantFormat
 from qkern.ops import device
 from qkern.ops.dequantize import FORMAT_SCHEMA, PARTS_SCHEMA
 from qkern.ops.direct import is_unobserved, wants_grad
-from qkern.ops.lora_dropout import dropout_mask
 from qkern.ops.lora_gradients import add_product, lora_gradients
 from qkern.reference import Parts
 
@@ -176,7 +175,7 @@ def _differentiable(ctx: Any, grad: Tensor, needs: tuple[bool, ...]) -> tuple[Te
     scaling, dropout, _ = ctx.how
     dX = dA = dB = mask = None
     if seed is not None:
-        mask = dropout_mask(seed, dropout, [*grad.shape[:-1], A.shape[1]])
+        mask = device.dropout_mask(seed, dropout, (*grad.shape[:-1], A.shape[1]))
     if needs[0]:
         dX = torch.ops.qkern.linear_backward(grad, *parts, *ctx.kind, A.shape[1])
         G = (grad.to(B.dtype) @ B) * scaling
