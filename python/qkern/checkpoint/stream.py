@@ -13,6 +13,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qkern import (
+    _native,  # noqa: TID251 - streams without torch and without arrays
+    codec,
+)
 from qkern.formats import QuantFormat
 
 
@@ -96,7 +100,10 @@ class WeightJob:
 
 
 class Errors(NamedTuple):
-    """Sums over the values whose errors were measured: of every eighth chunk of 2^18 values.
+    """Sums over the values whose errors were measured.
+
+    All values of a tensor of at most 2^18; of larger ones whole blocks at the start of each 2^18,
+    2^13 values in all (of formats with a scale a row: as many whole rows).
 
     ``squared_error / squared`` is the square of the relative RMS error.
     """
@@ -151,4 +158,12 @@ def run(
         OSError: if a file cannot be read or written, with its name; ``OutOfSpaceError`` if there is
             no room left.
     """
-    raise NotImplementedError
+    _native.run_jobs(
+        list(jobs),
+        list(inputs),
+        list(outputs),
+        codec.nested_code_array(),
+        lambda news: done(Done(*news[:-1], news[-1] and Errors(*news[-1]))),
+        progress,
+        threads=threads,
+    )

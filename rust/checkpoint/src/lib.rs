@@ -7,3 +7,11 @@
 
 #![deny(missing_docs)]
 #![forbid(unsafe_code)]
+
+#[cfg(target_endian = "big")]
+compile_error!("files are little-endian, and their bytes are used as they are");
+
+mod error;
+pub mod stream;
+
+pub use error::CheckpointError;
