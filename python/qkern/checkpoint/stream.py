@@ -17,6 +17,7 @@ from qkern import (
     _native,  # noqa: TID251 - streams without torch and without arrays
     codec,
 )
+from qkern.codec import F32
 from qkern.formats import QuantFormat
 
 
@@ -79,6 +80,21 @@ class CopyJob:
 
 
 @dataclasses.dataclass(frozen=True)
+class Delta:
+    """What an adapter adds to a weight, in fp32: ``w[i, j] += sum over r of b[i, r] a[r, j]``.
+
+    Args:
+        a: (r * columns,) fp32, contiguous.
+        b: (rows * r,) fp32, contiguous, with the scaling in it.
+        base: dtype that a quantized weight is rounded to before: what the adapter was trained on.
+    """
+
+    a: F32
+    b: F32
+    base: str
+
+
+@dataclasses.dataclass(frozen=True)
 class WeightJob:
     """A weight that changes its form.
 
@@ -88,7 +104,9 @@ class WeightJob:
         source: its values or its codes, among the inputs.
         target: where the result goes, among the outputs.
         method: how a 4-bit target's codes are chosen, "absmax" or "search".
-        measure: whether the errors of a quantized target are measured, see ``Errors``.
+        measure: whether the errors of a quantized target are measured, see ``Errors``; with
+            a delta those of a dense one always are.
+        delta: what is added before; none by default.
     """
 
     name: str
@@ -97,6 +115,7 @@ class WeightJob:
     target: Dense | Quantized
     method: str = "absmax"
     measure: bool = False
+    delta: Delta | None = None
 
 
 class Errors(NamedTuple):
@@ -108,10 +127,11 @@ class Errors(NamedTuple):
     ``squared_error / squared`` is the square of the relative RMS error.
     """
 
-    count: int
+    numel: int  # values that were measured
     squared: float  # sum of w^2
     squared_error: float  # sum of (decoded - w)^2
     max_error: float  # largest |decoded - w|
+    squared_delta: float = 0.0  # sum of squares of what was added
 
 
 class Done(NamedTuple):
@@ -163,7 +183,13 @@ def run(
         list(inputs),
         list(outputs),
         codec.nested_code_array(),
-        lambda news: done(Done(*news[:-1], news[-1] and Errors(*news[-1]))),
+        lambda news: done(_named(news)),
         progress,
         threads=threads,
     )
+
+
+def _named(news: tuple[Any, ...]) -> Done:
+    job, double_quant, offset, crc, crc_scales, errors = news
+    measured = None if errors is None else Errors(*errors)
+    return Done(job, double_quant, offset, crc, crc_scales, measured)

@@ -2,11 +2,11 @@
 
 use std::path::PathBuf;
 
-use numpy::{PyReadonlyArray1, PyUntypedArrayMethods};
+use numpy::{PyArray1, PyArrayMethods, PyReadonlyArray1, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use qkern_checkpoint::stream::{
-    run, Coded, Continue, Done, Dtype, Errors, Format, Job, Observer, Source, Span, Stored, Target,
-    Weight,
+    run, Coded, Continue, Delta, Done, Dtype, Errors, Format, Job, Observer, Source, Span, Stored,
+    Target, Weight,
 };
 
 use crate::detached::caught;
@@ -45,6 +45,13 @@ enum SideArgument {
 }
 
 #[derive(FromPyObject)]
+struct DeltaArgument {
+    a: Py<PyArray1<f32>>,
+    b: Py<PyArray1<f32>>,
+    base: String,
+}
+
+#[derive(FromPyObject)]
 #[allow(clippy::large_enum_variant)] // one at a time
 enum JobArgument {
     Copy {
@@ -57,6 +64,7 @@ enum JobArgument {
         name: String,
         shape: Vec<usize>,
         source: SideArgument,
+        delta: Option<DeltaArgument>,
         target: SideArgument,
         method: String,
         measure: bool,
@@ -121,8 +129,9 @@ impl Watcher {
 impl Observer for Watcher {
     fn done(&mut self, done: Done) -> Continue {
         let Done { job, double_quant, offset, crc, crc_scales, errors } = done;
-        let errors = errors.map(|Errors { count, squared, squared_error, max_error }| {
-            (count, squared, squared_error, max_error)
+        let errors = errors.map(|errors| {
+            let Errors { count, squared, squared_error, max_error, squared_delta } = errors;
+            (count, squared, squared_error, max_error, squared_delta)
         });
         self.tell(|watcher, py| {
             let news = (job, double_quant, offset, crc, crc_scales, errors);
@@ -146,7 +155,7 @@ fn convert(py: Python<'_>, job: JobArgument, nested_code: &[f32; 256]) -> PyResu
         JobArgument::Copy { name, nbytes, source, target } => {
             Ok(Job::Copy { name, nbytes, source: span(source), target: span(target) })
         }
-        JobArgument::Weight { name, shape, source, target, method, measure } => {
+        JobArgument::Weight { name, shape, source, delta, target, method, measure } => {
             let numel = shape.iter().try_fold(1usize, |all, size| all.checked_mul(*size));
             let numel = numel.filter(|numel| isize::try_from(*numel).is_ok()).ok_or_else(|| {
                 errors::shape(py, format!("{name}: {shape:?} are more values than there can be"))
@@ -154,9 +163,15 @@ fn convert(py: Python<'_>, job: JobArgument, nested_code: &[f32; 256]) -> PyResu
             let row = shape.last().copied().unwrap_or(1).max(1);
             let target = convert_target(py, target, &method, measure, nested_code)?;
             let source = convert_source(py, source, nested_code)?;
-            Ok(Job::Weight(Box::new(Weight { name, numel, row, source, target })))
+            let delta = delta.map(|delta| convert_delta(py, &delta)).transpose()?;
+            Ok(Job::Weight(Box::new(Weight { name, numel, row, source, delta, target })))
         }
     }
+}
+
+fn convert_delta(py: Python<'_>, delta: &DeltaArgument) -> PyResult<Delta> {
+    let [a, b] = [&delta.a, &delta.b].map(|values| values.bind(py).to_vec());
+    Ok(Delta { a: a?, b: b?, base: named_dtype(py, &delta.base)? })
 }
 
 fn convert_source(

@@ -163,8 +163,22 @@ pub struct Weight {
     pub row: usize,
     /// What is read.
     pub source: Source,
+    /// What is added to it.
+    pub delta: Option<Delta>,
     /// What is written.
     pub target: Target,
+}
+
+/// A product of low rank that is added to a weight: `w[i, j] += sum over r of b[i, r] a[r, j]`, in
+/// fp32.
+#[derive(Clone, Debug)]
+pub struct Delta {
+    /// `(rank, row)`, row-major.
+    pub a: Vec<f32>,
+    /// `(numel / row, rank)`, row-major, with all factors in it.
+    pub b: Vec<f32>,
+    /// What a quantized weight is rounded to before: the weight that the adapter was trained on.
+    pub base: Dtype,
 }
 
 impl Weight {
@@ -203,6 +217,13 @@ impl Weight {
     fn check(&self, inputs: usize, outputs: usize) -> Option<String> {
         if self.row > LONGEST_ROW {
             return Some(format!("rows of {} values: {LONGEST_ROW} is the most", self.row));
+        }
+        if let Some(Delta { a, b, .. }) = &self.delta {
+            let (rank, rows) = (a.len() / self.row.max(1), self.numel / self.row.max(1));
+            if a.len() != rank * self.row || rows.checked_mul(rank) != Some(b.len()) {
+                let (row, a, b) = (self.row, a.len(), b.len());
+                return Some(format!("A of {a} and B of {b} values do not fit {rows} x {row}"));
+            }
         }
         let dense = |dtype: &Dtype, at: &Span, files| {
             at.check((self.numel as u64).saturating_mul(dtype.size() as u64), files)
@@ -272,6 +293,8 @@ pub struct Errors {
     pub squared_error: f64,
     /// The largest magnitude of an error.
     pub max_error: f64,
+    /// Sum of the squares of what was added.
+    pub squared_delta: f64,
 }
 
 /// What became of a job. Checksums are CRC-32 of what was written.

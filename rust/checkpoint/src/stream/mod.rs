@@ -7,6 +7,7 @@
 //! not limit its size.
 
 mod copy;
+mod delta;
 mod job;
 mod queue;
 mod storage;
@@ -33,7 +34,9 @@ use queue::{Passes, Queue, Task};
 use storage::Place;
 use weight::{Buffers, WeightRun};
 
-pub use job::{Coded, Done, Dtype, Errors, Format, Job, Source, Span, Stored, Target, Weight};
+pub use job::{
+    Coded, Delta, Done, Dtype, Errors, Format, Job, Source, Span, Stored, Target, Weight,
+};
 
 /// How often whoever watches is told of progress, and asked.
 const PATIENCE: Duration = Duration::from_millis(50);

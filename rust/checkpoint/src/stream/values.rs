@@ -167,20 +167,32 @@ pub(super) fn decode(
     }
 }
 
-/// `values` as fp32, without loss.
+/// Whether `values` are of `dtype`.
+pub(super) fn is(values: Values<'_>, dtype: Dtype) -> bool {
+    matches!(
+        (values, dtype),
+        (Values::F32(_), Dtype::F32)
+            | (Values::F16(_), Dtype::F16)
+            | (Values::Bf16(_), Dtype::Bf16)
+    )
+}
+
+/// `values` as fp32, in memory of its own.
+pub(super) fn widened<'a>(values: Values<'_>, room: &'a mut Vec<f32>) -> &'a mut [f32] {
+    let to = first(room, values.len());
+    match values {
+        Values::F32(v) => to.copy_from_slice(v),
+        Values::F16(v) => v.convert_to_f32_slice(to),
+        Values::Bf16(v) => v.convert_to_f32_slice(to),
+    }
+    to
+}
+
+/// `values` as fp32, in `room` if they are not.
 pub(super) fn widen<'a>(values: Values<'a>, room: &'a mut Vec<f32>) -> &'a [f32] {
     match values {
         Values::F32(v) => v,
-        Values::F16(v) => {
-            let room = first(room, v.len());
-            v.convert_to_f32_slice(room);
-            room
-        }
-        Values::Bf16(v) => {
-            let room = first(room, v.len());
-            v.convert_to_f32_slice(room);
-            room
-        }
+        other => widened(other, room),
     }
 }
 

@@ -18,10 +18,10 @@ use qkern_codec::{
     quantize_int8_rows, search_scales, Codebook, CodecError, Engine, NonFinite, Values,
 };
 
-use super::job::{num_groups, Coded, Done, Dtype, Errors, Source, Target, Weight};
+use super::job::{num_groups, Coded, Done, Dtype, Errors, Source, Span, Target, Weight};
 use super::queue::Passes;
 use super::storage::Place;
-use super::values::{bytes_of, decode, round, widen, CodeBuffer, Reader, ValueBuffer};
+use super::values::{bytes_of, decode, is, round, widen, widened, CodeBuffer, Reader, ValueBuffer};
 use super::Files;
 use crate::error::CheckpointError;
 
@@ -35,11 +35,18 @@ const MEASURED: usize = 1 << 13;
 #[derive(Default)]
 pub(super) struct Buffers {
     pub(super) bytes: Vec<u8>,
-    values: ValueBuffer,
+    read: ReadBuffers,
     rounded: ValueBuffer,
     wide: Vec<f32>,
     codes: Vec<u8>,
     scales: Vec<f32>,
+}
+
+/// Where the values of a chunk are put.
+#[derive(Default)]
+struct ReadBuffers {
+    values: ValueBuffer,
+    wide: Vec<f32>,
     scratch: CodeBuffer,
 }
 
@@ -120,6 +127,12 @@ impl<'a> WeightRun<'a> {
         Ok(run)
     }
 
+    /// Whether errors are measured: of what is quantized if wanted, of what is merged always.
+    fn measures(&self) -> bool {
+        self.passes.contains(&Pass::Measure)
+            || self.weight.delta.is_some() && self.passes.contains(&Pass::Round)
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -154,7 +167,7 @@ impl<'a> WeightRun<'a> {
             return Ok(());
         }
         match (&self.weight.target, self.passes[pass]) {
-            (Target::Dense { dtype, .. }, _) => self.round(*dtype, places, chunk, buffers),
+            (Target::Dense { dtype, at }, _) => self.round(*dtype, *at, &places, chunk, buffers),
             (Target::Quantized(coded), Pass::Encode) => self.encode(coded, places, chunk, buffers),
             (Target::Quantized(coded), Pass::Search) => self.search(coded, places, buffers),
             (Target::Quantized(coded), Pass::Code) => self.code(coded, places, chunk, buffers),
@@ -177,7 +190,7 @@ impl<'a> WeightRun<'a> {
             offset: state.offset,
             crc: combined(&state.crcs),
             crc_scales: state.crc_scales,
-            errors: self.passes.contains(&Pass::Measure).then(|| Errors::sum(&state.errors)),
+            errors: self.measures().then(|| Errors::sum(&state.errors)),
         }))
     }
 
@@ -185,36 +198,48 @@ impl<'a> WeightRun<'a> {
         Reader { weight: self.weight, inputs: &self.files.inputs, engine: self.engine }
     }
 
-    /// Reads values for the codec: as they are, or decoded to fp32.
+    /// Reads values: as they are, or decoded to `dtype`, or widened with the adapter's part added.
+    /// Returns the sum of that one's squares, too.
     fn read<'b>(
         &self,
-        places: Range<usize>,
-        values: &'b mut ValueBuffer,
-        scratch: &mut CodeBuffer,
-    ) -> Result<Values<'b>, CheckpointError> {
-        let (dtype, range) = self.reader().read(places, Dtype::F32, values, scratch)?;
-        Ok(values.values(dtype, range))
+        places: &Range<usize>,
+        dtype: Dtype,
+        read: &'b mut ReadBuffers,
+    ) -> Result<(Values<'b>, f64), CheckpointError> {
+        let ReadBuffers { values, wide, scratch } = read;
+        let delta = self.weight.delta.as_ref();
+        let dtype = delta.map_or(dtype, |delta| delta.base);
+        let (dtype, range) = self.reader().read(places.clone(), dtype, values, scratch)?;
+        let read = values.values(dtype, range);
+        let Some(delta) = delta else { return Ok((read, 0.0)) };
+        let sums = widened(read, wide);
+        let squared = delta.add(places, self.weight.row, sums);
+        Ok((Values::F32(sums), squared))
     }
 
     /// Writes values as `to`.
     fn round(
         &self,
         to: Dtype,
-        places: Range<usize>,
+        at: Span,
+        places: &Range<usize>,
         chunk: usize,
         buffers: &mut Buffers,
     ) -> Result<(), CheckpointError> {
-        let Target::Dense { at, .. } = &self.weight.target else { return Ok(()) };
-        let Buffers { values, rounded, wide, scratch, .. } = buffers;
-        let (dtype, range) = self.reader().read(places.clone(), to, values, scratch)?;
-        let mut result = values.values(dtype, range);
-        if dtype != to {
-            let (values, overflow) = round(widen(result, wide), to, rounded);
+        let Buffers { read, rounded, wide, .. } = buffers;
+        let (exact, squared_delta) = self.read(places, to, read)?;
+        let mut result = exact;
+        if !is(exact, to) {
+            let (values, overflow) = round(widen(exact, wide), to, rounded);
             if let Some(index) = overflow {
                 let (name, index) = (self.weight.name.clone(), places.start + index);
                 return Err(CheckpointError::Overflow { name, index, dtype: to.name() });
             }
             result = values;
+        }
+        if let (Some(_), Values::F32(exact)) = (&self.weight.delta, exact) {
+            let errors = Errors::of_rounded(exact, result);
+            self.state().errors[chunk] = Errors { squared_delta, ..errors };
         }
         let offset = at.offset + (places.start * to.size()) as u64;
         self.write(&self.files.outputs[at.file], bytes_of(result), offset, chunk)
@@ -228,9 +253,9 @@ impl<'a> WeightRun<'a> {
         chunk: usize,
         buffers: &mut Buffers,
     ) -> Result<(), CheckpointError> {
-        let Buffers { values, codes, scales, scratch, .. } = buffers;
+        let Buffers { read, codes, scales, .. } = buffers;
         let (engine, format) = (self.engine, &coded.format);
-        let values = self.read(places.clone(), values, scratch)?;
+        let (values, _) = self.read(&places, Dtype::F32, read)?;
         let blocksize = format.blocksize;
         codes.resize(format.packed_size(places.len()), 0);
         scales.resize(format.num_blocks(places.len()), 0.0);
@@ -253,9 +278,9 @@ impl<'a> WeightRun<'a> {
         places: Range<usize>,
         buffers: &mut Buffers,
     ) -> Result<(), CheckpointError> {
-        let Buffers { values, scales, scratch, .. } = buffers;
+        let Buffers { read, scales, .. } = buffers;
         let Some(code) = &self.codebook else { return Ok(()) };
-        let values = self.read(places.clone(), values, scratch)?;
+        let (values, _) = self.read(&places, Dtype::F32, read)?;
         let blocksize = coded.format.blocksize;
         scales.resize(coded.format.num_blocks(places.len()), 0.0);
         let refuse = NonFinite::Error;
@@ -271,9 +296,9 @@ impl<'a> WeightRun<'a> {
         chunk: usize,
         buffers: &mut Buffers,
     ) -> Result<(), CheckpointError> {
-        let Buffers { values, codes, scales, scratch, .. } = buffers;
+        let Buffers { read, codes, scales, .. } = buffers;
         let Some(code) = &self.codebook else { return Ok(()) };
-        let (format, values) = (&coded.format, self.read(places.clone(), values, scratch)?);
+        let (format, (values, _)) = (&coded.format, self.read(&places, Dtype::F32, read)?);
         self.scales_of(&places, format.blocksize, scales);
         codes.resize(format.packed_size(places.len()), 0);
         encode_4bit(self.engine, values, code, format.blocksize, scales, codes)
@@ -289,9 +314,8 @@ impl<'a> WeightRun<'a> {
         chunk: usize,
         buffers: &mut Buffers,
     ) -> Result<(), CheckpointError> {
-        let Buffers { values, rounded, wide, codes, scales, scratch, .. } = buffers;
-        let format = &coded.format;
-        let mut places = places;
+        let Buffers { read, rounded, wide, codes, scales, .. } = buffers;
+        let (format, mut places) = (&coded.format, places);
         if self.chunks(0) > 1 {
             let most = (MEASURED / format.blocksize).max(1) * format.blocksize;
             places.end = places.end.min(places.start + most);
@@ -304,11 +328,10 @@ impl<'a> WeightRun<'a> {
         let decoded = rounded.room(Dtype::F32, places.len());
         decode(format, self.engine, codes, scales, decoded)
             .map_err(|source| self.weight.refused(source))?;
-        let read = self.read(places.clone(), values, scratch)?;
-        let exact = widen(read, wide);
-        if let Values::F32(decoded) = rounded.values(Dtype::F32, 0..places.len()) {
-            self.state().errors[chunk] = Errors::between(exact, decoded);
-        }
+        let (values, squared_delta) = self.read(&places, Dtype::F32, read)?;
+        let decoded = rounded.values(Dtype::F32, 0..places.len());
+        let errors = Errors::of_rounded(widen(values, wide), decoded);
+        self.state().errors[chunk] = Errors { squared_delta, ..errors };
         Ok(())
     }
 
@@ -424,21 +447,19 @@ impl Coded {
 }
 
 impl Errors {
-    fn between(exact: &[f32], decoded: &[f32]) -> Self {
-        /// Values whose squares are added in fp32, in as many sums, before fp64 takes over.
-        const RUN: usize = 16;
+    /// Of `rounded` against `exact`.
+    fn of_rounded(exact: &[f32], rounded: Values<'_>) -> Self {
         let mut errors = Self { count: exact.len() as u64, ..Self::default() };
-        for (exact, decoded) in exact.chunks(RUN).zip(decoded.chunks(RUN)) {
-            let (mut squared, mut squared_error, mut largest) = (0.0, 0.0, 0.0f32);
-            for (w, d) in exact.iter().zip(decoded) {
-                let error = (d - w).abs();
-                squared += f64::from(*w) * f64::from(*w);
-                squared_error += f64::from(error) * f64::from(error);
-                largest = largest.max(error);
-            }
-            errors.squared += squared;
-            errors.squared_error += squared_error;
-            errors.max_error = errors.max_error.max(f64::from(largest));
+        let mut add = |w: f32, d: f32| {
+            let error = f64::from(d) - f64::from(w);
+            errors.squared += f64::from(w) * f64::from(w);
+            errors.squared_error += error * error;
+            errors.max_error = errors.max_error.max(error.abs());
+        };
+        match rounded {
+            Values::F32(v) => exact.iter().zip(v).for_each(|(w, d)| add(*w, *d)),
+            Values::F16(v) => exact.iter().zip(v).for_each(|(w, d)| add(*w, d.to_f32())),
+            Values::Bf16(v) => exact.iter().zip(v).for_each(|(w, d)| add(*w, d.to_f32())),
         }
         errors
     }
@@ -449,6 +470,7 @@ impl Errors {
             squared: sum.squared + part.squared,
             squared_error: sum.squared_error + part.squared_error,
             max_error: sum.max_error.max(part.max_error),
+            squared_delta: sum.squared_delta + part.squared_delta,
         })
     }
 }
