@@ -7,3 +7,7 @@
 
 #![deny(missing_docs)]
 #![forbid(unsafe_code)]
+
+mod error;
+
+pub use error::CheckpointError;
