@@ -19,7 +19,7 @@ pub enum CheckpointError {
     Missing {
         /// The file or directory.
         path: PathBuf,
-        /// What else there is, and what is needed; may be empty.
+        /// What is missing, `path` included, and what is there.
         what: String,
     },
     /// The system refused.
@@ -50,13 +50,7 @@ impl fmt::Display for CheckpointError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Corrupt { path, what } => write!(f, "{}: {what}", path.display()),
-            Self::Missing { path, what } => {
-                write!(f, "there is no {}", path.display())?;
-                if what.is_empty() {
-                    return Ok(());
-                }
-                write!(f, ": {what}")
-            }
+            Self::Missing { what, .. } => f.write_str(what),
             Self::Io { path, doing, source } => {
                 write!(f, "cannot {doing} {}: {source}", path.display())
             }
