@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
-from qkern.checkpoint.reader import StoredTensor
+from qkern.checkpoint.source import StoredTensor
 from qkern.errors import FormatError
 from qkern.formats import DTYPES
 from qkern.model import matches

@@ -10,7 +10,6 @@ mod copy;
 mod delta;
 mod job;
 mod queue;
-mod storage;
 #[cfg(test)]
 mod tests;
 mod values;
@@ -29,9 +28,9 @@ use std::time::Duration;
 use qkern_codec::{Engine, THREAD_PREFIX};
 
 use crate::error::CheckpointError;
+use crate::files::{self, Storage};
 use copy::CopyRun;
 use queue::{Passes, Queue, Task};
-use storage::Place;
 use weight::{Buffers, WeightRun};
 
 pub use job::{
@@ -85,6 +84,22 @@ pub fn run(
 struct Files<'a> {
     inputs: Vec<Place<'a>>,
     outputs: Vec<Place<'a>>,
+}
+
+/// A file of a run, by its name too.
+struct Place<'a> {
+    path: &'a Path,
+    storage: &'a dyn Storage,
+}
+
+impl Place<'_> {
+    fn read(&self, bytes: &mut [u8], offset: u64) -> Result<(), CheckpointError> {
+        files::read_at(self.storage, self.path, bytes, offset)
+    }
+
+    fn write(&self, bytes: &[u8], offset: u64) -> Result<(), CheckpointError> {
+        files::write_at(self.storage, self.path, bytes, offset)
+    }
 }
 
 fn open<'a>(

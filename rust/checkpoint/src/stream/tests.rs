@@ -14,8 +14,8 @@ use qkern_codec::{
     quantize_int8_rows, search_scales, Codebook, Engine, NonFinite, Stores, Values, ValuesMut,
 };
 
-use super::storage::{Place, Storage};
 use super::*;
+use crate::files::Storage;
 
 /// A file in memory; reads and writes at most `most` bytes at a time, fails at byte `fails_at`, and
 /// is interrupted now and then.
@@ -46,7 +46,7 @@ impl Memory {
     }
 
     fn some(&self, len: usize) -> io::Result<usize> {
-        if self.most < usize::MAX && self.calls.fetch_add(1, Ordering::Relaxed) % 3 == 0 {
+        if self.most < usize::MAX && self.calls.fetch_add(1, Ordering::Relaxed).is_multiple_of(3) {
             return Err(ErrorKind::Interrupted.into());
         }
         Ok(len.min(self.most))
@@ -308,18 +308,13 @@ fn decoded(values: &[f32], format: &Format) -> Vec<f32> {
     let (codes, bytes, safe, offset) = whole(Values::F32(values), format, false);
     let blocks = format.num_blocks(values.len());
     let (mut scales, mut result) = (vec![0.0; blocks], vec![0.0; values.len()]);
-    match (&format.nested_code, safe) {
-        (Some(table), true) => {
-            let mut nested = vec![0.0f32; blocks.div_ceil(256)];
-            cast_slice_mut(&mut nested).copy_from_slice(&bytes[blocks..]);
-            dequantize_absmax(engine, &bytes[..blocks], table, &nested, offset, &mut scales)
-        }
-        _ => {
-            cast_slice_mut(&mut scales).copy_from_slice(&bytes);
-            Ok(())
-        }
+    if let (Some(table), true) = (&format.nested_code, safe) {
+        let mut nested = vec![0.0f32; blocks.div_ceil(256)];
+        cast_slice_mut(&mut nested).copy_from_slice(&bytes[blocks..]);
+        dequantize_absmax(engine, &bytes[..blocks], table, &nested, offset, &mut scales).unwrap();
+    } else {
+        cast_slice_mut(&mut scales).copy_from_slice(&bytes);
     }
-    .unwrap();
     let (table, to) = (format.code.unwrap(), ValuesMut::F32(&mut result));
     dequantize_4bit(engine, &codes, &scales, &table, format.blocksize, to, Stores::Cached).unwrap();
     result
@@ -491,7 +486,7 @@ fn a_file_that_ends_too_soon_is_named() {
     let found = stream(&jobs, &Memory::new(bytes), &Memory::room(len), 2).0.unwrap_err();
     let text = found.to_string();
     assert!(matches!(found, CheckpointError::Corrupt { .. }), "{found:?}");
-    assert!(text.starts_with("in: ends at byte 1000"), "{text}");
+    assert!(text.starts_with("in: the file ends at byte 1000"), "{text}");
 }
 
 #[test]

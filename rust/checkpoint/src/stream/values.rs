@@ -11,7 +11,7 @@ use qkern_codec::{
 };
 
 use super::job::{num_groups, Dtype, Format, Source, Stored, Weight};
-use super::storage::Place;
+use super::Place;
 use crate::error::CheckpointError;
 
 /// A thread's memory for the values of a chunk, of one dtype at a time.

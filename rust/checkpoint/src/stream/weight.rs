@@ -20,9 +20,8 @@ use qkern_codec::{
 
 use super::job::{num_groups, Coded, Done, Dtype, Errors, Source, Span, Target, Weight};
 use super::queue::Passes;
-use super::storage::Place;
 use super::values::{bytes_of, decode, is, round, widen, widened, CodeBuffer, Reader, ValueBuffer};
-use super::Files;
+use super::{Files, Place};
 use crate::error::CheckpointError;
 
 /// Values of a chunk, at least: what is read and written stays in a core's cache. A multiple of
