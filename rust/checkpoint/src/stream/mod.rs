@@ -8,6 +8,7 @@
 
 mod copy;
 mod delta;
+mod errors;
 mod job;
 mod queue;
 #[cfg(test)]

@@ -37,6 +37,7 @@ pub(super) struct Buffers {
     read: ReadBuffers,
     rounded: ValueBuffer,
     wide: Vec<f32>,
+    again: Vec<f32>,
     codes: Vec<u8>,
     scales: Vec<f32>,
 }
@@ -225,7 +226,7 @@ impl<'a> WeightRun<'a> {
         chunk: usize,
         buffers: &mut Buffers,
     ) -> Result<(), CheckpointError> {
-        let Buffers { read, rounded, wide, .. } = buffers;
+        let Buffers { read, rounded, wide, again, .. } = buffers;
         let (exact, squared_delta) = self.read(places, to, read)?;
         let mut result = exact;
         if !is(exact, to) {
@@ -237,7 +238,7 @@ impl<'a> WeightRun<'a> {
             result = values;
         }
         if let (Some(_), Values::F32(exact)) = (&self.weight.delta, exact) {
-            let errors = Errors::of_rounded(exact, result);
+            let errors = Errors::between(exact, widen(result, again));
             self.state().errors[chunk] = Errors { squared_delta, ..errors };
         }
         let offset = at.offset + (places.start * to.size()) as u64;
@@ -313,7 +314,7 @@ impl<'a> WeightRun<'a> {
         chunk: usize,
         buffers: &mut Buffers,
     ) -> Result<(), CheckpointError> {
-        let Buffers { read, rounded, wide, codes, scales, .. } = buffers;
+        let Buffers { read, rounded, wide, again, codes, scales, .. } = buffers;
         let (format, mut places) = (&coded.format, places);
         if self.chunks(0) > 1 {
             let most = (MEASURED / format.blocksize).max(1) * format.blocksize;
@@ -329,7 +330,7 @@ impl<'a> WeightRun<'a> {
             .map_err(|source| self.weight.refused(source))?;
         let (values, squared_delta) = self.read(&places, Dtype::F32, read)?;
         let decoded = rounded.values(Dtype::F32, 0..places.len());
-        let errors = Errors::of_rounded(widen(values, wide), decoded);
+        let errors = Errors::between(widen(values, wide), widen(decoded, again));
         self.state().errors[chunk] = Errors { squared_delta, ..errors };
         Ok(())
     }
@@ -442,35 +443,6 @@ impl Coded {
             passes.push(Pass::Measure);
         }
         passes
-    }
-}
-
-impl Errors {
-    /// Of `rounded` against `exact`.
-    fn of_rounded(exact: &[f32], rounded: Values<'_>) -> Self {
-        let mut errors = Self { count: exact.len() as u64, ..Self::default() };
-        let mut add = |w: f32, d: f32| {
-            let error = f64::from(d) - f64::from(w);
-            errors.squared += f64::from(w) * f64::from(w);
-            errors.squared_error += error * error;
-            errors.max_error = errors.max_error.max(error.abs());
-        };
-        match rounded {
-            Values::F32(v) => exact.iter().zip(v).for_each(|(w, d)| add(*w, *d)),
-            Values::F16(v) => exact.iter().zip(v).for_each(|(w, d)| add(*w, d.to_f32())),
-            Values::Bf16(v) => exact.iter().zip(v).for_each(|(w, d)| add(*w, d.to_f32())),
-        }
-        errors
-    }
-
-    fn sum(parts: &[Self]) -> Self {
-        parts.iter().fold(Self::default(), |sum, part| Self {
-            count: sum.count + part.count,
-            squared: sum.squared + part.squared,
-            squared_error: sum.squared_error + part.squared_error,
-            max_error: sum.max_error.max(part.max_error),
-            squared_delta: sum.squared_delta + part.squared_delta,
-        })
     }
 }
 
