@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +12,11 @@ import torch
 from torch import nn
 
 from qkern.checkpoint.load import is_quantized, load_into
-from qkern.codec import COMPUTE, check_choice
-from qkern.errors import CorruptFileError, MissingDependencyError
+from qkern.checkpoint.load_dense import load_dense_into
+from qkern.codec import COMPUTE, check_choice, check_method
+from qkern.errors import CorruptFileError, FormatError, MissingDependencyError
 from qkern.files import read_json
+from qkern.formats import QuantFormat, resolve_format
 from qkern.module_tree import set_compute
 
 if TYPE_CHECKING:
@@ -27,21 +30,40 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     compute: str | None = None,
+    quant_type: str | QuantFormat | None = None,
+    blocksize: int = 64,
+    double_quant: bool = True,
+    method: str = "absmax",
+    exclude: str | Sequence[str] = (),
+    min_coverage: float | None = None,
 ) -> nn.Module:
-    """A quantized checkpoint as a model, ready to run; with its adapter if there is one.
+    """A checkpoint as a quantized model, ready to run; with its adapter if there is one.
+
+    Files are mapped, not read into memory: of a quantized weight its 4 or 8 bits go to ``device``.
+    With ``quant_type`` a dense checkpoint is quantized on the host, weight by weight, on the way
+    there, as ``quantize_model`` would: the dense model is never in memory.
 
     Args:
-        path: a directory that ``qkern.save`` or transformers with bitsandbytes wrote.
-        model: to load into, of the same architecture; built from ``config.json`` by transformers
-            if None.
+        path: a directory that ``qkern.save``, ``qkern.quantize_checkpoint`` or transformers with
+            bitsandbytes wrote; with ``quant_type`` a dense one.
+        model: to load into, of the same architecture (of a dense checkpoint, on meta); built from
+            ``config.json`` by transformers if None.
         device: where to put it.
         dtype: of the dense parameters and of what quantized ones dequantize to; that of the file
             if None.
         compute: "exact" or "int8", see ``qkern.linear``; files do not say. None: "exact", but for
             quantized layers that ``model`` has already.
+        quant_type: how to quantize a dense checkpoint, see ``quantize_model``, as the rest:
+        blocksize: values that share a scale.
+        double_quant: store the scales in 8 bits.
+        method: "absmax" or "search".
+        exclude: what stays dense.
+        min_coverage: least share of the values that must be quantized, 0 to 1.
 
     Raises:
-        FormatError: for another ``compute``.
+        FormatError: for another ``compute`` or format, or ``quant_type`` for files that are
+            quantized already.
+        CoverageError: if less than ``min_coverage`` was quantized.
         FileNotFoundError: if a file is missing.
         CorruptFileError: if the files contradict the model or each other.
         MissingDependencyError: if transformers is needed and not installed.
@@ -49,8 +71,21 @@ def load(
     if compute is not None:
         check_choice("compute", compute, COMPUTE)
     directory = Path(path)
+    fmt = None
+    if quant_type is not None:
+        fmt = resolve_format(quant_type, blocksize=blocksize, double_quant=double_quant)
+        check_method(method, fmt, has_importance=False)
+        if is_quantized(directory):
+            msg = f"{directory} is quantized already: load it without quant_type"
+            raise FormatError(msg)
     built = _empty_model(directory) if model is None else model
-    load_into(built, directory)
+    if fmt is None:
+        load_into(built, directory)
+    else:
+        how: dict[str, Any] = {"exclude": exclude, "method": method, "device": device}
+        report = load_dense_into(built, directory, fmt, **how)
+        if min_coverage is not None:
+            report.check(min_coverage)
     if compute is not None:
         set_compute(built, compute)
     if dtype is not None:
