@@ -154,6 +154,21 @@ def stage(staging: Staging, **files: bytes) -> list[str]:
     return list(files)
 
 
+def interrupt(directory: Path, head: dict[str, Any] | None = None) -> None:
+    """A run that ends in an error, with a file staged."""
+
+    def run() -> None:
+        with Staging(directory) as staging:
+            if head is not None:
+                staging.journal.begin(head)
+                staging.journal.add("a", DONE)
+            stage(staging, a=b"a")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run()
+
+
 def test_files_appear_at_the_commit_and_nothing_else_is_left(tmp_path: Path) -> None:
     directory = tmp_path / "new" / "dst"
     with Staging(directory) as staging:
@@ -174,19 +189,13 @@ def test_files_appear_at_the_commit_and_nothing_else_is_left(tmp_path: Path) -> 
 def test_without_a_journal_nothing_is_left(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     for name in ("there", "new"):
-        with pytest.raises(ZeroDivisionError), Staging(tmp_path / name) as staging:
-            stage(staging, a=b"a")
-            raise ZeroDivisionError
+        interrupt(tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
     assert not list((tmp_path / "there").iterdir())
 
 
 def test_with_a_journal_everything_is_kept_for_the_next_run(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), Staging(tmp_path) as staging:
-        staging.journal.begin({"x": 1})
-        staging.journal.add("a", DONE)
-        stage(staging, a=b"a")
-        raise ZeroDivisionError
+    interrupt(tmp_path, {"x": 1})
     with Staging(tmp_path) as staging:
         assert staging.journal.head == {"x": 1}
         assert set(staging.journal.done) == {"a"}
@@ -242,10 +251,14 @@ def test_what_cannot_be_made_durable_is_not_renamed(
     def fail(handle: int) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    with pytest.raises(OutputError, match="Input/output error"), Staging(tmp_path) as staging:
-        names = stage(staging, a=b"a")
-        monkeypatch.setattr(os, "fsync", fail)
-        staging.commit(names, [], {})
+    def run() -> None:
+        with Staging(tmp_path) as staging:
+            names = stage(staging, a=b"a")
+            monkeypatch.setattr(os, "fsync", fail)
+            staging.commit(names, [], {})
+
+    with pytest.raises(OutputError, match="Input/output error"):
+        run()
     assert not list(tmp_path.iterdir())
 
 
@@ -264,7 +277,7 @@ def test_a_staging_folder_that_is_none_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EFBIG, errno.EDQUOT])
 def test_a_full_disk_has_its_own_error(code: int) -> None:
-    with pytest.raises(OutOfSpaceError, match="a/b: .*free some room"), writing(Path("a")):
+    with pytest.raises(OutOfSpaceError, match=r"a/b: .*free some room"), writing(Path("a")):
         raise OSError(code, os.strerror(code), "a/b")
 
 
@@ -293,10 +306,14 @@ def test_places_that_are_no_folder_of_their_own_are_refused(tmp_path: Path) -> N
         tmp_path / "file" / "x": "cannot be written|is no folder",
         tmp_path / ("x" * 300): "name too long",
     }
+
+    def begin(place: Path) -> None:
+        check_place(source, place)
+        Staging(place).__enter__()
+
     for place, words in places.items():
-        with pytest.raises(OutputError, match=f"(?i){words}"), writing(place):
-            check_place(source, place)
-            Staging(place).__enter__()
+        with pytest.raises(OutputError, match=f"(?i){words}"):
+            begin(place)
     with pytest.raises(OutputError, match="is the source"):
         check_place(source / "model.safetensors", source)
     check_place(source, tmp_path / "new" / "deep")

@@ -10,9 +10,10 @@ import errno
 import json
 import os
 from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 from qkern.checkpoint.stream import Done, Errors
 
@@ -34,7 +35,7 @@ class Journal:
         self.path = path
         self.head: Head | None = None
         self.done: dict[str, Done] = {}
-        self._file: BinaryIO | None = None
+        self._file: FileIO | None = None
         self._size = self._read()
 
     def __enter__(self) -> Journal:  # noqa: PYI034 - typing.Self needs Python 3.11
@@ -67,8 +68,7 @@ class Journal:
 
     def _write(self, line: Mapping[str, Any]) -> None:
         if self._file is None:
-            mode = "r+b" if self._size else "wb"
-            self._file = self.path.open(mode, buffering=0)
+            self._file = FileIO(self.path, "r+" if self._size else "w")
             self._file.truncate(self._size)
             self._file.seek(self._size)
         text = json.dumps(line).encode() + b"\n"
