@@ -7,16 +7,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
+from qkern.checkpoint.source import INDEX_NAME, WEIGHTS_NAME
 from qkern.checkpoint.staging import FOLDER, writing
 from qkern.errors import CorruptFileError, OutOfSpaceError, OutputError
 from qkern.files import read_json
 from qkern.text_table import format_bytes
 
-_INDEX: Final = "model.safetensors.index.json"
 # What would be opened in place of a new checkpoint, or on top of it.
 _OLDER: Final = (
-    "model.safetensors",
-    _INDEX,
+    WEIGHTS_NAME,
+    INDEX_NAME,
     "adapter_config.json",
     "adapter_model.safetensors",
 )
@@ -82,7 +82,7 @@ def stale_files(destination: Path, names: Sequence[str]) -> list[str]:
 
     Files that its index does not name are not known, and not among them.
     """
-    index, shards = destination / _INDEX, []
+    index, shards = destination / INDEX_NAME, []
     if index.is_file():
         try:
             listed = read_json(index).get("weight_map")
