@@ -1,3 +1,4 @@
+from os import PathLike
 from typing import Any, TypeAlias, final
 
 import numpy as np
@@ -185,3 +186,11 @@ def lora_gradients(
 def simd() -> str: ...
 def available_simd() -> list[str]: ...
 def cpu_features() -> dict[str, bool]: ...
+def read_checkpoint(
+    path: str | PathLike[str],
+) -> tuple[
+    list[str],
+    list[tuple[str, str, tuple[int, ...], int, int, int]],
+    list[dict[str, str]],
+    list[tuple[int, int]],
+]: ...

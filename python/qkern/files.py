@@ -55,6 +55,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def pickle_advice(file: Path) -> str:
+    """Why a pickle is not opened, and how the weights in it can be had all the same."""
+    target = file.with_suffix(".safetensors").name
+    return (
+        f"{file.name} is a pickle, which can run code when it is opened, and is never opened here: "
+        "convert it where you trust it, "
+        f"safetensors.torch.save_file(torch.load({file.name!r}, weights_only=True), {target!r})"
+    )
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -59,9 +59,9 @@ def load(weight: Any, state_dict: Mapping[str, Any], key: str) -> None:
     """
     local: QuantizedTensor = weight._local_tensor
     state = flat_keys.read_state(state_dict, key)
-    if state["format"] != local.format or torch.Size(state["shape"]) != local.whole_shape:
+    if state.format != local.format or torch.Size(state.shape) != local.whole_shape:
         msg = (
-            f"{key}: the file holds {state['shape']} {state['format']}, "
+            f"{key}: the file holds {list(state.shape)} {state.format}, "
             f"the module {list(local.whole_shape)} {local.format}"
         )
         raise FormatError(msg)
@@ -83,4 +83,4 @@ def load(weight: Any, state_dict: Mapping[str, Any], key: str) -> None:
         local.absmax.copy_(rows(flat_keys.scales_key(key, local.format), local.absmax))
         if local.nested_absmax is not None and local.offset is not None:
             local.nested_absmax.copy_(state_dict[f"{key}.nested_absmax"])
-            local.offset.fill_(state["offset"])
+            local.offset.fill_(state.offset)

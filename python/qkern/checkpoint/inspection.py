@@ -20,8 +20,9 @@ from qkern.checkpoint.measure import (
     measure_scales,
     measure_values,
 )
-from qkern.checkpoint.reader import CheckpointReader, StoredTensor
+from qkern.checkpoint.reader import CheckpointReader
 from qkern.checkpoint.selection import RULE, select, vocab_size_of
+from qkern.checkpoint.source import StoredTensor
 from qkern.checkpoint.tensor_report import TensorReport
 from qkern.errors import FormatError
 from qkern.files import read_json

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 from os import PathLike
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from qkern import flat_keys
 from qkern.adapters import CONFIG_NAME as ADAPTER_NAME
 from qkern.adapters import load_adapter
-from qkern.checkpoint.save import INDEX_NAME, TIED_KEY, WEIGHTS_NAME
+from qkern.checkpoint.reader import open_maps
+from qkern.checkpoint.source import Source, dtype_of_config
 from qkern.errors import CorruptFileError
-from qkern.files import read_json
-from qkern.formats import DTYPES
 from qkern.layers import QuantizedLinear
 from qkern.module_tree import module_at, module_paths, replace_module
 from qkern.tensor import QuantizedTensor
@@ -40,11 +39,13 @@ def load_into(model: nn.Module, path: str | PathLike[str]) -> None:
         CorruptFileError: if the file does not fit the model, or contradicts itself.
     """
     directory = Path(path)
-    tensors = read_tensors(directory)
+    source = Source(directory)
+    tensors = _map_tensors(source)
     paths = {name: names for _, names in module_paths(model) for name in names}
     prefixes = flat_keys.prefixes(tensors)
     _check_scales(model, tensors, prefixes)
-    dtype = dtype_of_config(directory)
+    named = dtype_of_config(source.config)
+    dtype = None if named is None else getattr(torch, named)
     for prefix in prefixes:
         _place(model, tensors, prefix, dtype, paths)
     assign = any(parameter.is_meta for parameter in model.parameters())
@@ -77,65 +78,21 @@ def load_into(model: nn.Module, path: str | PathLike[str]) -> None:
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
     """All tensors of a directory's safetensors files, memory-mapped; shared ones put back."""
-    from safetensors import SafetensorError, safe_open
-
-    tensors: dict[str, Tensor] = {}
-    for file in weight_files(directory):
-        try:
-            with safe_open(file, "pt") as opened:
-                for key in opened.keys():  # noqa: SIM118 - no mapping
-                    tensors[key] = opened.get_tensor(key)
-                tied = json.loads((opened.metadata() or {}).get(TIED_KEY, "{}"))
-        except (SafetensorError, ValueError) as error:
-            msg = f"{file}: not a readable safetensors file: {error}"
-            raise CorruptFileError(msg) from error
-        tensors |= {key: tensors[owner] for key, owner in tied.items() if owner in tensors}
-    return tensors
+    return _map_tensors(Source(directory))
 
 
 def is_quantized(directory: Path) -> bool:
     """Whether a directory's weights hold quantized tensors, by its files' headers alone."""
-    from safetensors import SafetensorError, safe_open
-
-    for file in weight_files(directory):
-        try:
-            with safe_open(file, "pt") as opened:
-                keys = list(opened.keys())
-        except SafetensorError as error:
-            msg = f"{file}: not a readable safetensors file: {error}"
-            raise CorruptFileError(msg) from error
-        if flat_keys.prefixes(keys):
-            return True
-    return False
+    return Source(directory).is_quantized
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model directory: those of its index, or the single one.
-
-    Raises:
-        FileNotFoundError: if one is missing.
-        CorruptFileError: if the index is not usable, or points out of the directory.
-    """
-    index = directory / INDEX_NAME
-    if index.exists():
-        names: Any = read_json(index).get("weight_map")
-        if not isinstance(names, dict):
-            msg = f"{index}: weight_map is missing"
-            raise CorruptFileError(msg)
-        names = sorted({str(name) for name in names.values()})
-        # By name: in a hub cache every file is a link to a blob elsewhere.
-        outside = [n for n in names if n != Path(n).name or "\\" in n or n in ("", ".", "..")]
-        if outside:
-            msg = f"{index}: {outside[0]!r} is not the name of a file in the directory"
-            raise CorruptFileError(msg)
-        files = [directory / name for name in names]
-    else:
-        files = [directory / WEIGHTS_NAME]
-    absent = [file for file in files if not file.exists()]
-    if absent:
-        msg = f"there is no {absent[0]}"
-        raise FileNotFoundError(msg)
-    return files
+def _map_tensors(source: Source) -> dict[str, Tensor]:
+    with contextlib.ExitStack() as stack:
+        maps = open_maps(source, stack)
+        tensors: dict[str, Tensor] = {
+            key: maps[entry.file].get_tensor(key) for key, entry in source.entries.items()
+        }
+    return tensors | {key: tensors[owner] for key, owner in source.tied.items() if owner in tensors}
 
 
 def _check_scales(model: nn.Module, tensors: dict[str, Tensor], prefixes: list[str]) -> None:
@@ -145,14 +102,6 @@ def _check_scales(model: nn.Module, tensors: dict[str, Tensor], prefixes: list[s
         if tensor.dtype == torch.int8 and key in parameters and key not in prefixes:
             msg = f"{key}: int8 codes without their scales: there is no entry SCB beside it"
             raise CorruptFileError(msg)
-
-
-def dtype_of_config(directory: Path) -> torch.dtype | None:
-    """The dtype that a directory's ``config.json`` names, None if it does not."""
-    file = directory / "config.json"
-    config = read_json(file) if file.exists() else {}
-    name = config.get("dtype") or config.get("torch_dtype")
-    return getattr(torch, name) if name in DTYPES else None
 
 
 def _place(

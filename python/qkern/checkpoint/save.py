@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from os import PathLike
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,15 +13,11 @@ from qkern.adapters import CONFIG_NAME as ADAPTER_CONFIG
 from qkern.adapters import WEIGHTS_NAME as ADAPTER_WEIGHTS
 from qkern.adapters import save_adapter
 from qkern.checkpoint.quantization_config import quantization_config
+from qkern.checkpoint.source import INDEX_NAME, TIED_KEY, WEIGHTS_NAME
 from qkern.errors import AdapterMismatchError, FormatError
 from qkern.files import replacing, write_json
 from qkern.layers import QLoRALinear, QuantizedLinear
 from qkern.model import adapted_layers
-
-WEIGHTS_NAME: Final = "model.safetensors"
-INDEX_NAME: Final = f"{WEIGHTS_NAME}.index.json"
-# Metadata key: entries that were left out because they share another one's memory.
-TIED_KEY: Final = "qkern_tied"
 
 
 def save(model: nn.Module, path: str | PathLike[str]) -> None:

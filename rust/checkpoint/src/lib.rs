@@ -1,5 +1,6 @@
 //! Checkpoints in bounded memory: safetensors in, quantized safetensors out.
 //!
+//! - [`Checkpoint`]: the files of a checkpoint and their headers, checked before they are believed.
 //! - [`stream`]: weights read, converted and written in chunks, by several threads, each value at a
 //!   place that is known beforehand.
 //!
@@ -7,3 +8,13 @@
 
 #![deny(missing_docs)]
 #![forbid(unsafe_code)]
+
+mod error;
+mod files;
+pub mod header;
+pub mod index;
+
+pub use error::CheckpointError;
+pub use files::Stamp;
+pub use header::Header;
+pub use index::Checkpoint;

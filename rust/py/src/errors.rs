@@ -1,7 +1,10 @@
 //! Errors as the classes of `qkern.errors`, which is imported when the first one is raised.
 
-use pyo3::exceptions::PyRuntimeError;
+use std::path::Path;
+
+use pyo3::exceptions::{PyFileNotFoundError, PyOSError, PyRuntimeError};
 use pyo3::prelude::*;
+use qkern_checkpoint::CheckpointError;
 use qkern_codec::CodecError;
 
 /// A tensor whose size or place in memory does not fit the call.
@@ -35,6 +38,23 @@ pub(crate) fn codec(py: Python<'_>, error: &CodecError) -> PyErr {
         }
     }
     raised
+}
+
+/// The error of a checkpoint.
+pub(crate) fn checkpoint(py: Python<'_>, error: &CheckpointError) -> PyErr {
+    match error {
+        CheckpointError::Missing { .. } => PyFileNotFoundError::new_err(error.to_string()),
+        CheckpointError::Io { path, source, .. } => io(path, source, error.to_string()),
+        _ => raise(py, "CorruptFileError", error.to_string()),
+    }
+}
+
+/// The class of `OSError` that the system's number asks for, with the file's name.
+fn io(path: &Path, source: &std::io::Error, message: String) -> PyErr {
+    match source.raw_os_error() {
+        Some(number) => PyOSError::new_err((number, message, path.as_os_str().to_owned())),
+        None => PyOSError::new_err(message),
+    }
 }
 
 /// A panic: `text` says what and where.

@@ -5,6 +5,7 @@
 
 mod arrays;
 mod buffer;
+mod checkpoint;
 mod detached;
 mod errors;
 mod functions;
@@ -23,6 +24,9 @@ mod _native {
 
     #[pymodule_export]
     use crate::buffer::Buffer;
+
+    #[pymodule_export]
+    use crate::checkpoint::read_checkpoint;
 
     #[pymodule_export]
     use crate::functions::{

@@ -1,0 +1,334 @@
+"""A checkpoint as its headers tell it: which tensors, where, and how they are quantized. No torch.
+
+Opening one checks all that can be checked without reading weights: index, headers, states, tables
+and sizes. What is described after that is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from qkern import _native, entry_keys  # noqa: TID251 - it reads the headers
+from qkern.entry_keys import Described, State
+from qkern.errors import CorruptFileError
+from qkern.files import pickle_advice, read_json
+from qkern.formats import DTYPES, QuantFormat
+
+WEIGHTS_NAME: Final = "model.safetensors"
+INDEX_NAME: Final = f"{WEIGHTS_NAME}.index.json"
+# Metadata key: entries that were left out because they share another one's memory.
+TIED_KEY: Final = "qkern_tied"
+# Metadata key: the oldest version of qkern that can read the file; not written for files that all
+# versions can.
+NEEDS_KEY: Final = "qkern_needs"
+
+# safetensors' names of what can be read as numbers here; others are listed, not read.
+READABLE: Final = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+# Of the entries that are looked into; files are little-endian. Others are looked at as bytes.
+_NUMPY: Final = {"F32": "<f4", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1"}
+# What other programs' weights are called, which hold code or another layout.
+_PICKLES: Final = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
+_FOREIGN: Final = (".gguf", ".h5", ".npz")
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A tensor of a safetensors file.
+
+    Args:
+        key: its name there.
+        file: that holds it.
+        dtype: safetensors' name: "BF16".
+        shape: as stored.
+        begin: its first byte, from the start of the file.
+        end: where it ends.
+    """
+
+    key: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file: those that dtype and shape ask for."""
+        return self.end - self.begin
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a checkpoint, dense or quantized.
+
+    Args:
+        name: key of the tensor; of its codes if it is quantized.
+        file: that holds it.
+        shape: of the dense tensor.
+        dtype: torch's name, of the dense tensor; safetensors' own name for what is not read. Files
+            of int8 rows do not say it: that of ``config.json``, else float16.
+        format: how it is quantized; None for a dense tensor.
+        nbytes: as stored: codes and scales of a quantized tensor, tables not counted.
+    """
+
+    name: str
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+    format: QuantFormat | None
+    nbytes: int
+
+    @property
+    def numel(self) -> int:
+        """Values of the dense tensor."""
+        return math.prod(self.shape)
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether ``CheckpointReader.read`` can give its values."""
+        return self.dtype in READABLE.values()
+
+
+class Source:
+    """A directory's safetensors files, or one file: checked, described, and read by place.
+
+    No file stays open. One that was replaced or written to since is refused when it is read.
+
+    Args:
+        path: a model directory (one file, or shards with an index), or a safetensors file.
+
+    Attributes:
+        path: as given.
+        files: in the order of their names.
+        entries: every tensor of the files, by key, in the order of files and places.
+        tensors: by name, in natural order of the names: layer 2 before layer 10. The entries of a
+            quantized tensor are one.
+        tied: names that share the memory of another tensor, which is the value.
+
+    Raises:
+        FileNotFoundError: if there are no safetensors weights, or shards are missing.
+        CorruptFileError: if a file is not readable, or contradicts the index or itself.
+        OSError: if a file cannot be opened.
+    """
+
+    def __init__(self, path: str | PathLike[str]) -> None:
+        self.path = Path(path)
+        with _explaining(self.path):
+            files, entries, metadata, stamps = _native.read_checkpoint(self.path)
+        self.files = tuple(Path(file) for file in files)
+        self._stamps = dict(zip(self.files, stamps, strict=True))
+        self.entries = {
+            key: Entry(key, self.files[file], dtype, shape, begin, end)
+            for key, dtype, shape, file, begin, end in entries
+        }
+        self.tied: dict[str, str] = {}
+        for file, strings in zip(self.files, metadata, strict=True):
+            _check_needs(file, strings.get(NEEDS_KEY, "0"))
+            self.tied |= _read_tied(file, strings.get(TIED_KEY, "{}"))
+        self._keys: dict[str, list[str]] = {}
+        self._states: dict[str, State] = {}
+        self.tensors: dict[str, StoredTensor] = {}
+        self._describe()
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether any tensor is."""
+        return bool(self._states)
+
+    @functools.cached_property
+    def config(self) -> dict[str, Any]:
+        """``config.json`` beside the files; empty if there is none.
+
+        Raises:
+            CorruptFileError: if it is not a JSON object.
+        """
+        file = self.path / "config.json" if self.path.is_dir() else self.path.parent / "config.json"
+        return read_json(file) if file.exists() else {}
+
+    def keys_of(self, name: str) -> list[str]:
+        """Keys of the entries of a quantized tensor; of a dense one its own."""
+        return list(self._keys.get(name, [name]))
+
+    def state(self, name: str) -> State:
+        """Format, shape, dtype and offset of a quantized tensor, checked against its entries.
+
+        ``dtype`` is never None here: what int8 rows do not say is taken from ``config.json``.
+
+        Raises:
+            KeyError: if there is no quantized tensor of that name.
+        """
+        return self._states[name]
+
+    def read_bytes(self, key: str) -> npt.NDArray[np.uint8]:
+        """The bytes of an entry.
+
+        Raises:
+            CorruptFileError: if the file is not the one any more that was described.
+            OSError: if it cannot be read.
+        """
+        entry = self.entries[key]
+        with entry.file.open("rb", buffering=0) as opened:
+            self._check_stamp(os.fstat(opened.fileno()), entry.file)
+            content = np.empty(entry.nbytes, np.uint8)
+            opened.seek(entry.begin)
+            left = memoryview(content.data)
+            while left:
+                count = opened.readinto(left)
+                if not count:
+                    msg = f"{entry.file}: it became shorter while {key} was read"
+                    raise CorruptFileError(msg)
+                left = left[count:]
+        return content
+
+    def check_unchanged(self) -> None:
+        """Refuse files that are not those any more that were described.
+
+        Raises:
+            CorruptFileError: if one was replaced or written to.
+        """
+        for file in self.files:
+            self._check_stamp(file.stat(), file)
+
+    def _check_stamp(self, found: os.stat_result, file: Path) -> None:
+        if (found.st_size, found.st_mtime_ns) != self._stamps[file]:
+            msg = f"{file}: it was replaced or written to since its header was read: open it again"
+            raise CorruptFileError(msg)
+
+    def _describe(self) -> None:
+        quantized = set(entry_keys.prefixes(self.entries))
+        for key in self.entries:
+            owner = entry_keys.owner(key)
+            if owner in quantized:
+                self._keys.setdefault(owner, []).append(key)
+        for key in sorted({*self.entries, *quantized}, key=_natural):
+            if key in quantized:
+                self.tensors[key] = self._describe_quantized(key)
+            elif entry_keys.owner(key) not in quantized:
+                entry = self.entries[key]
+                dtype = READABLE.get(entry.dtype, entry.dtype)
+                self.tensors[key] = StoredTensor(
+                    key, entry.file, entry.shape, dtype, None, entry.nbytes
+                )
+        self.tied = {
+            name: owner
+            for name, owner in self.tied.items()
+            if name not in self.tensors and owner in self.tensors
+        }
+
+    def _describe_quantized(self, prefix: str) -> StoredTensor:
+        keys = self._keys[prefix]
+        file = self.entries[prefix if prefix in self.entries else keys[0]].file
+        entries = {key: self._described(key) for key in keys}
+        try:
+            state = entry_keys.read_state(entries, prefix)
+            entry_keys.check_parts(entries, prefix, state)
+        except CorruptFileError as error:
+            msg = f"{file}: {error}"
+            raise CorruptFileError(msg) from error
+        dtype = state.dtype or self._dtype_of_rows
+        self._states[prefix] = state._replace(dtype=dtype)
+        nbytes = state.format.nbytes(math.prod(state.shape))
+        return StoredTensor(prefix, file, state.shape, dtype, state.format, nbytes)
+
+    @functools.cached_property
+    def _dtype_of_rows(self) -> str:
+        # bitsandbytes rounds a weight to float16 before it quantizes rows.
+        return dtype_of_config(self.config) or "float16"
+
+    def _described(self, key: str) -> Described:
+        entry = self.entries[key]
+        dtype = READABLE.get(entry.dtype, entry.dtype)
+
+        def values() -> npt.NDArray[Any]:
+            return self.read_bytes(key).view(_NUMPY.get(entry.dtype, "u1"))
+
+        return Described(dtype, entry.shape, values)
+
+
+def dtype_of_config(config: Mapping[str, Any]) -> str | None:
+    """Name of the dtype that the content of a ``config.json`` states; None if it does not."""
+    name = config.get("dtype") or config.get("torch_dtype")
+    return name if name in DTYPES else None
+
+
+@contextlib.contextmanager
+def _explaining(path: Path) -> Iterator[None]:
+    """Errors of other programs' files say what these are."""
+    try:
+        yield
+    except CorruptFileError as error:
+        if path.suffix in _PICKLES:
+            msg = f"{error}; {pickle_advice(path)}"
+        elif path.suffix in _FOREIGN:
+            msg = f"{error}; {path.suffix} files are not read"
+        else:
+            raise
+        raise CorruptFileError(msg) from error
+    except FileNotFoundError as error:
+        pickled = sorted(path.glob("pytorch_model*.bin")) if path.is_dir() else []
+        if not pickled:
+            raise
+        msg = f"{error}: {pickle_advice(pickled[0])}"
+        raise CorruptFileError(msg) from error
+
+
+def _read_tied(file: Path, text: str) -> dict[str, str]:
+    try:
+        tied = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        msg = f"{file}: its metadata {TIED_KEY} is not valid JSON: {error}"
+        raise CorruptFileError(msg) from error
+    if not isinstance(tied, dict) or not all(isinstance(owner, str) for owner in tied.values()):
+        msg = f"{file}: its metadata {TIED_KEY} is no object of names"
+        raise CorruptFileError(msg)
+    return tied
+
+
+def _check_needs(file: Path, needed: str) -> None:
+    """Refuse a file that says it needs a newer qkern, or says so in a way not known here."""
+    from qkern import __version__
+
+    if not re.fullmatch(r"\d{1,9}(\.\d{1,9}){0,3}", needed, re.ASCII) or (
+        _version(needed) > _version(__version__)
+    ):
+        msg = f"{file}: made by a newer qkern: needs {needed[:40]!r}, this is {__version__}"
+        raise CorruptFileError(msg)
+
+
+def _version(text: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", text)[:3]]
+
+
+def _natural(name: str) -> list[str | tuple[int, str]]:
+    """Sorts "layers.10" after "layers.9"; text and numbers (by length, then digits) alternate."""
+    parts = re.split(r"(\d+)", name)
+    numbers = (part.lstrip("0") for part in parts[1::2])
+    keys: list[str | tuple[int, str]] = [*parts]
+    keys[1::2] = [(len(number), number) for number in numbers]
+    return keys

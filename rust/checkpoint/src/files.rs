@@ -1,0 +1,83 @@
+//! Files opened and read by place, never mapped: one that shrinks is an error, not a signal.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use crate::CheckpointError;
+
+/// What tells whether a file is still the one that was read before.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Stamp {
+    /// Its size in bytes.
+    pub size: u64,
+    /// When it was last written, in nanoseconds since 1970; 0 if the system does not say.
+    pub modified_ns: i128,
+}
+
+/// Opens a regular file; links are followed.
+///
+/// # Errors
+///
+/// `Missing` if there is none, or something else of that name: a pipe would be waited for.
+pub(crate) fn open(path: &Path) -> Result<(File, Stamp), CheckpointError> {
+    let missing = |what: String| CheckpointError::Missing { path: path.to_owned(), what };
+    match fs::metadata(path) {
+        Ok(found) if found.is_file() => {}
+        Ok(_) => return Err(missing(format!("{} is no file", path.display()))),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Err(missing(format!("there is no {}", path.display())));
+        }
+        Err(error) => return Err(CheckpointError::io(path, "open")(error)),
+    }
+    let file = File::open(path).map_err(CheckpointError::io(path, "open"))?;
+    let found = file.metadata().map_err(CheckpointError::io(path, "open"))?;
+    let modified_ns = found.modified().map_or(0, nanoseconds);
+    Ok((file, Stamp { size: found.len(), modified_ns }))
+}
+
+fn nanoseconds(time: SystemTime) -> i128 {
+    match time.duration_since(UNIX_EPOCH) {
+        Ok(after) => after.as_nanos().cast_signed(),
+        Err(before) => -before.duration().as_nanos().cast_signed(),
+    }
+}
+
+/// Reads `bytes` that begin at `offset`.
+///
+/// # Errors
+///
+/// `Corrupt` if the file ends before that: it has become shorter.
+pub(crate) fn read_at(
+    file: &File,
+    path: &Path,
+    mut bytes: &mut [u8],
+    mut offset: u64,
+) -> Result<(), CheckpointError> {
+    while !bytes.is_empty() {
+        match read_some(file, bytes, offset) {
+            Ok(0) => {
+                let what = format!("the file ends at byte {offset}, while it is read");
+                return Err(CheckpointError::corrupt(path, what));
+            }
+            Ok(count) => {
+                bytes = &mut bytes[count..];
+                offset += count as u64;
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(CheckpointError::io(path, "read")(error)),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(unix)]
+fn read_some(file: &File, bytes: &mut [u8], offset: u64) -> io::Result<usize> {
+    std::os::unix::fs::FileExt::read_at(file, bytes, offset)
+}
+
+#[cfg(windows)]
+fn read_some(file: &File, bytes: &mut [u8], offset: u64) -> io::Result<usize> {
+    std::os::windows::fs::FileExt::seek_read(file, bytes, offset)
+}
