@@ -242,6 +242,7 @@ def test_a_commit_that_was_cut_off_is_finished(
             assert pending is not None
             assert pending["told"] == 7
             staging.roll_forward(pending)
+            staging.clear()
     assert tree(tmp_path) == stage_files
 
 

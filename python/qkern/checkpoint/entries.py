@@ -12,6 +12,7 @@ import struct
 from collections.abc import Sequence
 from typing import Any, Final
 
+from qkern.entry_keys import LAYOUT, STATE, scales_key, sibling
 from qkern.formats import NESTED_BLOCKSIZE, QuantFormat, dynamic_code
 
 # safetensors' names of integers of a byte, and of fp32.
@@ -72,10 +73,9 @@ def weight_pieces(
     blocks, groups = fmt.num_blocks(numel), fmt.num_nested(numel)
     packed = fmt.packed_size(numel)
     if fmt.kind.state is None:
-        module, dot, _ = name.rpartition(".")
-        layout = Piece(f"{module}{dot}weight_format", U8, (), 1, b"\0")
+        layout = Piece(sibling(name, LAYOUT), U8, (), 1, b"\0")
         codes = Piece(name, I8, tuple(shape), packed)
-        return WeightPieces(codes, _floats(f"{module}{dot}SCB", blocks), None, (layout,))
+        return WeightPieces(codes, _floats(scales_key(name, fmt), blocks), None, (layout,))
     if fmt.bits == 4:
         codes = Piece(name, U8, (packed, 1), packed)
     else:
@@ -83,13 +83,13 @@ def weight_pieces(
     tables = []
     if fmt.code is not None:
         tables.append(_table(f"{name}.quant_map", fmt.code))
-    scales, nested = _floats(f"{name}.absmax", blocks), None
+    scales, nested = _floats(scales_key(name, fmt), blocks), None
     if fmt.double_quant:
-        scales = Piece(f"{name}.absmax", U8, (blocks,), blocks)
+        scales = Piece(scales_key(name, fmt), U8, (blocks,), blocks)
         nested = _floats(f"{name}.nested_absmax", groups)
         tables.append(_table(f"{name}.nested_quant_map", dynamic_code()))
     text = state_text(shape, dtype, fmt, _LONGEST_OFFSET if offset is None else offset).encode()
-    tables.append(Piece(f"{name}.quant_state.{fmt.kind.state}", U8, (len(text),), len(text), text))
+    tables.append(Piece(f"{name}.{STATE}{fmt.kind.state}", U8, (len(text),), len(text), text))
     return WeightPieces(codes, scales, nested, tuple(tables))
 
 

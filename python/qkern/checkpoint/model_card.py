@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Final
 
 from qkern.checkpoint.inspection_text import format_text
@@ -60,6 +61,6 @@ def section_of(report: QuantizationReport, version: str) -> str:
     return "\n".join(lines)
 
 
-def _table(headers: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+def _table(headers: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
     cells = [headers, tuple("---" for _ in headers), *rows]
     return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in cells]

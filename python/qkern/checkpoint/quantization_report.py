@@ -155,8 +155,9 @@ class QuantizationReport:
 
     @property
     def surprises(self) -> tuple[TensorResult, ...]:
-        """What ``strict`` refuses: dense weights that could be expected to be quantized, and fp32
-        scales in place of 8-bit ones.
+        """What ``strict`` refuses.
+
+        Dense weights that could be expected to be quantized; fp32 scales in place of 8-bit ones.
         """
         return tuple(
             row

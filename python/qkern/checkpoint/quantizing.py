@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,13 @@ from qkern import codec
 from qkern.checkpoint import stream
 from qkern.checkpoint.destination import check_existing, check_place, check_space, stale_files
 from qkern.checkpoint.journal import Journal, differences, done_as_json, done_from_json
+from qkern.checkpoint.output_files import write_other_files
 from qkern.checkpoint.output_plan import OutputPlan, Settings
-from qkern.checkpoint.quantization_report import QuantizationReport
+from qkern.checkpoint.quantization_report import QuantizationReport, TensorResult
 from qkern.checkpoint.source import Source
-from qkern.checkpoint.staging import FOLDER, Staging, reading, writing
+from qkern.checkpoint.staging import FOLDER, Staging, streaming, writing
 from qkern.checkpoint.stream import Done
-from qkern.checkpoint.targets import EMBEDDINGS, choose_targets
+from qkern.checkpoint.targets import EMBEDDINGS, RULE, Target, choose_targets
 from qkern.errors import (
     CorruptFileError,
     CoverageError,
@@ -147,6 +148,7 @@ class _Run:
     progress: Progress | None
 
     def write(self) -> QuantizationReport:
+        """Go on with what is there, or begin."""
         with Staging(self.directory) as staging:
             found = self._finish_commit(staging)
             if found is not None:
@@ -160,17 +162,25 @@ class _Run:
                     staging.clear()
                 raise
 
-    def report(self, done: dict[str, Done], **run: Any) -> QuantizationReport:
+    def report(self, done: Mapping[str, Done], **run: Any) -> QuantizationReport:
+        """The report; without ``run``, what happened, that of a dry run."""
+        plan = self.plan
         return QuantizationReport(
-            source=self.plan.source.path,
+            source=plan.source.path,
             path=self.directory,
-            tensors=self.plan.results(done),
-            **self.plan.described(),
-            dry_run=not done and not run,
+            format=plan.settings.format,
+            method=plan.settings.method,
+            rule=RULE,
+            tensors=tuple(_result(target, done.get(target.tensor.name)) for target in plan.targets),
+            tied=plan.source.tied,
+            files=plan.names,
+            left_out=plan.others.left_out,
+            dry_run=not run,
             **run,
         )
 
     def check_surprises(self, report: QuantizationReport) -> None:
+        """Refuse what ``strict`` does."""
         rows = report.surprises
         if self.strict and rows:
             msg = (
@@ -186,10 +196,11 @@ class _Run:
         if pending is None:
             return None
         staging.roll_forward(pending)
-        if pending["head"] != self.plan.head:
+        if pending.get("head") != self.plan.head:
             # Another checkpoint, whole now: what follows is as if it had been there.
             staging.restart()
             return None
+        staging.clear()
         return {name: done_from_json(content) for name, content in pending["done"].items()}
 
     def _check_journal(self, staging: Staging) -> None:
@@ -216,14 +227,14 @@ class _Run:
                 _make(staging.spill(layout.name), layout.spill_size)
         resumed = self._verify(staging, journal)
         jobs = [job for job in self.plan.jobs if job.name not in resumed]
-        with reading():
+        with streaming(staging.path):
             stream.run(
                 jobs,
                 list(self.plan.source.files),
                 self.plan.outputs(staging),
                 threads=self.threads,
                 done=lambda done: journal.add(jobs[done.job].name, done),
-                progress=lambda count: self._tell(count),
+                progress=self._tell,
             )
         sizes: dict[str, dict[str, int]] = {}
         with writing(staging.path):
@@ -231,14 +242,16 @@ class _Run:
                 place = staging.files / layout.name
                 sizes[layout.name] = layout.finish(place, staging.spill(layout.name), journal.done)
         self.plan.check_inputs()
-        report = self.report(journal.done, resumed=len(resumed), nbytes_read=_nbytes(jobs))
+        nbytes = sum(self.plan.nbytes_of(job) for job in jobs)
+        report = self.report(journal.done, resumed=len(resumed), nbytes_read=nbytes)
         self.check_surprises(report)
         with writing(staging.path):
-            names = self.plan.write_other_files(staging.files, report, sizes)
+            write_other_files(self.plan, staging.files, report, sizes)
         seconds, started = time.perf_counter() - started, time.perf_counter()
         done = {name: done_as_json(result) for name, result in journal.done.items()}
         record = {"head": self.plan.head, "done": done}
-        staging.commit(names, stale_files(self.directory, names), record)
+        stale = stale_files(self.directory, self.plan.names)
+        staging.commit(self.plan.names, stale, record)
         return dataclasses.replace(
             report, seconds=seconds, seconds_commit=time.perf_counter() - started
         )
@@ -255,11 +268,25 @@ class _Run:
 
     def _tell(self, count: int) -> None:
         if self.progress is not None:
-            self.progress(count, _nbytes(self.plan.jobs))
+            self.progress(count, self.plan.nbytes_read)
 
 
-def _nbytes(jobs: Sequence[stream.CopyJob | stream.WeightJob]) -> int:
-    return sum(OutputPlan.nbytes_of(job) for job in jobs)
+def _result(target: Target, done: Done | None) -> TensorResult:
+    tensor, fmt, reason = target.tensor, target.format, target.reason
+    if fmt is not None and done is not None and fmt.double_quant and not done.double_quant:
+        fmt, reason = fmt.replace(double_quant=False), "fp32 scales: 8 bits cannot hold them"
+    return TensorResult(
+        name=tensor.name,
+        file=tensor.file.name,
+        shape=tensor.shape,
+        dtype=tensor.dtype,
+        format=fmt,
+        reason=reason,
+        expected=target.expected,
+        nbytes_before=tensor.nbytes,
+        nbytes=tensor.nbytes if fmt is None else fmt.nbytes(tensor.numel),
+        errors=None if done is None or fmt is None else done.errors,
+    )
 
 
 def _make(path: Path, nbytes: int) -> None:

@@ -39,7 +39,7 @@ def why_dense(tensor: StoredTensor, *, vocab_size: int | None = None) -> str:
         tensor: dense.
         vocab_size: of the model's configuration, None if unknown.
     """
-    module, _, parameter = tensor.name.rpartition(".")
+    parameter = tensor.name.rpartition(".")[2]
     reason = why_never(tensor)
     if reason:
         return reason

@@ -25,7 +25,7 @@ from typing import Any, Final
 
 from qkern.checkpoint.journal import Journal
 from qkern.checkpoint.lock import WriterLock
-from qkern.errors import OutOfSpaceError, OutputError, QkernError
+from qkern.errors import CorruptFileError, OutOfSpaceError, OutputError, QkernError
 from qkern.files import read_json, sync_directory, write_json
 
 FOLDER: Final = ".qkern-partial"
@@ -57,6 +57,7 @@ class Staging:
         self._commit_file = self.path / "commit.json"
         self._lock = WriterLock(self.path / "lock")
         self._made_directory = False
+        self._is_cleared = False
 
     def __enter__(self) -> Staging:  # noqa: PYI034 - typing.Self needs Python 3.11
         with writing(self.directory):
@@ -76,10 +77,11 @@ class Staging:
         traceback: TracebackType | None,
     ) -> None:
         self.journal.close()
-        if not self._commit_file.exists() and not self.journal.path.exists():
+        kept = self._commit_file.exists() or self.journal.path.exists()
+        if not self._is_cleared and not kept:
             self.clear()
         self._lock.release()
-        if sys.platform == "win32" and not self.files.exists():  # no open file is removed there
+        if sys.platform == "win32" and self._is_cleared:  # no open file is removed there
             with contextlib.suppress(OSError):
                 self._lock.path.unlink()
                 self.path.rmdir()
@@ -89,8 +91,20 @@ class Staging:
         return self.path / f"{name}.scales"
 
     def pending_commit(self) -> dict[str, Any] | None:
-        """What a run that was killed while renaming has left to do; None if nothing."""
-        return read_json(self._commit_file) if self._commit_file.exists() else None
+        """What a run that was killed while renaming has left to do; None if nothing.
+
+        Raises:
+            CorruptFileError: if the file says nothing that ``commit`` writes.
+        """
+        if not self._commit_file.exists():
+            return None
+        content = read_json(self._commit_file)
+        for key in ("names", "stale"):
+            names = content.get(key)
+            if not isinstance(names, list) or not all(_is_inside(name) for name in names):
+                msg = f"{self._commit_file}: {key} is no list of files of {self.directory}"
+                raise CorruptFileError(msg)
+        return content
 
     def commit(self, names: Sequence[str], stale: Sequence[str], record: dict[str, Any]) -> None:
         """Rename the staged files into place.
@@ -103,18 +117,23 @@ class Staging:
         Raises:
             OutputError: if the files cannot be made durable; then none of them is renamed.
         """
+        content = {**record, "names": list(names), "stale": list(stale)}
         with writing(self.directory):
-            for name in names:
-                with (self.files / name).open("rb+") as file:
-                    os.fsync(file.fileno())
-            for folder in {self.files, *((self.files / name).parent for name in names)}:
-                sync_directory(folder)
-            content = {**record, "names": list(names), "stale": list(stale)}
-            write_json(self._commit_file, content)
-            self.roll_forward(content)
+            try:
+                for name in names:
+                    with (self.files / name).open("rb+") as file:
+                        os.fsync(file.fileno())
+                for folder in {self.files, *((self.files / name).parent for name in names)}:
+                    sync_directory(folder)
+                write_json(self._commit_file, content)
+            except OSError:  # what the disk did not take is not to be trusted later
+                self.clear()
+                raise
+        self.roll_forward(content)
+        self.clear()
 
     def roll_forward(self, content: dict[str, Any]) -> None:
-        """Do what is left of a commit, and remove the folder."""
+        """Do what is left of a commit; the folder stays."""
         with writing(self.directory):
             folders = {self.directory}
             for name in content["names"]:
@@ -128,13 +147,22 @@ class Staging:
             for name in content["stale"]:
                 (self.directory / name).unlink(missing_ok=True)
             sync_directory(self.directory)
-            self.clear()
+
+    def restart(self) -> None:
+        """Forget an unfinished run; the folder stays locked."""
+        self.journal.close()
+        for path in sorted(self.path.iterdir()):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path != self._lock.path:
+                path.unlink()
+        self.files.mkdir()
+        self.journal = Journal(self.journal.path)
 
     def clear(self) -> None:
         """Remove the folder, and DST if it was made for it and holds nothing."""
         self.journal.close()
-        if not self.path.exists():
-            return
+        self._is_cleared = True  # from now on the folder may be that of another process
         # What says that there is nothing left to do goes last.
         last = (self._commit_file, self._lock.path)
         for path in sorted(self.path.iterdir()):
@@ -150,6 +178,13 @@ class Staging:
                 self.directory.rmdir()
 
 
+def _is_inside(name: object) -> bool:
+    """Whether a name is that of a file in the folder or below it."""
+    if not isinstance(name, str) or not name or "\\" in name or ":" in name:
+        return False
+    return not name.startswith("/") and not {"", ".", ".."} & set(name.split("/"))
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Errors of the system while something is written under ``path``, as ours."""
@@ -158,9 +193,25 @@ def writing(path: Path) -> Iterator[None]:
     except QkernError:
         raise
     except OSError as error:
-        name, why = error.filename or path, error.strerror or str(error)
-        if error.errno in _FULL:
-            msg = f"{name}: {why}: free some room, or write to another disk"
-            raise OutOfSpaceError(msg) from error
-        msg = f"{name}: cannot be written: {why}"
+        _raise_if_full(error, path)
+        msg = f"{error.filename or path}: cannot be written: {error.strerror or error}"
         raise OutputError(msg) from error
+
+
+@contextlib.contextmanager
+def streaming(path: Path) -> Iterator[None]:
+    """The same while files are read too: only a full disk is known to be about ``path``."""
+    try:
+        yield
+    except QkernError:
+        raise
+    except OSError as error:
+        _raise_if_full(error, path)
+        raise
+
+
+def _raise_if_full(error: OSError, path: Path) -> None:
+    if error.errno in _FULL:
+        why = error.strerror or str(error)
+        msg = f"{error.filename or path}: {why}: free some room, or write to another disk"
+        raise OutOfSpaceError(msg) from error
