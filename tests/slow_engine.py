@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from qkern import arrays, codec
+from qkern import arrays
 from qkern.checkpoint import stream
 from qkern.checkpoint.stream import CopyJob, Dense, Done, Errors
 
@@ -51,7 +51,8 @@ def run(
         try:
             q = arrays.quantize(values, job.target.format, method=job.method, dtype=name)
         except stream_errors() as error:
-            raise type(error)(f"{job.name}: {error}") from error
+            msg = f"{job.name}: {error}"
+            raise type(error)(msg) from error
         codes = q.packed.tobytes()
         scales = q.absmax.tobytes() + (
             b"" if q.nested_absmax is None else q.nested_absmax.tobytes()

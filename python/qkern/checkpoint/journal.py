@@ -101,7 +101,7 @@ def done_as_json(done: Done) -> dict[str, Any]:
     """A result without its number, as JSON values."""
     content = done._asdict()
     del content["job"]
-    return content | {"errors": None if done.errors is None else list(done.errors)}
+    return content | {"errors": None if done.errors is None else done.errors._asdict()}
 
 
 def done_from_json(content: Mapping[str, Any]) -> Done:
@@ -117,7 +117,7 @@ def done_from_json(content: Mapping[str, Any]) -> Done:
         offset=float(content["offset"]),
         crc=int(content["crc"]),
         crc_scales=int(content["crc_scales"]),
-        errors=None if errors is None else Errors(*errors),
+        errors=None if errors is None else Errors(**errors),
     )
 
 

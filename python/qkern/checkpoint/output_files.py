@@ -56,9 +56,7 @@ def config_entries(plan: OutputPlan) -> dict[str, Any]:
     quantized = [target for target in plan.targets if target.format is not None]
     if not quantized:
         return {}
-    templates = [t.format.template for t in quantized if t.format is not None]
-    # In the order of the tensors: the same on every run where two are as many.
-    fmt = max(dict.fromkeys(templates), key=templates.count)
+    fmt = plan.settings.format.template
     dtypes = [target.tensor.dtype for target in quantized]
     skipped = {
         target.tensor.name.removesuffix(".weight"): None
@@ -77,7 +75,7 @@ def config_entries(plan: OutputPlan) -> dict[str, Any]:
     return quantization_config(
         fmt,
         list(skipped),
-        max(dict.fromkeys(dtypes), key=dtypes.count),
+        max(dict.fromkeys(dtypes), key=dtypes.count),  # of several the first: always the same
         bitsandbytes=all(
             t.format is not None
             and t.format.quant_type == fmt.quant_type
