@@ -15,10 +15,10 @@ from dense_checkpoints import (
     ends,
     expected_entries,
     layer,
-    tree,
     write_model,
     write_sharded,
 )
+from file_trees import tree
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
