@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -62,6 +63,12 @@ def send_to_kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         monkeypatch.setitem(linear.KERNELS, name, multiply)
     return called
+
+
+def decode_beside_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on ``dequantize`` does so by kernels, or by torch where they are not supported."""
+    module = importlib.import_module("qkern.ops.dequantize")  # of the package it hides the module
+    monkeypatch.setattr(module, "_is_hosts", lambda _: False)
 
 
 def multiply_densely(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,3 +28,5 @@ def test_two_processes_equal_one() -> None:
     assert run.returncode == 0, run.stdout + run.stderr
     worked = [line for line in run.stdout.splitlines() if line.startswith("works: ")]
     assert worked == [f"works: {leg.__name__}" for leg in distributed_worker.LEGS]
+    if not distributed_worker.HAS_FSDP2:
+        pytest.skip("DDP works; FSDP2 between CPU processes fails in this torch, quantized or not")

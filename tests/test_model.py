@@ -238,6 +238,33 @@ def test_add_lora_says_what_is_wrong() -> None:
             qkern.QLoRALinear.from_linear(nn.Linear(64, 64), **settings)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        ({"r": 0}, qkern.ShapeError),
+        ({"lora_dropout": 1.0}, qkern.ShapeError),
+        ({"lora_mode": "added"}, qkern.FormatError),
+        ({"lora_mode": "merged", "lora_dropout": 0.1}, qkern.FormatError),
+        ({"dtype": torch.int8}, RuntimeError),
+    ],
+)
+def test_an_add_lora_that_fails_leaves_the_model_as_it_was(
+    wrong: dict[str, object], error: type[Exception]
+) -> None:
+    model = tiny_llama()
+    qkern.quantize_model(model)
+    qkern.add_lora(model, target_modules=["q_proj"])
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    assert before["model.norm.weight"] is False
+    model.model.norm.requires_grad_(True)
+    kinds = [type(module) for module in model.modules()]
+    with pytest.raises(error):
+        qkern.add_lora(model, target_modules=["v_proj"], **wrong)
+    after = {name: p.requires_grad for name, p in model.named_parameters()}
+    assert after == before | {"model.norm.weight": True}
+    assert [type(module) for module in model.modules()] == kinds
+
+
 def test_dropout_acts_in_training_alone_and_only_on_the_adapter() -> None:
     layer = qkern.QLoRALinear.from_linear(
         nn.Linear(64, 32), lora_dropout=0.5, init_lora_weights=False

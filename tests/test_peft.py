@@ -75,6 +75,9 @@ def test_peft_merges_and_unmerges_to_the_same_bytes() -> None:
     assert torch.equal(logits(model), adapted)
 
 
+@pytest.mark.skipif(
+    torch.__version__ < (2, 7), reason="torch 2.6 compiles no PeftModel as one graph, dense or not"
+)
 def test_peft_over_a_compiled_quantized_model() -> None:
     torch._dynamo.reset()
     model = get_peft_model(quantized(), copy.deepcopy(CONFIG)).train()

@@ -11,6 +11,7 @@ import pickle
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from toys import tiny_llama, token_ids
 
 import qkern
-from qkern import kernels, reference
+from qkern import kernels, projections, reference
 from qkern.errors import FormatError
 from qkern.ops import device_projections
 from qkern.ops.device import Adapter, Base
@@ -181,6 +182,14 @@ def test_modes_see_the_operators(launches: list[int]) -> None:
     assert seen.names == ["projections", "projections_backward", "projections"]
 
 
+@pytest.fixture(params=["hooks", "stack"])
+def checkpoints(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How checkpointing is noticed: by its hooks, or as in torch 2.6 by the calls on the stack."""
+    if request.param == "stack":
+        monkeypatch.setattr(projections, "_saving_hooks", projections._innermost_checkpoint)
+
+
+@pytest.mark.usefixtures("checkpoints")
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("within", [False, True])
 def test_checkpointing_computes_once_more_and_has_the_same_gradients(
@@ -197,12 +206,29 @@ def test_checkpointing_computes_once_more_and_has_the_same_gradients(
     assert launches == [3, 3, 3]
 
 
-def test_a_sibling_that_is_checkpointed_by_itself_is_computed_there(launches: list[int]) -> None:
+@pytest.mark.usefixtures("checkpoints", "launches")
+def test_a_sibling_that_is_checkpointed_by_itself_is_computed_there() -> None:
     model, x = Model(), tokens()
-    plain = gradients(model, x)
     layer = model.attention.k_proj
     inner = layer.forward
-    layer.forward = lambda x: checkpoint(inner, x, use_reentrant=False)
+
+    def activated(x: Tensor) -> Tensor:
+        return inner(x).sin()
+
+    layer.forward = activated
+    plain = gradients(model, x)
+    layer.forward = lambda x: checkpoint(activated, x, use_reentrant=False)
+    with pytest.warns(UserWarning, match="in vain"):
+        assert_close(gradients(model, x), plain)
+
+
+@pytest.mark.usefixtures("checkpoints", "launches")
+def test_siblings_that_are_checkpointed_one_by_one_are_computed_one_by_one() -> None:
+    model, x = Model(), tokens()
+    plain = gradients(model, x)
+    for name in LAYERS:
+        layer = getattr(model.attention, name)
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     with pytest.warns(UserWarning, match="in vain"):
         assert_close(gradients(model, x), plain)
 

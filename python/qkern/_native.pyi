@@ -1,3 +1,4 @@
+from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any, TypeAlias, final
 
@@ -180,6 +181,17 @@ def lora_gradients(
     *,
     grad_a: _F32 | Buffer | None = None,
     grad_b: _F32 | Buffer | None = None,
+    threads: int = 0,
+    simd: str | None = None,
+) -> None: ...
+def run_jobs(
+    jobs: Sequence[object],
+    inputs: Sequence[str | PathLike[str]],
+    outputs: Sequence[str | PathLike[str]],
+    nested_code: _F32,
+    done: Callable[[tuple[Any, ...]], object],
+    progress: Callable[[int], object],
+    *,
     threads: int = 0,
     simd: str | None = None,
 ) -> None: ...

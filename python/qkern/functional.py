@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from qkern import ops
 from qkern.arrays import QuantizedArray
 from qkern.codec import NONFINITE, check_choice
 from qkern.errors import DTypeError, FrozenWeightError, ShapeError
 from qkern.formats import QuantFormat, resolve_format
-from qkern.ops import host
 from qkern.reference import Parts
 from qkern.tensor import QuantizedTensor
 
@@ -50,9 +50,7 @@ def dequantize(
     if out is None:
         return q.dequantize(dtype)
     _check_out(q, dtype, out)
-    plain = type(out) in (Tensor, nn.Parameter) and out.dtype != torch.float64
-    if plain and out.device.type == "cpu" and out.is_contiguous() and q.is_whole:
-        host.dequantize_into(q.parts, q.format, out.detach(), reused=True)
+    if q.is_whole and out.dtype != torch.float64 and ops.decoded_into(q.parts, q.format, out):
         return out
     return out.copy_(q.dequantize(out.dtype))
 

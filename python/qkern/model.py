@@ -109,6 +109,8 @@ def add_lora(
 ) -> list[str]:
     """Give quantized layers a trainable adapter, in place, and freeze everything else.
 
+    After an error nothing has changed: no layer, and nothing that was trained is frozen.
+
     Args:
         model: after ``quantize_model``.
         r: rank.
@@ -169,12 +171,13 @@ def attach_adapters(model: nn.Module, names: Sequence[str], **lora: Any) -> None
         if parameter.requires_grad
     ]
     leave_inference_mode(model)
+    # Before anything is frozen: if one cannot be made, the model stays as it was.
+    made = [QLoRALinear.from_linear(layers[name][0], **lora) for name in names]
     model.requires_grad_(False)
     for parameter in trained:  # adapters that were there before stay trainable
         parameter.requires_grad_(True)
-    for name in names:
-        quantized, paths = layers[name]
-        replace_module(model, paths, QLoRALinear.from_linear(quantized, **lora))
+    for name, layer in zip(names, made, strict=True):
+        replace_module(model, layers[name][1], layer)
 
 
 def memory_footprint(model: nn.Module) -> int:

@@ -64,6 +64,17 @@ def test_values_that_are_hard_to_quantize_have_the_hosts_bytes(quant_type: str) 
             assert same_bytes(got.dequantize(out), right.dequantize(out)), (name, dtype, out)
 
 
+def test_a_given_output_gets_the_bytes_without_a_copy() -> None:
+    q = qkern.quantize(torch.randn(2048, 1536), "nf4").to(DEVICE)
+    out = torch.full((2048, 1536), torch.nan, dtype=torch.bfloat16, device=DEVICE)
+    expected = q.dequantize(torch.bfloat16)  # compiles
+    torch.cuda.reset_peak_memory_stats(DEVICE)
+    before = torch.cuda.memory_allocated(DEVICE)
+    assert qkern.dequantize(q, out=out) is out
+    assert torch.cuda.max_memory_allocated(DEVICE) - before < out.nbytes // 2
+    assert same_bytes(out, expected)
+
+
 def decoded_on_both(parts: reference.Parts, fmt: QuantFormat, numel: int) -> list[Tensor]:
     """For each dtype the device's values, then the reference's."""
     found = []

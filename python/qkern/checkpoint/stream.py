@@ -13,6 +13,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qkern import (
+    _native,  # noqa: TID251 - streams without torch and without arrays
+    codec,
+)
+from qkern.codec import F32
 from qkern.formats import QuantFormat
 
 
@@ -75,6 +80,21 @@ class CopyJob:
 
 
 @dataclasses.dataclass(frozen=True)
+class Delta:
+    """What an adapter adds to a weight, in fp32: ``w[i, j] += sum over r of b[i, r] a[r, j]``.
+
+    Args:
+        a: (r * columns,) fp32, contiguous.
+        b: (rows * r,) fp32, contiguous, with the scaling in it.
+        base: dtype that a quantized weight is rounded to before: what the adapter was trained on.
+    """
+
+    a: F32
+    b: F32
+    base: str
+
+
+@dataclasses.dataclass(frozen=True)
 class WeightJob:
     """A weight that changes its form.
 
@@ -84,7 +104,9 @@ class WeightJob:
         source: its values or its codes, among the inputs.
         target: where the result goes, among the outputs.
         method: how a 4-bit target's codes are chosen, "absmax" or "search".
-        measure: whether the errors of a quantized target are measured, see ``Errors``.
+        measure: whether the errors of a quantized target are measured, see ``Errors``; with
+            a delta those of a dense one always are.
+        delta: what is added before; none by default.
     """
 
     name: str
@@ -93,18 +115,23 @@ class WeightJob:
     target: Dense | Quantized
     method: str = "absmax"
     measure: bool = False
+    delta: Delta | None = None
 
 
 class Errors(NamedTuple):
-    """Sums over the values whose errors were measured: of every eighth chunk of 2^18 values.
+    """Sums over the values whose errors were measured.
+
+    All values of a tensor of at most 2^18; of larger ones whole blocks at the start of each 2^18,
+    2^13 values in all (of formats with a scale a row: as many whole rows).
 
     ``squared_error / squared`` is the square of the relative RMS error.
     """
 
-    count: int
+    numel: int  # values that were measured
     squared: float  # sum of w^2
     squared_error: float  # sum of (decoded - w)^2
     max_error: float  # largest |decoded - w|
+    squared_delta: float = 0.0  # sum of squares of what was added
 
 
 class Done(NamedTuple):
@@ -151,4 +178,18 @@ def run(
         OSError: if a file cannot be read or written, with its name; ``OutOfSpaceError`` if there is
             no room left.
     """
-    raise NotImplementedError
+    _native.run_jobs(
+        list(jobs),
+        list(inputs),
+        list(outputs),
+        codec.nested_code_array(),
+        lambda news: done(_named(news)),
+        progress,
+        threads=threads,
+    )
+
+
+def _named(news: tuple[Any, ...]) -> Done:
+    job, double_quant, offset, crc, crc_scales, errors = news
+    measured = None if errors is None else Errors(*errors)
+    return Done(job, double_quant, offset, crc, crc_scales, measured)

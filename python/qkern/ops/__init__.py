@@ -4,7 +4,7 @@ The only importer of ``kernels``. Every operator has a default implementation fo
 kernels, or where there are none by torch.
 """
 
-from qkern.ops.dequantize import decoded, dequantize, has_kernels, parts_of_shard
+from qkern.ops.dequantize import decoded, decoded_into, dequantize, has_kernels, parts_of_shard
 from qkern.ops.linear import linear
 from qkern.ops.lora_dropout import add_dropped, drops_in_kernel
 from qkern.ops.projections import Layer, projections, share_a_launch
@@ -21,6 +21,7 @@ __all__ = [
     "Layer",
     "add_dropped",
     "decoded",
+    "decoded_into",
     "dequantize",
     "drops_in_kernel",
     "encode",

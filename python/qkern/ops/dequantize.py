@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from qkern import kernels, reference
 from qkern.formats import NESTED_BLOCKSIZE, QuantFormat
@@ -66,6 +67,34 @@ def decoded(
     return out
 
 
+def decoded_into(parts: reference.Parts, fmt: QuantFormat, out: Tensor) -> bool:
+    """Write the values into the memory of ``out``, if nothing watches and it is theirs in order.
+
+    Args:
+        parts: of the quantized tensor.
+        fmt: how the bytes are read.
+        out: of the shape and on the device of the dense tensor, in its dtype.
+
+    Returns:
+        Whether it was done; if not, ``out`` is as it was.
+
+    Raises:
+        DTypeError: unless ``out`` is float32, float16 or bfloat16.
+    """
+    is_plain = is_unobserved(parts.packed, parts.absmax, out) and not out.is_neg()
+    if not is_plain or not out.is_contiguous():
+        return False
+    host.dtype_name(out.dtype)
+    if not out.is_inference():  # those have no version
+        increment_version(out)
+    flat = out.detach().view(-1)
+    if _is_hosts(out.device):
+        host.dequantize_into(parts, fmt, flat, reused=True)
+    else:
+        _on_device(parts, fmt, out.numel(), out.dtype, flat)
+    return True
+
+
 def parts_of_shard(parts: reference.Parts, fmt: QuantFormat, start: int) -> reference.Parts:
     """Parts with fp32 scales of a shard of whole rows, whose first value has flat index ``start``.
 
@@ -84,17 +113,31 @@ def dense(
     parts: reference.Parts, fmt: QuantFormat, shape: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
     """The values by the best way that their device has: host code, a kernel, torch."""
-    numel = torch.Size(shape).numel()
-    device = parts.packed.device
-    if device.type == "cpu":
+    if _is_hosts(parts.packed.device):
         out = host.empty(shape, dtype)
         host.dequantize_into(parts, fmt, out)
         return out
-    if kernels.is_supported(device):
+    return _on_device(parts, fmt, torch.Size(shape).numel(), dtype).reshape(tuple(shape))
+
+
+def _is_hosts(device: torch.device) -> bool:
+    """Whether the codec decodes what lies there."""
+    return device.type == "cpu"
+
+
+def _on_device(
+    parts: reference.Parts,
+    fmt: QuantFormat,
+    numel: int,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The values, flat, by a kernel or by torch; in ``out`` (numel,) if it is given."""
+    if kernels.is_supported(parts.packed.device):
         from qkern.kernels.dequantize import dequantize as launch
 
-        return launch(*parts, fmt, numel, dtype).reshape(tuple(shape))
-    return dequantize_torch(parts, fmt, numel, dtype).reshape(tuple(shape))
+        return launch(*parts, fmt, numel, dtype, out)
+    return dequantize_torch(parts, fmt, numel, dtype, out)
 
 
 def why_no_kernel(device: torch.device) -> str:

@@ -18,8 +18,18 @@ _INT8_STEP = float(torch.tensor(1 / 127, dtype=torch.float32))
 _VALUES_AT_ONCE = 1 << 22
 
 
-def dequantize_torch(parts: Parts, fmt: QuantFormat, numel: int, dtype: torch.dtype) -> Tensor:
-    """The ``numel`` values, flat: ``code * absmax`` in fp32, rounded once to ``dtype``."""
+def dequantize_torch(
+    parts: Parts, fmt: QuantFormat, numel: int, dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
+    """The ``numel`` values, flat: ``code * absmax`` in fp32, rounded once to ``dtype``.
+
+    Args:
+        parts: of the quantized tensor.
+        fmt: how the bytes are read.
+        numel: values.
+        dtype: of the result.
+        out: (numel,) in ``dtype``, to write into; a new tensor if None.
+    """
     absmax = parts.absmax.reshape(-1)
     pairs, nested_code = _tables(fmt.code, absmax.device)
     if parts.nested_absmax is not None and parts.offset is not None:
@@ -27,7 +37,8 @@ def dequantize_torch(parts: Parts, fmt: QuantFormat, numel: int, dtype: torch.dt
         absmax = nested_code[absmax.int()] * scale + parts.offset
     step = absmax * _INT8_STEP if fmt.code is None else absmax
     packed, each = parts.packed.reshape(-1), 8 // fmt.bits
-    out = torch.empty(numel, dtype=dtype, device=absmax.device)
+    if out is None:
+        out = torch.empty(numel, dtype=dtype, device=absmax.device)
     blocks = max(_VALUES_AT_ONCE // fmt.blocksize, 1)  # of an even size where codes have 4 bits
     for block in range(0, step.numel(), blocks):
         first = block * fmt.blocksize

@@ -4,6 +4,8 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use qkern_codec::CodecError;
+
 /// An error that names the file it is about.
 #[derive(Debug)]
 #[non_exhaustive]
@@ -31,6 +33,31 @@ pub enum CheckpointError {
         /// What the system said.
         source: io::Error,
     },
+    /// Values of a tensor that the codec refuses.
+    Tensor {
+        /// Its name.
+        name: String,
+        /// What the codec says.
+        source: CodecError,
+    },
+    /// A finite value that a dtype cannot hold.
+    Overflow {
+        /// Name of the tensor.
+        name: String,
+        /// Place of the value in the flat tensor.
+        index: usize,
+        /// The dtype.
+        dtype: &'static str,
+    },
+    /// A job that cannot be done as it is described.
+    Job {
+        /// Name of its tensor.
+        name: String,
+        /// What is wrong.
+        what: String,
+    },
+    /// Whoever watches the run ended it.
+    Stopped,
 }
 
 impl CheckpointError {
@@ -54,6 +81,14 @@ impl fmt::Display for CheckpointError {
             Self::Io { path, doing, source } => {
                 write!(f, "cannot {doing} {}: {source}", path.display())
             }
+            Self::Tensor { name, source } => write!(f, "{name}: {source}"),
+            Self::Overflow { name, index, dtype } => write!(
+                f,
+                "{name}: the value at index {index} is too large for {dtype}: write the tensor as \
+                 float32 or bfloat16"
+            ),
+            Self::Job { name, what } => write!(f, "{name}: {what}"),
+            Self::Stopped => write!(f, "stopped; what was written is incomplete"),
         }
     }
 }
@@ -62,6 +97,7 @@ impl std::error::Error for CheckpointError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
             Self::Io { source, .. } => Some(source),
+            Self::Tensor { source, .. } => Some(source),
             _ => None,
         }
     }

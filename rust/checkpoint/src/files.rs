@@ -44,26 +44,57 @@ fn nanoseconds(time: SystemTime) -> i128 {
     }
 }
 
+/// A file read and written by place, by several threads at a time; of the tests, one that fails.
+pub(crate) trait Storage: Sync {
+    /// Reads some of the bytes at `offset`; none at the end.
+    fn read_some(&self, bytes: &mut [u8], offset: u64) -> io::Result<usize>;
+    /// Writes some of the bytes at `offset`.
+    fn write_some(&self, bytes: &[u8], offset: u64) -> io::Result<usize>;
+}
+
+#[cfg(unix)]
+impl Storage for File {
+    fn read_some(&self, bytes: &mut [u8], offset: u64) -> io::Result<usize> {
+        std::os::unix::fs::FileExt::read_at(self, bytes, offset)
+    }
+
+    fn write_some(&self, bytes: &[u8], offset: u64) -> io::Result<usize> {
+        std::os::unix::fs::FileExt::write_at(self, bytes, offset)
+    }
+}
+
+/// These move the file's own cursor, which nobody uses.
+#[cfg(windows)]
+impl Storage for File {
+    fn read_some(&self, bytes: &mut [u8], offset: u64) -> io::Result<usize> {
+        std::os::windows::fs::FileExt::seek_read(self, bytes, offset)
+    }
+
+    fn write_some(&self, bytes: &[u8], offset: u64) -> io::Result<usize> {
+        std::os::windows::fs::FileExt::seek_write(self, bytes, offset)
+    }
+}
+
 /// Reads `bytes` that begin at `offset`.
 ///
 /// # Errors
 ///
 /// `Corrupt` if the file ends before that: it has become shorter.
 pub(crate) fn read_at(
-    file: &File,
+    file: &dyn Storage,
     path: &Path,
     mut bytes: &mut [u8],
     mut offset: u64,
 ) -> Result<(), CheckpointError> {
     while !bytes.is_empty() {
-        match read_some(file, bytes, offset) {
+        match file.read_some(bytes, offset) {
             Ok(0) => {
                 let what = format!("the file ends at byte {offset}, while it is read");
                 return Err(CheckpointError::corrupt(path, what));
             }
             Ok(count) => {
                 bytes = &mut bytes[count..];
-                offset += count as u64;
+                offset = offset.saturating_add(count as u64);
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(CheckpointError::io(path, "read")(error)),
@@ -72,12 +103,30 @@ pub(crate) fn read_at(
     Ok(())
 }
 
-#[cfg(unix)]
-fn read_some(file: &File, bytes: &mut [u8], offset: u64) -> io::Result<usize> {
-    std::os::unix::fs::FileExt::read_at(file, bytes, offset)
-}
-
-#[cfg(windows)]
-fn read_some(file: &File, bytes: &mut [u8], offset: u64) -> io::Result<usize> {
-    std::os::windows::fs::FileExt::seek_read(file, bytes, offset)
+/// Writes `bytes` from `offset` on.
+///
+/// # Errors
+///
+/// `Io`, also of a system that takes no byte and gives no reason.
+pub(crate) fn write_at(
+    file: &dyn Storage,
+    path: &Path,
+    mut bytes: &[u8],
+    mut offset: u64,
+) -> Result<(), CheckpointError> {
+    while !bytes.is_empty() {
+        match file.write_some(bytes, offset) {
+            Ok(0) => {
+                let error = io::Error::from(io::ErrorKind::WriteZero);
+                return Err(CheckpointError::io(path, "write")(error));
+            }
+            Ok(count) => {
+                bytes = &bytes[count..];
+                offset = offset.saturating_add(count as u64);
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(CheckpointError::io(path, "write")(error)),
+        }
+    }
+    Ok(())
 }

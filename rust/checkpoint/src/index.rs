@@ -11,7 +11,8 @@ use serde::de::{Deserializer, Error, IgnoredAny, MapAccess, Visitor};
 use serde::Deserialize;
 
 use crate::files;
-use crate::header::{is_printable, shortened, Header, Strings, MAX_HEADER};
+use crate::header::fields::Strings;
+use crate::header::{is_printable, shortened, Header, MAX_HEADER};
 use crate::CheckpointError;
 
 /// The file of a checkpoint that is one file.

@@ -9,10 +9,14 @@
 #![deny(missing_docs)]
 #![forbid(unsafe_code)]
 
+#[cfg(target_endian = "big")]
+compile_error!("files are little-endian, and their bytes are used as they are");
+
 mod error;
 mod files;
 pub mod header;
 pub mod index;
+pub mod stream;
 
 pub use error::CheckpointError;
 pub use files::Stamp;

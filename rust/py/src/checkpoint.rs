@@ -17,7 +17,7 @@ type Metadata = std::collections::BTreeMap<String, String>;
 
 /// Reads and checks index and headers of the checkpoint at `path`, a directory or a file.
 #[pyfunction]
-#[allow(clippy::type_complexity)] // what Python unpacks
+#[allow(clippy::type_complexity, clippy::needless_pass_by_value)] // the signature that Python sees
 pub(crate) fn read_checkpoint(
     py: Python<'_>,
     path: PathBuf,

@@ -32,19 +32,23 @@ pub(crate) fn detached<T: Send>(
     py: Python<'_>,
     work: impl FnOnce() -> Result<T, CodecError> + Send,
 ) -> PyResult<T> {
-    let outer = AT_WORK.replace(true);
     ASKS.set(None); // after a fork another thread may be the main one
-                    // A panic leaves unspecified numbers in the outputs, as any error does, and nothing else.
-    let result = py.detach(|| catch_unwind(AssertUnwindSafe(work)));
-    AT_WORK.set(outer);
-    match result {
-        Ok(Ok(value)) => Ok(value),
-        Ok(Err(CodecError::Interrupted)) => {
+    match caught(py, work)? {
+        Ok(value) => Ok(value),
+        Err(CodecError::Interrupted) => {
             Err(RAISED.take().unwrap_or_else(|| PyKeyboardInterrupt::new_err(())))
         }
-        Ok(Err(error)) => Err(errors::codec(py, &error)),
-        Err(payload) => Err(errors::panic(py, &text_of(payload.as_ref()))),
+        Err(error) => Err(errors::codec(py, &error)),
     }
+}
+
+/// Runs `work` without the GIL; whatever it returns, or `NativeError` for a panic.
+pub(crate) fn caught<T: Send>(py: Python<'_>, work: impl FnOnce() -> T + Send) -> PyResult<T> {
+    let outer = AT_WORK.replace(true);
+    // A panic leaves unspecified numbers in the outputs, as any error does, and nothing else.
+    let result = py.detach(|| catch_unwind(AssertUnwindSafe(work)));
+    AT_WORK.set(outer);
+    result.map_err(|payload| errors::panic(py, &text_of(payload.as_ref())))
 }
 
 /// Asked during long work: runs the handlers of signals that arrived; whether one of them raised.

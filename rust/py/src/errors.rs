@@ -1,5 +1,6 @@
 //! Errors as the classes of `qkern.errors`, which is imported when the first one is raised.
 
+use std::io::ErrorKind;
 use std::path::Path;
 
 use pyo3::exceptions::{PyFileNotFoundError, PyOSError, PyRuntimeError};
@@ -24,13 +25,18 @@ pub(crate) fn format(py: Python<'_>, message: String) -> PyErr {
 
 /// The error of the codec; `NonFiniteError` carries `index` and `count` as attributes too.
 pub(crate) fn codec(py: Python<'_>, error: &CodecError) -> PyErr {
+    named(py, error, error.to_string())
+}
+
+/// The same with a text of its own.
+fn named(py: Python<'_>, error: &CodecError, message: String) -> PyErr {
     let class = match error {
         CodecError::Length { .. } | CodecError::Columns { .. } => "ShapeError",
         CodecError::NonFinite { .. } => "NonFiniteError",
         CodecError::UnknownSimd { .. } | CodecError::UnavailableSimd { .. } => "NativeError",
         _ => "FormatError",
     };
-    let raised = raise(py, class, error.to_string());
+    let raised = raise(py, class, message);
     if let CodecError::NonFinite { index, count } = error {
         let value = raised.value(py);
         if let Err(failed) = value.setattr("index", index).and(value.setattr("count", count)) {
@@ -44,16 +50,24 @@ pub(crate) fn codec(py: Python<'_>, error: &CodecError) -> PyErr {
 pub(crate) fn checkpoint(py: Python<'_>, error: &CheckpointError) -> PyErr {
     match error {
         CheckpointError::Missing { .. } => PyFileNotFoundError::new_err(error.to_string()),
-        CheckpointError::Io { path, source, .. } => io(path, source, error.to_string()),
+        CheckpointError::Io { path, source, .. } => io(py, path, source, error.to_string()),
+        CheckpointError::Tensor { source, .. } => named(py, source, error.to_string()),
+        CheckpointError::Overflow { .. } => raise(py, "NonFiniteError", error.to_string()),
+        CheckpointError::Job { .. } => raise(py, "ShapeError", error.to_string()),
         _ => raise(py, "CorruptFileError", error.to_string()),
     }
 }
 
 /// The class of `OSError` that the system's number asks for, with the file's name.
-fn io(path: &Path, source: &std::io::Error, message: String) -> PyErr {
-    match source.raw_os_error() {
-        Some(number) => PyOSError::new_err((number, message, path.as_os_str().to_owned())),
-        None => PyOSError::new_err(message),
+fn io(py: Python<'_>, path: &Path, source: &std::io::Error, message: String) -> PyErr {
+    let Some(number) = source.raw_os_error() else { return PyOSError::new_err(message) };
+    let text = message.clone();
+    let arguments = (number, message, path.as_os_str().to_owned());
+    let full = [ErrorKind::StorageFull, ErrorKind::QuotaExceeded, ErrorKind::FileTooLarge];
+    if full.contains(&source.kind()) {
+        instance(py, "OutOfSpaceError", arguments).unwrap_or_else(|| PyOSError::new_err(text))
+    } else {
+        PyOSError::new_err(arguments)
     }
 }
 
@@ -65,11 +79,19 @@ pub(crate) fn panic(py: Python<'_>, text: &str) -> PyErr {
 }
 
 fn raise(py: Python<'_>, class: &str, message: String) -> PyErr {
-    match py.import("qkern.errors").and_then(|module| module.getattr(class)) {
-        Ok(class) => match class.call1((message,)) {
-            Ok(error) => PyErr::from_value(error),
-            Err(failed) => failed,
-        },
-        Err(_) => PyRuntimeError::new_err(message), // the extension was taken out of its package
-    }
+    let text = message.clone();
+    instance(py, class, (message,)).unwrap_or_else(|| PyRuntimeError::new_err(text))
+}
+
+/// An error of a class of `qkern.errors`; none if the extension was taken out of its package.
+fn instance<'py>(
+    py: Python<'py>,
+    class: &str,
+    arguments: impl pyo3::call::PyCallArgs<'py>,
+) -> Option<PyErr> {
+    let class = py.import("qkern.errors").and_then(|module| module.getattr(class)).ok()?;
+    Some(match class.call1(arguments) {
+        Ok(error) => PyErr::from_value(error),
+        Err(failed) => failed,
+    })
 }

@@ -12,6 +12,7 @@ mod functions;
 mod linear;
 mod pages;
 mod scales;
+mod stream;
 
 use pyo3::exceptions::PyImportError;
 use pyo3::prelude::*;
@@ -40,6 +41,9 @@ mod _native {
 
     #[pymodule_export]
     use crate::pages::advise_huge_pages;
+
+    #[pymodule_export]
+    use crate::stream::run_jobs;
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

@@ -1,0 +1,320 @@
+//! What is to be done: tensors, where they lie, and what becomes of them.
+
+use qkern_codec::{
+    num_blocks, packed_len, CodecError, MAX_BLOCKSIZE, MIN_BLOCKSIZE, NESTED_BLOCKSIZE,
+};
+
+use crate::error::CheckpointError;
+
+/// A row with one scale must fit into memory as a whole.
+const LONGEST_ROW: usize = 1 << 28;
+
+/// A place in one of the files of a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Span {
+    /// Index of the file among the inputs or outputs.
+    pub file: usize,
+    /// Bytes from its start.
+    pub offset: u64,
+}
+
+/// The dtypes that have a codec.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dtype {
+    /// 32-bit floats.
+    F32,
+    /// IEEE half precision.
+    F16,
+    /// bfloat16.
+    Bf16,
+}
+
+impl Dtype {
+    /// Bytes of a value.
+    pub fn size(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+        }
+    }
+
+    /// As torch calls it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "float32",
+            Self::F16 => "float16",
+            Self::Bf16 => "bfloat16",
+        }
+    }
+}
+
+/// How the codes of a quantized tensor are read.
+#[derive(Clone, Debug)]
+pub struct Format {
+    /// The 16 values of a 4-bit format; `None` for 8-bit integers.
+    pub code: Option<[f32; 16]>,
+    /// Values that share a scale; those of a row where `per_row`.
+    pub blocksize: usize,
+    /// Whether a block is a row, of any length: integers alone.
+    pub per_row: bool,
+    /// The 256 values of a double-quantized scale; `None` for fp32 scales.
+    pub nested_code: Option<Box<[f32; 256]>>,
+}
+
+impl Format {
+    /// Bytes of the codes of so many values.
+    pub fn packed_size(&self, numel: usize) -> usize {
+        match self.code {
+            Some(_) => packed_len(numel),
+            None => numel,
+        }
+    }
+
+    /// Scales of so many values.
+    pub fn num_blocks(&self, numel: usize) -> usize {
+        num_blocks(numel, self.blocksize)
+    }
+}
+
+/// Values or codes that are read.
+#[derive(Clone, Debug)]
+pub enum Source {
+    /// Values in row-major order.
+    Dense {
+        /// What they are.
+        dtype: Dtype,
+        /// The first of them.
+        at: Span,
+    },
+    /// Codes and scales.
+    Quantized(Stored),
+}
+
+/// A quantized tensor in a file.
+#[derive(Clone, Debug)]
+pub struct Stored {
+    /// How it is read.
+    pub format: Format,
+    /// The first code.
+    pub codes: Span,
+    /// The first scale: fp32, or 8-bit codes.
+    pub scales: Span,
+    /// The first second-level scale, of double-quantized ones.
+    pub nested: Span,
+    /// Mean of double-quantized scales.
+    pub offset: f32,
+}
+
+/// What is written.
+#[derive(Clone, Debug)]
+pub enum Target {
+    /// Values in row-major order, rounded once.
+    Dense {
+        /// What they are.
+        dtype: Dtype,
+        /// The first of them.
+        at: Span,
+    },
+    /// Codes and scales.
+    Quantized(Coded),
+}
+
+/// A quantized tensor to be written.
+#[derive(Clone, Debug)]
+pub struct Coded {
+    /// How it will be read. 8-bit scales are given up where they cannot hold the tensor's.
+    pub format: Format,
+    /// The first code.
+    pub codes: Span,
+    /// The first scale: fp32, or 8-bit codes and behind them the second-level scales.
+    pub scales: Span,
+    /// Whether scales of least squared error are searched for, of a 4-bit format.
+    pub search: bool,
+    /// Whether errors are measured.
+    pub measure: bool,
+}
+
+/// A tensor and what becomes of it.
+#[derive(Clone, Debug)]
+pub enum Job {
+    /// Its bytes go over as they are.
+    Copy {
+        /// Name, for errors.
+        name: String,
+        /// How many bytes.
+        nbytes: u64,
+        /// Where they lie.
+        source: Span,
+        /// Where they go.
+        target: Span,
+    },
+    /// It changes its form.
+    Weight(Box<Weight>),
+}
+
+/// A tensor that changes its form.
+#[derive(Clone, Debug)]
+pub struct Weight {
+    /// Name, for errors.
+    pub name: String,
+    /// How many values.
+    pub numel: usize,
+    /// Values of a row: of the last dimension.
+    pub row: usize,
+    /// What is read.
+    pub source: Source,
+    /// What is added to it.
+    pub delta: Option<Delta>,
+    /// What is written.
+    pub target: Target,
+}
+
+/// A product of low rank that is added to a weight: `w[i, j] += sum over r of b[i, r] a[r, j]`, in
+/// fp32.
+#[derive(Clone, Debug)]
+pub struct Delta {
+    /// `(rank, row)`, row-major.
+    pub a: Vec<f32>,
+    /// `(numel / row, rank)`, row-major, with all factors in it.
+    pub b: Vec<f32>,
+    /// What a quantized weight is rounded to before: the weight that the adapter was trained on.
+    pub base: Dtype,
+}
+
+impl Weight {
+    /// The codec's error, with the tensor's name.
+    pub(super) fn refused(&self, source: CodecError) -> CheckpointError {
+        CheckpointError::Tensor { name: self.name.clone(), source }
+    }
+}
+
+impl Job {
+    /// Name of the tensor.
+    pub fn name(&self) -> &str {
+        match self {
+            Self::Copy { name, .. } => name,
+            Self::Weight(weight) => &weight.name,
+        }
+    }
+
+    /// Refuses what cannot be done: a file that is not there, sizes beyond all numbers.
+    pub(super) fn check(&self, inputs: usize, outputs: usize) -> Result<(), CheckpointError> {
+        let wrong = match self {
+            Self::Copy { nbytes, source, target, .. } => {
+                source.check(*nbytes, inputs).or(target.check(*nbytes, outputs))
+            }
+            Self::Weight(weight) => weight.check(inputs, outputs),
+        };
+        match wrong {
+            Some(what) => Err(CheckpointError::Job { name: self.name().to_owned(), what }),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Weight {
+    /// What is wrong, if something is.
+    fn check(&self, inputs: usize, outputs: usize) -> Option<String> {
+        if self.row > LONGEST_ROW {
+            return Some(format!("rows of {} values: {LONGEST_ROW} is the most", self.row));
+        }
+        if let Some(Delta { a, b, .. }) = &self.delta {
+            let (rank, rows) = (a.len() / self.row.max(1), self.numel / self.row.max(1));
+            if a.len() != rank * self.row || rows.checked_mul(rank) != Some(b.len()) {
+                let (row, a, b) = (self.row, a.len(), b.len());
+                return Some(format!("A of {a} and B of {b} values do not fit {rows} x {row}"));
+            }
+        }
+        let dense = |dtype: &Dtype, at: &Span, files| {
+            at.check((self.numel as u64).saturating_mul(dtype.size() as u64), files)
+        };
+        let source = match &self.source {
+            Source::Dense { dtype, at } => dense(dtype, at, inputs),
+            Source::Quantized(Stored { format, codes, scales, nested, .. }) => {
+                format.check(self, codes, scales, inputs).or_else(|| {
+                    nested.check(4 * num_groups(format.num_blocks(self.numel)) as u64, inputs)
+                })
+            }
+        };
+        let target = || match &self.target {
+            Target::Dense { dtype, at } => dense(dtype, at, outputs),
+            Target::Quantized(Coded { format, codes, scales, search, .. }) => {
+                let integers = *search && format.code.is_none();
+                format
+                    .check(self, codes, scales, outputs)
+                    .or_else(|| integers.then(|| "scales are searched for 4 bits only".to_owned()))
+            }
+        };
+        source.or_else(target)
+    }
+}
+
+impl Format {
+    fn check(&self, weight: &Weight, codes: &Span, scales: &Span, files: usize) -> Option<String> {
+        let fits = if self.per_row {
+            self.code.is_none() && self.nested_code.is_none() && self.blocksize == weight.row
+        } else {
+            self.blocksize.is_power_of_two()
+                && (MIN_BLOCKSIZE..=MAX_BLOCKSIZE).contains(&self.blocksize)
+        };
+        if !fits || self.blocksize == 0 {
+            return Some(format!("blocksize {} does not fit the format", self.blocksize));
+        }
+        let blocks = self.num_blocks(weight.numel) as u64;
+        let bytes = match self.nested_code {
+            Some(_) => blocks,
+            None => blocks.saturating_mul(4),
+        };
+        codes
+            .check(self.packed_size(weight.numel) as u64, files)
+            .or_else(|| scales.check(bytes, files))
+    }
+}
+
+impl Span {
+    /// What is wrong with so many bytes here, if something is.
+    fn check(&self, nbytes: u64, files: usize) -> Option<String> {
+        if self.file >= files {
+            return Some(format!("there is no file {} among {files}", self.file));
+        }
+        let end = self.offset.checked_add(nbytes).filter(|end| i64::try_from(*end).is_ok());
+        end.is_none().then(|| format!("{nbytes} bytes from {} on end nowhere", self.offset))
+    }
+}
+
+/// Sums over the values whose errors were measured.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Errors {
+    /// How many values.
+    pub count: u64,
+    /// Sum of their squares.
+    pub squared: f64,
+    /// Sum of the squares of their errors.
+    pub squared_error: f64,
+    /// The largest magnitude of an error.
+    pub max_error: f64,
+    /// Sum of the squares of what was added.
+    pub squared_delta: f64,
+}
+
+/// What became of a job. Checksums are CRC-32 of what was written.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Done {
+    /// Index of the job.
+    pub job: usize,
+    /// Whether the scales of the target are double-quantized.
+    pub double_quant: bool,
+    /// Mean of double-quantized scales.
+    pub offset: f32,
+    /// Of the codes, or of everything.
+    pub crc: u32,
+    /// Of the scales, second-level ones included.
+    pub crc_scales: u32,
+    /// Of quantizing, if measured.
+    pub errors: Option<Errors>,
+}
+
+/// Second-level scales of so many scales.
+pub(super) fn num_groups(blocks: usize) -> usize {
+    blocks.div_ceil(NESTED_BLOCKSIZE)
+}
