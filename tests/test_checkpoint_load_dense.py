@@ -181,3 +181,15 @@ def test_config_of_the_directory_is_not_changed(dense: tuple[Path, nn.Module]) -
     before = (dense[0] / "config.json").read_text()
     qkern.load(dense[0], quant_type="nf4")
     assert json.loads((dense[0] / "config.json").read_text()) == json.loads(before)
+
+
+def test_a_config_without_architectures_is_a_causal_model(dense: tuple[Path, nn.Module]) -> None:
+    path, model = dense
+    file = path / "config.json"
+    config = json.loads(file.read_text())
+    del config["architectures"]
+    file.write_text(json.dumps(config))
+    assert type(qkern.load(path, quant_type="nf4")) is type(model)
+    file.write_text("{}")
+    with pytest.raises(CorruptFileError, match="names no transformers model"):
+        qkern.load(path, quant_type="nf4")

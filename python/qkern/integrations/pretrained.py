@@ -175,13 +175,16 @@ def _empty_model(directory: Path) -> nn.Module:
     content.pop("quantization_config", None)
     names = content.get("architectures") or []
     cls = getattr(transformers, str(names[0]), None) if names else None
-    if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
+    is_model = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
+    if "model_type" not in content or not (is_model or not names):
         msg = f"{directory / 'config.json'}: architectures={names} names no transformers model"
         raise CorruptFileError(msg)
     config = transformers.AutoConfig.for_model(**content)
+    # Files without architectures hold what most models of a type are made for.
+    build = transformers.AutoModelForCausalLM.from_config if cls is None else cls
     # Buffers are computed, not loaded (rotary tables): they must be real.
     with _import("accelerate").init_empty_weights(include_buffers=False):
-        model: nn.Module = cls(config)
+        model: nn.Module = build(config)
     if (directory / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
     return model
