@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import slow_engine
 import torch
 from checkpoints import write
 from dense_checkpoints import (
@@ -27,8 +26,6 @@ import qkern
 from qkern.checkpoint.load import read_tensors
 from qkern.checkpoint.quantization_report import QuantizationReport, TensorResult
 from qkern.checkpoint.reader import CheckpointReader
-
-slow_engine.install()
 
 FORMATS: list[tuple[str, dict[str, Any]]] = [
     ("nf4", {}),
