@@ -32,7 +32,7 @@ export PYO3_PYTHON := $(abspath $(VENV_PYTHON))
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help install build sdist lint format test test-rust test-neon test-python \
-	test-large test-wheel demo bench-codec bench-cpu bench-methods bench-scales \
+	test-large test-wheel demo bench-codec bench-cpu bench-methods bench-scales bench-checkpoint \
 	aot gpu-bundle test-gpu bench-gpu sanitize fuzz clean missing
 
 help: ## show this help
@@ -122,6 +122,9 @@ bench-methods: $(VENV)/.dev ## what the search for scales gains over absmax, and
 
 bench-scales: $(VENV)/.dev ## what 8-bit scales do to small rows, beside other packages
 	$(VENV_PYTHON) benches/bench_double_quant.py $(BENCH_ARGS)
+
+bench-checkpoint: $(VENV)/.dev ## files quantized, beside reading them and cp: BENCH_ARGS="SOURCE TARGET"
+	$(VENV_PYTHON) benches/bench_checkpoint.py $(BENCH_ARGS)
 
 # Each has its own flags for all crates, so each has its own folder. Miri knows no AVX-512.
 sanitize: HOST = $(shell rustc +$(NIGHTLY) -vV | sed -n 's/^host: //p')

@@ -64,6 +64,26 @@ def test_double_quant_bench_measures_each_package_or_names_it(
         assert engine in rows or f"{engine} is left out" in text
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, drops pages by posix_fadvise")
+def test_checkpoint_bench_compares_quantizing_with_reading(
+    load: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    bench = load("bench_checkpoint")
+    source, target = tmp_path / "source", tmp_path / "target"
+    rows = bench.run(source, target, 0, threads=2, repeats=1, cold=True)
+    assert not source.exists()
+    assert not target.exists()
+    quantized = [row for row in rows if row["case"].startswith("quantize")]
+    assert [row["quantized"] for row in quantized] == [1, 1, 1]
+    assert all(0 < row["anonymous_peak"] < 300e6 for row in quantized)
+    assert quantized[1]["address_space"] == bench.ADDRESS_SPACE
+    text = bench.table(rows)
+    assert all(row["case"] in text for row in rows)
+    layer = sum(2 * n * k for n, k in bench.LAYER.values())
+    embeddings = 2 * bench.VOCABULARY * bench.HIDDEN
+    assert len(bench.shapes(embeddings + 2 * layer)) == 1 + 2 * (len(bench.LAYER) + 1)
+
+
 @pytest.fixture
 def cpu(load: Callable[[str], ModuleType]) -> Callable[..., list[dict[str, Any]]]:
     """Run sections of the CPU bench, tiny, without other packages' layers."""
