@@ -163,7 +163,7 @@ def read_state(entries: Mapping[str, Described], prefix: str) -> State:
         raise CorruptFileError(msg)
     if not _is_shape(shape) or dtype not in DTYPES or nested != (NESTED_BLOCKSIZE, "float32"):
         msg = (
-            f"{key}: dtype {_short(dtype)}, shape {_short(shape)}, nested_blocksize and nested_dtype "
+            f"{key}: dtype {_short(dtype)}, shape {_short(shape)}, nested_blocksize, nested_dtype "
             f"{_short(nested)}: allowed are {', '.join(DTYPES)}; sizes of 0 or more; "
             f"{NESTED_BLOCKSIZE} and float32"
         )

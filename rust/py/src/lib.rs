@@ -11,6 +11,7 @@ mod errors;
 mod functions;
 mod linear;
 mod pages;
+mod patterns;
 mod scales;
 
 use pyo3::exceptions::PyImportError;
@@ -40,6 +41,9 @@ mod _native {
 
     #[pymodule_export]
     use crate::pages::advise_huge_pages;
+
+    #[pymodule_export]
+    use crate::patterns::match_paths;
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
