@@ -14,7 +14,7 @@ GPU_BUNDLE_ARGS ?=# arguments of `make gpu-bundle`: --python 3.12, --cuda 130, -
 GPU_OUT ?= build/gpu-results# where `make test-gpu` and `make bench-gpu` write
 PEERS ?=# 1: bench-cpu first installs the packages that it compares with, some minutes
 NIGHTLY ?= nightly# toolchain of `make sanitize` (with its components miri and rust-src) and `make fuzz`
-FUZZ_RUNS ?= 1000000# executions of `make fuzz`
+FUZZ_RUNS ?= 1000000# executions of each half of `make fuzz`
 QEMU_CPU ?= max# processor that `make test-neon` emulates; cortex-a53 has no half-precision arithmetic
 
 VENV := .venv
@@ -139,13 +139,14 @@ sanitize: ## the Rust code under Miri and sanitizers, on Linux on x86-64 with a 
 		cargo +$(NIGHTLY) test -Zbuild-std $(SUITE) --target-dir target/tsan
 
 # What it finds stays in rust/checkpoint/fuzz/corpus, and where it crashes in fuzz/artifacts.
-fuzz: ## made-up headers and indices against the reader of files, with a nightly Rust and cargo-fuzz
+fuzz: $(VENV)/.dev ## made-up headers, indices, states against the reader: a nightly Rust and cargo-fuzz
 	@cargo fuzz --version >/dev/null 2>&1 || { \
 		echo "error: there is no cargo-fuzz: cargo install cargo-fuzz" >&2; exit 1; }
 	mkdir -p rust/checkpoint/fuzz/corpus/checkpoint
 	cd rust/checkpoint && cargo +$(NIGHTLY) fuzz run checkpoint \
 		fuzz/corpus/checkpoint fuzz/seeds -- -dict=fuzz/safetensors.dict -max_len=6000 \
 		-malloc_limit_mb=32 -runs=$(FUZZ_RUNS) -print_final_stats=1
+	$(VENV_PYTHON) tests/fuzz_states.py $(FUZZ_RUNS)
 
 clean: ## remove .venv and everything that was built
 	rm -rf $(VENV) target dist build python/qkern/_native*.so python/qkern/_native*.pyd

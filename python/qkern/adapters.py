@@ -16,7 +16,8 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, Final
@@ -25,12 +26,13 @@ import torch
 from torch import Tensor, nn
 
 from qkern import shards
-from qkern.errors import AdapterMismatchError, CorruptFileError, QkernError
-from qkern.files import read_json, replacing, write_json
+from qkern.errors import AdapterMismatchError, CorruptFileError, FormatError, QkernError
+from qkern.files import pickle_advice, read_json, replacing, write_json
 from qkern.fingerprint import base_fingerprint
 from qkern.formats import QuantFormat
 from qkern.layers import QLoRALinear, QuantizedLinear
 from qkern.model import adapted_layers, attach_adapters
+from qkern.patterns import matching_paths
 
 CONFIG_NAME: Final = "adapter_config.json"
 WEIGHTS_NAME: Final = "adapter_model.safetensors"
@@ -117,12 +119,13 @@ def load_adapter(model: nn.Module, path: str | PathLike[str], *, force: bool = F
         msg = "an adapter is merged into the weights: call qkern.unmerge_adapter first"
         raise AdapterMismatchError(msg)
     bases = _check_fit(model, pairs, layers)
+    alphas = _alphas(config, pairs, directory)
     if not force:
         _check_base(bases, directory)
     if not layers:
         for r in sorted({A.shape[0] for A, _ in pairs.values()}):
             names = [name for name, (A, _) in pairs.items() if A.shape[0] == r]
-            dropout = float(config.get("lora_dropout") or 0.0)
+            dropout = _number(config, "lora_dropout", 0.0, directory)
             attach_adapters(model, names, r=r, lora_dropout=dropout)
         layers = dict(adapted_layers(model))
     use_rslora = bool(config.get("use_rslora"))
@@ -131,7 +134,7 @@ def load_adapter(model: nn.Module, path: str | PathLike[str], *, force: bool = F
             layer = layers[name]
             layer.lora_A.copy_(A)
             layer.lora_B.copy_(B)
-            layer.set_scaling(_alpha_of(name, config), use_rslora=use_rslora)
+            layer.set_scaling(alphas[name], use_rslora=use_rslora)
 
 
 def read_quantization(path: str | PathLike[str]) -> QuantFormat | None:
@@ -249,7 +252,7 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
 
     pickled = file.with_name("adapter_model.bin")
     if not file.exists() and pickled.exists():
-        msg = f"{pickled} is a pickle, which can run code: convert it to {file.name} first"
+        msg = f"there is no {file}: {pickle_advice(pickled)}"
         raise CorruptFileError(msg)
     if not file.exists():
         msg = f"there is no {file}"
@@ -310,9 +313,30 @@ def _check_fit(
     return {name: layers[name] for name in pairs}
 
 
-def _alpha_of(name: str, config: dict[str, Any]) -> float:
-    """lora_alpha of a layer; the keys of alpha_pattern are regular expressions, as in PEFT."""
-    for pattern, alpha in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return float(alpha)
-    return float(config.get("lora_alpha", 8))
+def _alphas(config: dict[str, Any], names: Iterable[str], directory: Path) -> dict[str, float]:
+    """lora_alpha of each layer; the keys of alpha_pattern are regular expressions, as in PEFT."""
+    default = _number(config, "lora_alpha", 8.0, directory)
+    alphas = dict.fromkeys(names, default)
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        msg = f"{directory}: alpha_pattern is a {type(patterns).__name__}, an object is needed"
+        raise CorruptFileError(msg)
+    for pattern in reversed(patterns):  # the first one that matches decides
+        try:
+            found = matching_paths(pattern, alphas)
+        except FormatError as error:
+            msg = f"{directory}: alpha_pattern {pattern[:80]!r} cannot be matched here: {error}"
+            raise AdapterMismatchError(msg) from error
+        alphas |= dict.fromkeys(found, _number(patterns, pattern, default, directory))
+    return alphas
+
+
+def _number(content: dict[str, Any], key: str, default: float, directory: Path) -> float:
+    """A finite number of the configuration; the default where it is null or missing."""
+    value = content.get(key)
+    if value is None:
+        return default
+    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
+        msg = f"{directory}: {key[:80]!r} is {str(value)[:40]!r}, a finite number is needed"
+        raise CorruptFileError(msg)
+    return float(value)

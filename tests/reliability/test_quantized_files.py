@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fuzz_states import fuzz
 from safetensors.numpy import save_file
 
 import qkern
@@ -212,3 +213,9 @@ def test_codes_stored_as_another_dtype(storage: torch.dtype, good: Entries, tmp_
     save_torch(short, tmp_path / "model.safetensors")
     with pytest.raises(qkern.CorruptFileError, match=r"weight: got .* the state says 6144 x uint8"):
         Source(tmp_path)
+
+
+def test_random_changes_are_told_or_harmless() -> None:
+    """``make fuzz`` makes many more of them."""
+    counts = fuzz(3000)
+    assert min(counts.values()) > 500
