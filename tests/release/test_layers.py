@@ -19,7 +19,7 @@ NATIVE_IMPORTERS = {
     "cli/doctor.py",
     "checkpoint/source.py",  # headers
     "checkpoint/stream.py",  # weights from file to file
-    "adapters.py",
+    "patterns.py",  # regular expressions
 }
 
 
