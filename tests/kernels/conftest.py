@@ -14,7 +14,6 @@ from kernel_device import DEVICE, INTERPRETED, host_code_takes_cpu_tensors_alone
 
 # They send CPU tensors to the kernels by force: the operators of a GPU are tested in tests/gpu.
 FORCED = (
-    "test_device_ops",
     "test_dropout_operator",
     "test_lora_operator",
     "test_merged_operator",
