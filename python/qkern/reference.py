@@ -53,7 +53,7 @@ def dequantize(parts: Parts, fmt: QuantFormat, numel: int, dtype: torch.dtype) -
         absmax = dequantize_absmax(absmax, parts.nested_absmax, parts.offset)
     packed = parts.packed.reshape(-1)
     if fmt.code is None:
-        codes, step = packed.float(), absmax * torch.tensor(1 / 127, dtype=torch.float32)
+        codes, step = packed.float(), absmax * absmax.new_tensor(1 / 127)
     else:
         index = torch.stack([packed >> 4, packed & 15], dim=1).reshape(-1)[:numel]
         codes, step = _code_tensor(fmt, packed.device)[index.int()], absmax
@@ -206,9 +206,8 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     groups = _blocks(absmax.double(), NESTED_BLOCKSIZE)
     # Summed group by group in fp64: the same mean for any number of threads.
-    total = sum(group.sum() for group in groups) if len(groups) else torch.zeros(())
-    mean = torch.as_tensor(total, dtype=torch.float64) / max(absmax.numel(), 1)
-    offset = mean.float().reshape(1).to(absmax.device)
+    total = sum((group.sum() for group in groups), start=groups.new_zeros(()))
+    offset = (total / max(absmax.numel(), 1)).float().reshape(1)
     offset = torch.where((absmax < 0).any(), torch.zeros_like(offset), offset)
     residual = absmax - offset
     nested = _block_absmax(residual, NESTED_BLOCKSIZE)

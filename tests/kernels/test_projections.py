@@ -15,7 +15,7 @@ from kernel_products import Product, product, worst_error
 
 from qkern import ops, reference
 from qkern.errors import DTypeError, ShapeError
-from qkern.kernels import lora, projections, projections_backward
+from qkern.kernels import launch, lora, projections, projections_backward
 from qkern.kernels.dispatch import Config
 from qkern.kernels.linear import linear
 from qkern.ops import Layer
@@ -29,6 +29,11 @@ CONFIGS = [
     Config("matmul", 16, 32, (16, 32, 64), 4, 2, ahead=True),
     Config("matmul_small", 16, 32, (16, 32, 64), 4, 2, split=2),
 ]
+
+
+one_launch = pytest.mark.skipif(
+    not launch.TAKES_TUPLES, reason="layers share a launch since Triton 3.3: it takes their tuples"
+)
 
 
 def together(
@@ -50,6 +55,7 @@ def run(operands: list[Product], x: Tensor, h: Tensor | None, how: Config) -> li
         )
 
 
+@one_launch
 @pytest.mark.case("A11", "A14")
 @pytest.mark.parametrize("how", CONFIGS, ids=str)
 def test_a_config_gives_each_layer_the_bits_that_it_gives_it_alone(how: Config) -> None:
@@ -64,6 +70,7 @@ def test_a_config_gives_each_layer_the_bits_that_it_gives_it_alone(how: Config) 
         assert torch.equal(y, linear(x, own.weight, own.bias, own.h, own.lora_B, config=how))
 
 
+@one_launch
 @pytest.mark.parametrize(
     ("quant_type", "double_quant", "dtype"), [("int8_row", False, FP16), ("fp4", False, FP32)]
 )
@@ -77,6 +84,7 @@ def test_two_layers_of_other_formats_without_adapters(
         assert worst_error(y, own) <= 1
 
 
+@one_launch
 @pytest.mark.parametrize("processors", [1, 8])
 def test_the_gradient_of_x_is_that_of_fp64(
     processors: int, monkeypatch: pytest.MonkeyPatch
@@ -145,6 +153,7 @@ def exact_outputs(x: Tensor, layers: list[Layer], leaves: list[Tensor]) -> list[
     return outputs
 
 
+@one_launch
 @pytest.mark.parametrize(
     ("dtype", "adapter", "dense", "bound"),
     [
@@ -183,6 +192,24 @@ def test_outputs_and_gradients_are_those_of_fp64(
     with torch.no_grad():
         again = ops.projections(x, layers)
     assert all(torch.equal(*pair) for pair in zip(again, outputs, strict=True))
+
+
+def test_a_triton_without_tuples_multiplies_by_one_layer_after_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layers, trained = layers_of(BF16, FP32)
+    x = torch.randn(5, 64).to(BF16).requires_grad_()
+    launches = send_to_kernels(monkeypatch)
+    monkeypatch.setattr(launch, "TAKES_TUPLES", False)
+    assert not ops.share_a_launch(x, layers)
+    outputs = ops.projections(x, layers)
+    assert launches.count("hidden") == 2  # of the layers with an adapter
+    alone = [ops.linear(x, *layer) for layer in layers]
+    leaves = [x, *trained]
+    grads = [torch.randn(y.shape).to(BF16) for y in outputs]
+    got = [*outputs, *torch.autograd.grad(outputs, leaves, grads)]
+    right = [*alone, *torch.autograd.grad(alone, leaves, grads)]
+    assert all(torch.equal(*pair) for pair in zip(got, right, strict=True))
 
 
 def test_outputs_that_were_not_used_have_no_part_in_the_gradients(

@@ -13,6 +13,9 @@ from qkern.formats import QuantFormat
 from qkern.ops import host
 
 pytest.importorskip("triton")
+import triton.language as tl
+
+from qkern.kernels import rounding
 from qkern.kernels.quantize import encode, quantize
 from qkern.kernels.quantize_absmax import quantize_absmax
 
@@ -47,6 +50,22 @@ def test_quantize_writes_the_hosts_bytes_at_every_length(length: int) -> None:
         values = torch.randn(length).to(getattr(torch, dtype))
         for quant_type in ("nf4", "fp4", "int8"):
             check(values, QuantFormat(quant_type, blocksize, double_quant=False))
+
+
+@pytest.mark.interpreter("how another version of Triton divides")
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int8", "int8_row"])
+def test_quotients_of_fp64_give_the_same_bytes(
+    quant_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of zeros and of subnormal numbers; the last one, and its scale, are ragged."""
+    monkeypatch.setattr(rounding, "_DIV_RN", tl.constexpr(False))
+    values = torch.randn(16, 67)
+    values[1], values[2:5] = 0, values[2:5] * 1e-39
+    check(values, QuantFormat(quant_type, 64, double_quant=False).for_shape(values.shape))
+    absmax = torch.randn(999).abs() * 1e-38
+    codes, nested, offset, _ = host.quantize_absmax(absmax)
+    for mine, right in zip(quantize_absmax(absmax), (codes, nested, offset), strict=False):
+        assert same_bytes(mine, right)
 
 
 # one value; less than a chunk; a chunk and one more

@@ -14,6 +14,7 @@ from forced_device import exact_gradients, leaves_of, send_to_kernels, weight_of
 import qkern
 from qkern import kernels, reference
 from qkern.formats import QuantFormat
+from qkern.kernels import multiplies_bf16, why_not
 from qkern.ops import dequantize_torch
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -123,6 +124,25 @@ def test_rows_of_int8_have_the_bytes_of_the_reference(monkeypatch: pytest.Monkey
     parts = reference.quantize(torch.randn(9, 33), fmt)
     got = dequantize_torch.dequantize_torch(parts, fmt, 297, BF16)
     assert torch.equal(got, reference.dequantize(parts, fmt, 297, BF16))
+
+
+def test_an_intel_gpu_multiplies_by_torch_in_the_dtype_of_x(
+    monkeypatch: pytest.MonkeyPatch, launches: list[str], products: list[torch.dtype]
+) -> None:
+    """The CPU answers as such a device does."""
+    device = torch.device("xpu", 0)
+    assert "Intel's driver" in why_not(device)
+    monkeypatch.setattr(kernels, "is_supported", lambda _: not why_not(device))
+    monkeypatch.setattr(kernels, "multiplies_bf16", lambda _: multiplies_bf16(device))
+    weight, leaves = weight_of(24, 128), leaves_of((2, 3), 24, 128, 5, BF16, FP32)
+    x, bias, A, B = leaves
+    y = qkern.linear(x, weight, bias, lora_A=A, lora_B=B, scaling=0.5)
+    grad = torch.randn(2, 3, 24).to(BF16)
+    grads = torch.autograd.grad(y, leaves, grad)
+    assert products == [BF16] * 2
+    exact = exact_gradients(leaves, weight.dequantize(BF16), grad, 0.5)
+    assert worst((y, *grads), exact, BF16, FP32) <= 1
+    assert launches == []
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,13 @@ def multiplies_bf16(device: torch.device) -> bool:
 
 
 def why_not(device: torch.device) -> str:
-    """Why no kernel runs on ``device``; empty if one does."""
+    """Why no kernel runs on ``device``; empty if one does.
+
+    AMD's GPUs are "cuda" too. For Intel's all kernels compile, without fused products, but to a
+    language that leaves subnormal numbers to the driver. Bytes are promised, so torch computes.
+    """
+    if device.type == "xpu":
+        return "no kernels for xpu: what Intel's driver makes of them has not been checked"
     if device.type != "cuda":
         return f"no kernels for {device.type}"
     if not _has_triton():

@@ -16,13 +16,15 @@ from torch import Tensor
 
 from qkern.errors import DeviceError, DTypeError, ShapeError
 from qkern.formats import QuantFormat, dynamic_code
-from qkern.kernels.rounding import INTERPRETED
+from qkern.kernels.rounding import INTERPRETED, VERSION
 
 # Options of every launch: a product that is fused into a sum is rounded once instead of twice.
 EXACT = {"enable_fp_fusion": False}
 # Where that does not matter; said too, for Triton is about to change what it does by itself.
 FUSED = {"enable_fp_fusion": True}
 TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+# Whether a kernel may take a tuple of tensors for one argument.
+TAKES_TUPLES = VERSION >= (3, 3)
 # Counters of one stream: split products have at most so many tiles.
 COUNTERS = 1 << 16
 # Indices of blocks are int64, those of rows, columns and tokens int32.

@@ -26,7 +26,6 @@ from qkern.kernels.dispatch import Config
 from qkern.kernels.launch import Weight
 from qkern.kernels.linear import config_for
 from qkern.kernels.matmul import tile_constants
-from qkern.kernels.matvec import store_tokens, sums_of_tokens
 from qkern.kernels.members import (
     adapter_of,
     adapters,
@@ -37,6 +36,7 @@ from qkern.kernels.members import (
     total,
 )
 from qkern.kernels.product import finish, sum_over_columns
+from qkern.kernels.vector_product import store_tokens, sums_of_tokens
 
 
 @triton.jit
@@ -69,7 +69,7 @@ def _vectors_kernel(
     member, start, _ = member_of(tl.program_id(0), rows, BN)
     n = start + tl.arange(0, BN)  # (BN,)
     N = pick(rows, member)
-    sums = sums_of_tokens(
+    sums0, sums1, sums2, sums3 = sums_of_tokens(
         x_ptr,
         pick(packed, member),
         pick(absmax, member),
@@ -89,7 +89,10 @@ def _vectors_kernel(
     )
     h_of, width, B_of, rank = adapter_of(h_ptr, B, ranks, member)
     store_tokens(
-        sums,
+        sums0,
+        sums1,
+        sums2,
+        sums3,
         pick(bias, member),
         h_of,
         B_of,

@@ -7,7 +7,7 @@
               0 where absmax is below 1e-36 or not finite
 
 fp32 arithmetic on blocks over the flat tensor, (blocks, blocksize); value ``2 j`` goes to the high
-nibble of byte ``j``. Bytes are promised: quotients are ``div_rn``, every launch sets
+nibble of byte ``j``. Bytes are promised: quotients are ``divide``'s, every launch sets
 ``enable_fp_fusion=False``. NaN and infinity show in ``absmax``, so nothing waits for the device
 here. Format: docs of ``qkern.formats``; the same in plain torch: ``qkern.reference``.
 """
@@ -25,7 +25,7 @@ from torch import Tensor
 from qkern.formats import QuantFormat
 from qkern.kernels.aot import AotSpec
 from qkern.kernels.launch import EXACT
-from qkern.kernels.rounding import widen
+from qkern.kernels.rounding import divide, widen
 
 # Values of one program: 16 for each of its threads.
 TILE = 2048
@@ -106,11 +106,11 @@ def _quantize_4bit_kernel(
         absmax = _as_absmax(tl.max(_magnitude(x), axis=1))
         divisor = _at_least_floor(absmax)
         tl.store(scales_ptr, tl.where(whole, absmax, divisor), mask=exists)
-    inverse = tl.div_rn(tl.full(divisor.shape, 1.0, tl.float32), divisor)
+    inverse = divide(tl.full(divisor.shape, 1.0, tl.float32), divisor)
     s = x * inverse[:, None]  # (BLOCKS, BLOCKSIZE)
     if left < BLOCKS * BLOCKSIZE:
         divisors = tl.broadcast_to(divisor[:, None], x.shape)
-        s = tl.where(whole[:, None], s, tl.div_rn(x, divisors))
+        s = tl.where(whole[:, None], s, divide(x, divisors))
 
     code = _count_below(s, bounds_ptr)
     if not ASCENDING:
@@ -143,7 +143,7 @@ def _quantize_int8_kernel(
     tl.store(absmax_ptr + first // BLOCKSIZE + rows, absmax, mask=rows * BLOCKSIZE < left)
     small = absmax < _INT8_ABSMAX_FLOOR
     largest = tl.full(absmax.shape, 127.0, tl.float32)
-    factor = tl.where(small, 0.0, tl.div_rn(largest, tl.where(small, 1.0, absmax)))
+    factor = tl.where(small, 0.0, divide(largest, tl.where(small, 1.0, absmax)))
     codes = _int8_codes(x, factor[:, None], absmax[:, None])
     tl.store(codes_ptr + first + place, codes, mask=mask)
 
@@ -161,7 +161,8 @@ def _quantize_int8_rows_kernel(values_ptr, absmax_ptr, codes_ptr, columns, CHUNK
     absmax = _as_absmax(tl.max(largest, axis=0))
     tl.store(absmax_ptr + row, absmax)
     small = absmax < _INT8_ABSMAX_FLOOR
-    factor = tl.where(small, 0.0, 127.0 * tl.div_rn(1.0, tl.where(small, 1.0, absmax)))
+    inverse = divide(tl.full([], 1.0, tl.float32), tl.where(small, 1.0, absmax))
+    factor = tl.where(small, 0.0, 127.0 * inverse)
     for start in range(0, columns, CHUNK):
         mask = start + offs < columns
         x = widen(tl.load(values_ptr + start + offs, mask=mask, other=0.0))  # (CHUNK,)

@@ -7,7 +7,7 @@
 
 The mean is part of the bytes, so its sum has one order: each group in fp64, value by value, then
 the groups, one by one. A thread adds a group, one thread adds the groups: little work, and a sum
-in another order could round to another offset. No fused products; quotients are ``div_rn``.
+in another order could round to another offset. No fused products; quotients are ``divide``'s.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor
 from qkern.formats import NESTED_BLOCKSIZE, dynamic_code
 from qkern.kernels.aot import AotSpec
 from qkern.kernels.launch import EXACT, tables_of
+from qkern.kernels.rounding import divide
 
 # Groups of one program: of the sums a warp's, of the codes 1024 scales.
 SUMMED = 32
@@ -92,7 +93,7 @@ def _code_scales_kernel(
     nested = tl.max(magnitude, axis=1).to(tl.float32, bitcast=True)  # (GROUPS,)
     tl.store(nested_ptr + group, nested, mask=exists)
     divisor = tl.where(nested == 0, 1.0, nested)[:, None]
-    scaled = tl.div_rn(residual, tl.broadcast_to(divisor, residual.shape))
+    scaled = divide(residual, tl.broadcast_to(divisor, residual.shape))
     scaled = tl.where(scaled == scaled, scaled, 0.0)
 
     code = tl.zeros([GROUPS, GROUP], tl.int32)

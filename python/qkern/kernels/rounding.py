@@ -1,4 +1,4 @@
-"""Rounding to a dtype and back to fp32, the same on the device and in Triton's interpreter."""
+"""Rounding, widening, dividing: the same on the device, in the interpreter, in any Triton."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import triton.language as tl
 
 # The interpreter truncates fp32 to bf16; there the rounding is done on the bits.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+# In 3.3 and before it takes subnormal numbers for zeros; 3.4 and 3.5 have not been looked at.
+_DIV_RN = tl.constexpr(VERSION >= (3, 6))
 
 
 @triton.jit
@@ -32,3 +35,12 @@ def widen(x):
         return bits.to(tl.float32, bitcast=True)
     else:
         return x.to(tl.float32)
+
+
+@triton.jit
+def divide(a, b):
+    """fp32 ``a / b``, rounded once; subnormal numbers are what they are."""
+    if _DIV_RN:
+        return tl.div_rn(a, b)
+    else:  # fp64 has more than twice the digits: rounding its quotient is rounding the true one
+        return (a.to(tl.float64) / b.to(tl.float64)).to(tl.float32)

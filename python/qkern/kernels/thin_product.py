@@ -43,23 +43,45 @@ def multiply_thin(a, b, sums, PRECISION: tl.constexpr):
 
     All parts are added to the same sums: ``tf32x3`` of Triton keeps a second set of them.
     """
-    if a.dtype == b.dtype and a.dtype != tl.float32:
+    # One comparison each: Triton 3.2 takes no `and` of what is known when it compiles.
+    if a.dtype == tl.float32:
+        if b.dtype == tl.bfloat16:
+            high = round_to(a, tl.bfloat16)
+            low = round_to(a - widen(high), tl.bfloat16)
+            return multiply(high, b, multiply(low, b, sums))
+        else:
+            return _multiply_wide(a, widen(b), sums, True, b.dtype == tl.float32, PRECISION)
+    elif a.dtype == b.dtype:
         return multiply(a, b, sums)
-    elif a.dtype == tl.bfloat16 and b.dtype == tl.float32:
-        high = round_to(b, tl.bfloat16)
-        low = round_to(b - widen(high), tl.bfloat16)
-        return multiply(a, high, multiply(a, low, sums))
-    elif a.dtype == tl.float32 and b.dtype == tl.bfloat16:
-        high = round_to(a, tl.bfloat16)
-        low = round_to(a - widen(high), tl.bfloat16)
-        return multiply(high, b, multiply(low, b, sums))
-    elif PRECISION == "ieee":
-        return multiply(widen(a), widen(b), sums)
+    elif b.dtype == tl.float32:
+        if a.dtype == tl.bfloat16:
+            high = round_to(b, tl.bfloat16)
+            low = round_to(b - widen(high), tl.bfloat16)
+            return multiply(a, high, multiply(a, low, sums))
+        else:
+            return _multiply_wide(widen(a), b, sums, False, True, PRECISION)
     else:
-        a_high, b_high = _first_bits(widen(a)), _first_bits(widen(b))
-        if b.dtype == tl.float32:  # values of 16 bits are their own first bits
+        return _multiply_wide(widen(a), widen(b), sums, False, False, PRECISION)
+
+
+@triton.jit
+def _multiply_wide(
+    a,
+    b,
+    sums,
+    A_IS_LONG: tl.constexpr,
+    B_IS_LONG: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``sums + a b`` of fp32 factors; one that is not long has values of 16 bits."""
+    if PRECISION == "ieee":
+        return multiply(a, b, sums)
+    else:
+        a_high = _first_bits(a) if A_IS_LONG else a  # values of 16 bits are their own first bits
+        b_high = _first_bits(b) if B_IS_LONG else b
+        if B_IS_LONG:
             sums = tl.dot(a_high, b - b_high, sums, input_precision="tf32")
-        if a.dtype == tl.float32:
+        if A_IS_LONG:
             sums = tl.dot(a - a_high, b_high, sums, input_precision="tf32")
         return tl.dot(a_high, b_high, sums, input_precision="tf32")
 

@@ -50,7 +50,9 @@ def serves(
     from qkern.kernels import launch
 
     kinds = {(base.fmt, base.parts.nested_absmax is None, base.shape[1]) for base in bases}
-    return len(kinds) == 1 and all(launch.fits(base.fmt, base.shape) for base in bases)
+    if not launch.TAKES_TUPLES or len(kinds) > 1:
+        return False
+    return all(launch.fits(base.fmt, base.shape) for base in bases)
 
 
 def forward(
