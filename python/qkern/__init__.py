@@ -24,9 +24,12 @@ from qkern.errors import (
     DTypeError,
     FormatError,
     FrozenWeightError,
+    LockedError,
     MissingDependencyError,
     NativeError,
     NonFiniteError,
+    OutOfSpaceError,
+    OutputError,
     QkernError,
     ShapeError,
     StateDictError,
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
     from qkern.adapters import load_adapter, save_adapter
     from qkern.arrays import QuantizedArray
     from qkern.checkpoint.inspection import inspect_checkpoint
+    from qkern.checkpoint.quantizing import quantize_checkpoint
     from qkern.checkpoint.save import save
     from qkern.formats import QuantFormat
     from qkern.integrations.pretrained import load
@@ -55,9 +59,12 @@ __all__ = [
     "DeviceError",
     "FormatError",
     "FrozenWeightError",
+    "LockedError",
     "MissingDependencyError",
     "NativeError",
     "NonFiniteError",
+    "OutOfSpaceError",
+    "OutputError",
     "QLoRALinear",
     "QkernError",
     "QuantFormat",
@@ -77,6 +84,7 @@ __all__ = [
     "memory_footprint",
     "merge_adapter",
     "quantize",
+    "quantize_checkpoint",
     "quantize_model",
     "save",
     "save_adapter",
@@ -100,6 +108,7 @@ _HOMES = {
     "load_adapter": "qkern.adapters",
     "memory_footprint": "qkern.model",
     "merge_adapter": "qkern.merging",
+    "quantize_checkpoint": "qkern.checkpoint.quantizing",
     "quantize_model": "qkern.model",
     "save": "qkern.checkpoint",
     "save_adapter": "qkern.adapters",

@@ -39,6 +39,18 @@ class CorruptFileError(QkernError, ValueError):
     """A file whose content contradicts itself."""
 
 
+class OutputError(QkernError, OSError):
+    """A place that cannot be written to, or that holds what must not be overwritten."""
+
+
+class OutOfSpaceError(OutputError):
+    """No room left for a file: a full disk, a quota, or a limit on the size of files."""
+
+
+class LockedError(OutputError):
+    """A directory that another process is writing."""
+
+
 class StateDictError(QkernError, RuntimeError):
     """Entries of a ``state_dict`` that do not fit the quantized layer they are loaded into."""
 

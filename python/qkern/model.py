@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import fnmatch
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from qkern.errors import AdapterMismatchError, FormatError, QkernError
 from qkern.formats import QuantFormat, resolve_format
 from qkern.layers import QLoRALinear, QuantizedLinear
 from qkern.module_tree import leave_inference_mode, module_at, module_paths, replace_module
+from qkern.name_patterns import matches
 from qkern.tensor import QuantizedTensor
 
 __all__ = ["CoverageReport", "add_lora", "memory_footprint", "quantize_model"]
@@ -301,11 +301,6 @@ def _output_heads(model: nn.Module) -> set[int]:
         inside = {id(module) for module in base.modules()}
         heads |= {id(module) for module in model.modules() if id(module) not in inside}
     return heads
-
-
-def matches(name: str, pattern: str) -> bool:
-    """Whether a path is meant by a pattern of ``exclude``: itself, its end, or a glob."""
-    return name == pattern or name.endswith(f".{pattern}") or fnmatch.fnmatchcase(name, pattern)
 
 
 def _quantized_layers(model: nn.Module) -> dict[str, tuple[QuantizedLinear, list[str]]]:

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from qkern import operands, ops
 from qkern.errors import FormatError, QkernError
 from qkern.layers import QLoRALinear, QuantizedLinear
-from qkern.model import matches
 from qkern.module_tree import module_paths
+from qkern.name_patterns import matches
 from qkern.ops import Layer
 from qkern.tensor import QuantizedTensor
 

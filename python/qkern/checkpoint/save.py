@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from qkern.adapters import CONFIG_NAME as ADAPTER_CONFIG
 from qkern.adapters import WEIGHTS_NAME as ADAPTER_WEIGHTS
 from qkern.adapters import save_adapter
+from qkern.checkpoint.quantization_config import quantization_config
 from qkern.checkpoint.source import INDEX_NAME, TIED_KEY, WEIGHTS_NAME
 from qkern.errors import AdapterMismatchError, FormatError
 from qkern.files import replacing, write_json
-from qkern.formats import QuantFormat
 from qkern.layers import QLoRALinear, QuantizedLinear
 from qkern.model import adapted_layers
 
@@ -103,38 +103,7 @@ def _quantization_config(model: nn.Module, layers: dict[str, QuantizedLinear]) -
         if isinstance(module, nn.Linear) and name not in layers
     ]
     dtype = _as_text(next(iter(layers.values())).quantized_weight.dtype)
-    quantization: dict[str, Any]
-    if fmt.kind.state is None:
-        quantization = {
-            "quant_method": "bitsandbytes",
-            "load_in_4bit": False,
-            "load_in_8bit": True,
-            "llm_int8_skip_modules": skipped,
-        }
-        # The entries of the weights do not hold their dtype.
-        return {"dtype": dtype, "quantization_config": quantization}
-    if fmt.kind.state.startswith("bitsandbytes"):
-        quantization = {
-            "quant_method": "bitsandbytes",
-            "load_in_4bit": True,
-            "load_in_8bit": False,
-            "bnb_4bit_quant_type": fmt.quant_type,
-            "bnb_4bit_use_double_quant": fmt.double_quant,
-            "bnb_4bit_compute_dtype": dtype,
-            "bnb_4bit_quant_storage": "uint8",
-            "llm_int8_skip_modules": skipped,
-        }
-    else:
-        quantization = {"quant_method": "qkern", **_as_fields(fmt), "skip_modules": skipped}
-    return {"quantization_config": quantization}
-
-
-def _as_fields(fmt: QuantFormat) -> dict[str, Any]:
-    return {
-        "quant_type": fmt.quant_type,
-        "blocksize": fmt.blocksize,
-        "double_quant": fmt.double_quant,
-    }
+    return quantization_config(fmt, skipped, dtype)
 
 
 def _as_text(value: Any) -> str:

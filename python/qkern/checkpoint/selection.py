@@ -1,4 +1,7 @@
-"""Which tensors of a dense checkpoint ``quantize_model`` would quantize, by names and shapes."""
+"""Which tensors of a dense checkpoint ``quantize_model`` would quantize, by names and shapes.
+
+No torch.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any, Final
 from qkern.checkpoint.source import StoredTensor
 from qkern.errors import FormatError
 from qkern.formats import DTYPES
-from qkern.model import matches
+from qkern.name_patterns import matches
 
 RULE: Final = "by names and shapes: 2-D floating-point weights, but for embeddings and output heads"
 
@@ -36,7 +39,7 @@ def why_dense(tensor: StoredTensor, *, vocab_size: int | None = None) -> str:
         tensor: dense.
         vocab_size: of the model's configuration, None if unknown.
     """
-    module, _, parameter = tensor.name.rpartition(".")
+    parameter = tensor.name.rpartition(".")[2]
     reason = why_never(tensor)
     if reason:
         return reason
@@ -44,6 +47,12 @@ def why_dense(tensor: StoredTensor, *, vocab_size: int | None = None) -> str:
         return f"{len(tensor.shape)}-D, a linear layer's weight is 2-D"
     if parameter != "weight":
         return "not named weight, as a linear layer's is"
+    return why_vocabulary(tensor, vocab_size=vocab_size)
+
+
+def why_vocabulary(tensor: StoredTensor, *, vocab_size: int | None = None) -> str:
+    """Why a 2-D weight counts as an embedding or an output head; empty if it does not."""
+    module = tensor.name.rpartition(".")[0]
     last = module.rpartition(".")[2]
     if _EMBEDDINGS.fullmatch(last):
         return "an embedding, by its name"
@@ -85,8 +94,7 @@ def select(
     unmatched = {*include, *exclude}
     reasons = {}
     for tensor in tensors:
-        names = {tensor.name, tensor.name.removesuffix(".weight")}
-        hits = {p for p in (*include, *exclude) if any(matches(name, p) for name in names)}
+        hits = set(named_by(tensor, (*include, *exclude)))
         unmatched -= hits
         excluded = next((pattern for pattern in exclude if pattern in hits), None)
         if excluded is not None:
@@ -99,6 +107,12 @@ def select(
         msg = f"{min(unmatched)!r} matches no dense tensor: names, ends of names or globs do"
         raise FormatError(msg)
     return reasons
+
+
+def named_by(tensor: StoredTensor, patterns: Sequence[str]) -> list[str]:
+    """The patterns that mean a tensor, by its key or that of its module."""
+    names = {tensor.name, tensor.name.removesuffix(".weight")}
+    return [pattern for pattern in patterns if any(matches(name, pattern) for name in names)]
 
 
 def vocab_size_of(config: dict[str, Any]) -> int | None:

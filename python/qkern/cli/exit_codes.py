@@ -9,6 +9,7 @@ from qkern.errors import (
     FormatError,
     MissingDependencyError,
     NativeError,
+    OutputError,
     QkernError,
 )
 from qkern.training.errors import DivergedError, SettingError
@@ -28,6 +29,7 @@ _CODES: Final[tuple[tuple[type[BaseException], int], ...]] = (
     (DivergedError, NO),
     (MissingDependencyError, IO),
     (NativeError, IO),
+    (OutputError, IO),
     (QkernError, BAD_INPUT),
     (OSError, IO),
 )

@@ -1,0 +1,66 @@
+"""The section of a model card (README.md) that says how a checkpoint was quantized. No torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Final
+
+from qkern.checkpoint.inspection_text import format_text
+from qkern.checkpoint.quantization_report import QuantizationReport
+from qkern.text_table import format_bytes
+
+_BEGIN: Final = "<!-- qkern: begin -->"
+_END: Final = "<!-- qkern: end -->"
+_SHOWN: Final = 10  # rows of a table
+
+
+def with_section(card: str, section: str) -> str:
+    """The card with the section in place of an older one, or at its end."""
+    block = f"{_BEGIN}\n{section.strip()}\n{_END}"
+    pattern = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
+    if pattern.search(card):
+        return pattern.sub(lambda _: block, card, count=1)
+    return f"{card.rstrip()}\n\n{block}\n".lstrip()
+
+
+def section_of(report: QuantizationReport, version: str) -> str:
+    """The section, in Markdown: the same for the same weights and settings."""
+    coverage = report.coverage
+    lines = [
+        "## Quantization",
+        "",
+        f"The weights were quantized by qkern {version} as {format_text(report.format)}, method "
+        f"{report.method}: {len(coverage.quantized)} of {len(coverage.rows)} tensors, "
+        f"{coverage.coverage:.1%} of the values, {format_bytes(coverage.bytes_before)} to "
+        f"{format_bytes(coverage.bytes_after)}.",
+    ]
+    if report.relative_rms is not None:
+        lines += [
+            "",
+            f"The relative RMS error of the quantized weights is {report.relative_rms:.4g}, "
+            "measured on parts that are spread over each tensor. The largest ones:",
+            "",
+            *_table(
+                ("tensor", "relative RMS error", "largest error"),
+                [
+                    (f"`{row.name}`", f"{row.relative_rms:.4g}", f"{row.errors.max_error:.4g}")
+                    for row in report.worst[:_SHOWN]
+                    if row.errors is not None
+                ],
+            ),
+        ]
+    reasons: dict[str, int] = {}
+    for row in coverage.rows:
+        if row.reason:
+            reasons[row.reason] = reasons.get(row.reason, 0) + 1
+    if reasons:
+        shown = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))[:_SHOWN]
+        rows = [(str(count), reason) for reason, count in shown]
+        lines += ["", "Not quantized, or not as the rest:", "", *_table(("tensors", "why"), rows)]
+    return "\n".join(lines)
+
+
+def _table(headers: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    cells = [headers, tuple("---" for _ in headers), *rows]
+    return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in cells]
