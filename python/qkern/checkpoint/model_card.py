@@ -24,14 +24,16 @@ def with_section(card: str, section: str) -> str:
     return f"{card.rstrip()}\n\n{block}\n".lstrip()
 
 
-def section_of(report: QuantizationReport, version: str) -> str:
+def section_of(report: QuantizationReport) -> str:
     """The section, in Markdown: the same for the same weights and settings."""
+    from qkern import __version__
+
     coverage = report.coverage
     lines = [
         "## Quantization",
         "",
-        f"The weights were quantized by qkern {version} as {format_text(report.format)}, method "
-        f"{report.method}: {len(coverage.quantized)} of {len(coverage.rows)} tensors, "
+        f"The weights were quantized by qkern {__version__} as {format_text(report.format)}, "
+        f"method {report.method}: {len(coverage.quantized)} of {len(coverage.rows)} tensors, "
         f"{coverage.coverage:.1%} of the values, {format_bytes(coverage.bytes_before)} to "
         f"{format_bytes(coverage.bytes_after)}.",
     ]

@@ -226,7 +226,7 @@ class Source:
             owner = entry_keys.owner(key)
             if owner in quantized:
                 self._keys.setdefault(owner, []).append(key)
-        for key in sorted({*self.entries, *quantized}, key=_natural):
+        for key in sorted({*self.entries, *quantized}, key=natural_order):
             if key in quantized:
                 self.tensors[key] = self._describe_quantized(key)
             elif entry_keys.owner(key) not in quantized:
@@ -325,7 +325,7 @@ def _version(text: str) -> list[int]:
     return [int(part) for part in re.findall(r"\d+", text)[:3]]
 
 
-def _natural(name: str) -> list[str | tuple[int, str]]:
+def natural_order(name: str) -> list[str | tuple[int, str]]:
     """Sorts "layers.10" after "layers.9"; text and numbers (by length, then digits) alternate."""
     parts = re.split(r"(\d+)", name)
     numbers = (part.lstrip("0") for part in parts[1::2])
