@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 from qkern.checkpoint.inspection_text import format_text
 from qkern.checkpoint.quantization_report import QuantizationReport
@@ -60,6 +60,22 @@ def section_of(report: QuantizationReport) -> str:
         shown = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))[:_SHOWN]
         rows = [(str(count), reason) for reason, count in shown]
         lines += ["", "Not quantized, or not as the rest:", "", *_table(("tensors", "why"), rows)]
+    return "\n".join(lines)
+
+
+def conversion_section(to: str, summary: Sequence[tuple[Any, ...]]) -> str:
+    """The section of a converted checkpoint; ``summary`` is that of its report."""
+    from qkern import __version__
+
+    rows = [tuple(str(cell) for cell in row) for row in summary]
+    headers = ("what", "from", "to", "tensors", "before", "after")
+    lines = [
+        "## Conversion",
+        "",
+        f"The tensors were written as {to} by qkern {__version__}:",
+        "",
+        *_table(headers, rows),
+    ]
     return "\n".join(lines)
 
 

@@ -15,7 +15,7 @@ from qkern import entry_keys
 from qkern.checkpoint.entries import Piece, weight_pieces
 from qkern.checkpoint.layout import Weight
 from qkern.checkpoint.source import Entry, Source, StoredTensor
-from qkern.checkpoint.stream import Delta, Dense, Quantized, Span
+from qkern.checkpoint.stream import Blocks, Delta, Dense, Quantized, Span
 from qkern.formats import QuantFormat
 
 # safetensors' names and sizes of the dtypes that are read and written as numbers.
@@ -46,12 +46,18 @@ class Step(NamedTuple):
         source: where its bytes lie (copied), or its values or codes.
         method: how a quantized item's codes are chosen.
         factors: what is added before.
+        change: what copied bytes become, see ``CopyJob``.
+        shape: of the values as they are read, if not that of the item.
+        transposed: whether matrices are written transposed.
     """
 
     item: Piece | Weight
-    source: Span | Dense | Quantized | None
+    source: Span | Dense | Quantized | Blocks | None
     method: str = "absmax"
     factors: Factors | None = None
+    change: str | None = None
+    shape: tuple[int, ...] | None = None
+    transposed: bool = False
 
     @property
     def name(self) -> str:

@@ -18,7 +18,16 @@ from qkern.checkpoint.layout import ShardLayout
 from qkern.checkpoint.outcomes import DTYPE_NAMES, ITEM_SIZES, Factors, Outcome, Step
 from qkern.checkpoint.source import INDEX_NAME, NEEDS_KEY, TIED_KEY, Source
 from qkern.checkpoint.staging import Staging
-from qkern.checkpoint.stream import CopyJob, Dense, Done, Quantized, Span, WeightJob
+from qkern.checkpoint.stream import (
+    CHANGES,
+    Blocks,
+    CopyJob,
+    Dense,
+    Done,
+    Quantized,
+    Span,
+    WeightJob,
+)
 from qkern.errors import CorruptFileError
 
 CONFIG_NAME = "config.json"
@@ -171,6 +180,8 @@ class OutputPlan:
         numel = math.prod(job.shape)
         if isinstance(job.source, Quantized):
             return job.source.format.packed_size(numel)
+        if isinstance(job.source, Blocks):
+            return numel // 2
         return numel * ITEM_SIZES[job.source.dtype]
 
     def _job(self, step: Step, index: int) -> Job | None:
@@ -185,16 +196,19 @@ class OutputPlan:
 
         if isinstance(source, Span):
             assert isinstance(item, Piece)
-            return CopyJob(item.key, item.nbytes, source, span(item.key)) if item.nbytes else None
+            nbytes, target = item.nbytes // CHANGES[step.change], span(item.key)
+            return CopyJob(item.key, nbytes, source, target, step.change) if nbytes else None
         if step.factors is not None:
             self.factors[step.name] = step.factors
         if isinstance(item, Piece):
-            dtype = _NAMED[item.dtype]
-            target: Dense | Quantized = Dense(dtype, span(item.key))
-            return WeightJob(item.key, item.shape, source, target) if item.nbytes else None
+            if not item.nbytes:
+                return None
+            dense = Dense(_NAMED[item.dtype], span(item.key))
+            shape = step.shape or item.shape
+            return WeightJob(item.key, shape, source, dense, transposed=step.transposed)
         scales = span(entry_keys.scales_key(item.name, item.format))
-        target = Quantized(item.format, span(item.name), scales)
-        return WeightJob(item.name, item.shape, source, target, step.method, measure=True)
+        coded = Quantized(item.format, span(item.name), scales)
+        return WeightJob(item.name, item.shape, source, coded, step.method, measure=True)
 
 
 def _needed_version(outcomes: Sequence[Outcome]) -> dict[str, str]:
@@ -207,7 +221,7 @@ def _needed_version(outcomes: Sequence[Outcome]) -> dict[str, str]:
 def _written(job: Job, done: Done) -> list[tuple[Span, int]]:
     """Where a job writes, and how many bytes, in the order of its checksums."""
     if isinstance(job, CopyJob):
-        return [(job.target, job.nbytes)]
+        return [(job.target, job.nbytes * CHANGES[job.change])]
     target, numel = job.target, math.prod(job.shape)
     if isinstance(target, Dense):
         return [(target.at, numel * ITEM_SIZES[target.dtype])]

@@ -130,6 +130,7 @@ class Source:
         tensors: by name, in natural order of the names: layer 2 before layer 10. The entries of a
             quantized tensor are one.
         tied: names that share the memory of another tensor, which is the value.
+        metadata: strings in the headers of the files.
 
     Raises:
         FileNotFoundError: if there are no safetensors weights, or shards are missing.
@@ -148,9 +149,11 @@ class Source:
             for key, dtype, shape, file, begin, end in entries
         }
         self.tied: dict[str, str] = {}
+        self.metadata: dict[str, str] = {}
         for file, strings in zip(self.files, metadata, strict=True):
             _check_needs(file, strings.get(NEEDS_KEY, "0"))
             self.tied |= _read_tied(file, strings.get(TIED_KEY, "{}"))
+            self.metadata |= strings
         self._keys: dict[str, list[str]] = {}
         self._states: dict[str, State] = {}
         self.tensors: dict[str, StoredTensor] = {}
