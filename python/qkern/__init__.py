@@ -25,6 +25,7 @@ from qkern.errors import (
     FormatError,
     FrozenWeightError,
     LockedError,
+    LostDeltaError,
     MissingDependencyError,
     NativeError,
     NonFiniteError,
@@ -38,6 +39,7 @@ from qkern.errors import (
 if TYPE_CHECKING:
     from qkern.adapters import load_adapter, save_adapter
     from qkern.arrays import QuantizedArray
+    from qkern.checkpoint.converting import convert_checkpoint
     from qkern.checkpoint.inspection import inspect_checkpoint
     from qkern.checkpoint.quantizing import quantize_checkpoint
     from qkern.checkpoint.save import save
@@ -60,6 +62,7 @@ __all__ = [
     "FormatError",
     "FrozenWeightError",
     "LockedError",
+    "LostDeltaError",
     "MissingDependencyError",
     "NativeError",
     "NonFiniteError",
@@ -75,6 +78,7 @@ __all__ = [
     "StateDictError",
     "__version__",
     "add_lora",
+    "convert_checkpoint",
     "dequantize",
     "fuse_projections",
     "inspect_checkpoint",
@@ -101,6 +105,7 @@ _HOMES = {
     "QuantizedLinear": "qkern.layers",
     "QuantizedTensor": "qkern.tensor",
     "add_lora": "qkern.model",
+    "convert_checkpoint": "qkern.checkpoint.converting",
     "fuse_projections": "qkern.projections",
     "inspect_checkpoint": "qkern.checkpoint.inspection",
     "linear": "qkern.tensor",

@@ -13,51 +13,35 @@ fingerprint of its bytes: an adapter is of use over the weights that it was trai
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import re
-import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qkern import shards
-from qkern.errors import AdapterMismatchError, CorruptFileError, FormatError, QkernError
+from qkern.adapter_config import (
+    BASE_KEY,
+    CONFIG_NAME,
+    FORMAT_KEY,
+    PREFIX,
+    WEIGHTS_NAME,
+    alphas_of,
+    check_config,
+    nearest,
+    number,
+    pair_keys,
+)
+from qkern.errors import AdapterMismatchError, CorruptFileError, QkernError
 from qkern.files import pickle_advice, read_json, replacing, write_json
 from qkern.fingerprint import base_fingerprint
 from qkern.formats import QuantFormat
 from qkern.layers import QLoRALinear, QuantizedLinear
 from qkern.model import adapted_layers, attach_adapters
-from qkern.patterns import matching_paths
-
-CONFIG_NAME: Final = "adapter_config.json"
-WEIGHTS_NAME: Final = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-_FORMAT_KEY = "qkern"
-_BASE_KEY = "qkern_base"
-# Settings of PEFT that change what an adapter computes, with the values that are plain LoRA.
-_PLAIN: Final[dict[str, tuple[Any, ...]]] = {
-    "use_dora": (False, None),
-    "lora_bias": (False, None),
-    "bias": ("none", None),
-    "fan_in_fan_out": (False, None),
-    "modules_to_save": (None, []),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None, [], {}),
-    "layer_replication": (None, []),
-    "use_qalora": (False, None),
-    "use_bdlora": (False, None),
-    "alora_invocation_tokens": (None, []),
-    "kasa_config": (None,),
-    "arrow_config": (None,),
-    "monteclora_config": (None,),
-}
-# Initializations that subtract the first adapter from the base.
-_CHANGED_BASE: Final = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
 def save_adapter(model: nn.Module, path: str | PathLike[str]) -> None:
@@ -78,15 +62,15 @@ def save_adapter(model: nn.Module, path: str | PathLike[str]) -> None:
         raise AdapterMismatchError(msg)
     tensors = {}
     for name, layer in layers.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = _plain(layer.lora_A)
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = _plain(layer.lora_B)
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = _plain(layer.lora_A)
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = _plain(layer.lora_B)
     formats = [shards.local_part(layer.weight).format for layer in layers.values()]
     # A tensor that 8-bit scales could not hold says nothing about what was asked for.
     fmt = formats[0].template.replace(double_quant=any(f.double_quant for f in formats))
-    metadata = {"format": "pt", _FORMAT_KEY: json.dumps(dataclasses.asdict(fmt))}
+    metadata = {"format": "pt", FORMAT_KEY: json.dumps(dataclasses.asdict(fmt))}
     base = base_fingerprint(layers)
     if base is not None:
-        metadata[_BASE_KEY] = base
+        metadata[BASE_KEY] = base
     directory = Path(path)
     with replacing(directory / WEIGHTS_NAME) as temporary:
         save_file(tensors, temporary, metadata)
@@ -111,7 +95,7 @@ def load_adapter(model: nn.Module, path: str | PathLike[str], *, force: bool = F
     """
     directory = Path(path)
     config = read_json(directory / CONFIG_NAME)
-    _check_config(config, directory)
+    check_config(config, directory)
     tensors = _read_tensors(directory / WEIGHTS_NAME)
     pairs = _pairs(tensors, directory)
     layers = dict(adapted_layers(model))
@@ -119,13 +103,13 @@ def load_adapter(model: nn.Module, path: str | PathLike[str], *, force: bool = F
         msg = "an adapter is merged into the weights: call qkern.unmerge_adapter first"
         raise AdapterMismatchError(msg)
     bases = _check_fit(model, pairs, layers)
-    alphas = _alphas(config, pairs, directory)
+    alphas = alphas_of(config, pairs, directory)
     if not force:
         _check_base(bases, directory)
     if not layers:
         for r in sorted({A.shape[0] for A, _ in pairs.values()}):
             names = [name for name, (A, _) in pairs.items() if A.shape[0] == r]
-            dropout = _number(config, "lora_dropout", 0.0, directory)
+            dropout = number(config, "lora_dropout", 0.0, directory)
             attach_adapters(model, names, r=r, lora_dropout=dropout)
         layers = dict(adapted_layers(model))
     use_rslora = bool(config.get("use_rslora"))
@@ -140,7 +124,7 @@ def load_adapter(model: nn.Module, path: str | PathLike[str], *, force: bool = F
 def read_quantization(path: str | PathLike[str]) -> QuantFormat | None:
     """The format of the base that an adapter was trained on, None if the file does not say."""
     file = Path(path) / WEIGHTS_NAME
-    text = _read_metadata(file).get(_FORMAT_KEY)
+    text = _read_metadata(file).get(FORMAT_KEY)
     try:
         return None if text is None else QuantFormat(**json.loads(text))
     except (ValueError, TypeError, QkernError) as error:
@@ -150,7 +134,7 @@ def read_quantization(path: str | PathLike[str]) -> QuantFormat | None:
 
 def _check_base(layers: Mapping[str, QuantizedLinear], directory: Path) -> None:
     """Refuse an adapter that says it was trained over other bytes than these layers have."""
-    trained_on = _read_metadata(directory / WEIGHTS_NAME).get(_BASE_KEY)
+    trained_on = _read_metadata(directory / WEIGHTS_NAME).get(BASE_KEY)
     here = base_fingerprint(layers)
     if trained_on in (None, here) or here is None:
         return
@@ -225,27 +209,6 @@ def _target_names(model: nn.Module, layers: dict[str, QLoRALinear]) -> list[str]
     return "|".join(re.escape(name) for name in sorted(layers))
 
 
-def _check_config(config: dict[str, Any], directory: Path) -> None:
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        msg = f"{directory}: the adapter is of type {kind!r}: only LORA can be loaded here"
-        raise AdapterMismatchError(msg)
-    start = config.get("init_lora_weights", True)
-    if isinstance(start, str) and start.startswith(_CHANGED_BASE):
-        msg = (
-            f"{directory}: init_lora_weights={start!r} changed the base weights: convert the "
-            "adapter with PEFT (path_initial_model_for_weight_conversion), or load it there"
-        )
-        raise AdapterMismatchError(msg)
-    for key, allowed in _PLAIN.items():
-        if key in config and config[key] not in allowed:
-            msg = (
-                f"{directory}: {key}={config[key]!r} is not supported: load this adapter with "
-                "PEFT over the quantized model"
-            )
-            raise AdapterMismatchError(msg)
-
-
 def _read_tensors(file: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -266,23 +229,8 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
 
 def _pairs(tensors: dict[str, Tensor], directory: Path) -> dict[str, tuple[Tensor, Tensor]]:
     """Path of a layer to its A and B."""
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        name, _, part = key.removesuffix(".weight").rpartition(".")
-        known = key.startswith(_PREFIX) and key.endswith(".weight")
-        if not known or part not in ("lora_A", "lora_B") or tensor.dim() != 2:
-            msg = f"{directory}: unexpected entry {key} of shape {tuple(tensor.shape)}"
-            raise AdapterMismatchError(msg)
-        found.setdefault(name.removeprefix(_PREFIX), {})[part] = tensor
-    for name, parts in found.items():
-        if len(parts) != 2 or parts["lora_A"].shape[0] != parts["lora_B"].shape[1]:
-            shapes = {part: tuple(tensor.shape) for part, tensor in parts.items()}
-            msg = f"{directory}: {name} needs lora_A (r, in) and lora_B (out, r), found {shapes}"
-            raise AdapterMismatchError(msg)
-    if not found:
-        msg = f"{directory}: the file holds no adapter"
-        raise AdapterMismatchError(msg)
-    return {name: (parts["lora_A"], parts["lora_B"]) for name, parts in found.items()}
+    keys = pair_keys({key: tuple(tensor.shape) for key, tensor in tensors.items()}, directory)
+    return {name: (tensors[A], tensors[B]) for name, (A, B) in keys.items()}
 
 
 def _check_fit(
@@ -295,8 +243,7 @@ def _check_fit(
     for name, (A, B) in pairs.items():
         layer = layers.get(name)
         if layer is None:
-            near = difflib.get_close_matches(name, layers, n=3)
-            msg = f"the model has no quantized layer {name}; nearest: {', '.join(near) or 'none'}"
+            msg = f"the model has no quantized layer {name}; nearest: {nearest(name, layers)}"
             raise AdapterMismatchError(msg)
         expected = (layer.out_features, layer.in_features)
         ranks = (adapted[name].r,) if name in adapted else (A.shape[0],)
@@ -311,32 +258,3 @@ def _check_fit(
         msg = f"the file has no entry for {len(left)} adapted layers, the first is {left[0]}"
         raise AdapterMismatchError(msg)
     return {name: layers[name] for name in pairs}
-
-
-def _alphas(config: dict[str, Any], names: Iterable[str], directory: Path) -> dict[str, float]:
-    """lora_alpha of each layer; the keys of alpha_pattern are regular expressions, as in PEFT."""
-    default = _number(config, "lora_alpha", 8.0, directory)
-    alphas = dict.fromkeys(names, default)
-    patterns = config.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict):
-        msg = f"{directory}: alpha_pattern is a {type(patterns).__name__}, an object is needed"
-        raise CorruptFileError(msg)
-    for pattern in reversed(patterns):  # the first one that matches decides
-        try:
-            found = matching_paths(pattern, alphas)
-        except FormatError as error:
-            msg = f"{directory}: alpha_pattern {pattern[:80]!r} cannot be matched here: {error}"
-            raise AdapterMismatchError(msg) from error
-        alphas |= dict.fromkeys(found, _number(patterns, pattern, default, directory))
-    return alphas
-
-
-def _number(content: dict[str, Any], key: str, default: float, directory: Path) -> float:
-    """A finite number of the configuration; the default where it is null or missing."""
-    value = content.get(key)
-    if value is None:
-        return default
-    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
-        msg = f"{directory}: {key[:80]!r} is {str(value)[:40]!r}, a finite number is needed"
-        raise CorruptFileError(msg)
-    return float(value)

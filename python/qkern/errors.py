@@ -59,6 +59,10 @@ class AdapterMismatchError(QkernError, ValueError):
     """An adapter that does not belong to the model at hand."""
 
 
+class LostDeltaError(QkernError, ValueError):
+    """A merge whose quantized result keeps too little of what the adapter adds."""
+
+
 class DataError(QkernError, ValueError):
     """Training data that cannot be used as it is."""
 

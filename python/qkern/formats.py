@@ -76,6 +76,7 @@ class FormatKind:
         blocksizes: how many values may share a scale; empty where that is a row's length.
         scales: how scales may be stored: "fp32", or "nested" (double quantization).
         state: name of the JSON entry in files; None for bitsandbytes' int8 keys, which have none.
+        since: the oldest version of qkern that reads it; empty for what all versions do.
     """
 
     bits: int
@@ -83,6 +84,7 @@ class FormatKind:
     blocksizes: tuple[int, ...]
     scales: tuple[str, ...]
     state: str | None
+    since: str = ""
 
     @property
     def per_row(self) -> bool:

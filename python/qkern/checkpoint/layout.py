@@ -56,7 +56,8 @@ class ShardLayout:
 
     Args:
         name: of the file.
-        items: dense tensors as pieces, and weights; their order is kept where alignment allows.
+        items: entries as pieces, with or without content, and weights; their order is kept where
+            alignment allows.
         metadata: of the header.
 
     Attributes:
@@ -129,7 +130,8 @@ class ShardLayout:
         keys: dict[str, None] = {}
         for item in self.items:
             if isinstance(item, Piece):
-                self._place(item)
+                if item.content is None:
+                    self._place(item)
                 variants.append(((item,),))
             else:
                 variants.append(self._place_weight(item))

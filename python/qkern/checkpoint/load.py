@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qkern import flat_keys
-from qkern.adapters import CONFIG_NAME as ADAPTER_NAME
+from qkern.adapter_config import CONFIG_NAME as ADAPTER_NAME
 from qkern.adapters import load_adapter
 from qkern.checkpoint.reader import open_maps
 from qkern.checkpoint.source import Source, dtype_of_config

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 from qkern.checkpoint.inspection_text import format_text
 from qkern.checkpoint.quantization_report import QuantizationReport
@@ -24,14 +24,16 @@ def with_section(card: str, section: str) -> str:
     return f"{card.rstrip()}\n\n{block}\n".lstrip()
 
 
-def section_of(report: QuantizationReport, version: str) -> str:
+def section_of(report: QuantizationReport) -> str:
     """The section, in Markdown: the same for the same weights and settings."""
+    from qkern import __version__
+
     coverage = report.coverage
     lines = [
         "## Quantization",
         "",
-        f"The weights were quantized by qkern {version} as {format_text(report.format)}, method "
-        f"{report.method}: {len(coverage.quantized)} of {len(coverage.rows)} tensors, "
+        f"The weights were quantized by qkern {__version__} as {format_text(report.format)}, "
+        f"method {report.method}: {len(coverage.quantized)} of {len(coverage.rows)} tensors, "
         f"{coverage.coverage:.1%} of the values, {format_bytes(coverage.bytes_before)} to "
         f"{format_bytes(coverage.bytes_after)}.",
     ]
@@ -58,6 +60,22 @@ def section_of(report: QuantizationReport, version: str) -> str:
         shown = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))[:_SHOWN]
         rows = [(str(count), reason) for reason, count in shown]
         lines += ["", "Not quantized, or not as the rest:", "", *_table(("tensors", "why"), rows)]
+    return "\n".join(lines)
+
+
+def conversion_section(to: str, summary: Sequence[tuple[Any, ...]]) -> str:
+    """The section of a converted checkpoint; ``summary`` is that of its report."""
+    from qkern import __version__
+
+    rows = [tuple(str(cell) for cell in row) for row in summary]
+    headers = ("what", "from", "to", "tensors", "before", "after")
+    lines = [
+        "## Conversion",
+        "",
+        f"The tensors were written as {to} by qkern {__version__}:",
+        "",
+        *_table(headers, rows),
+    ]
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""The files beside the weights of a quantized checkpoint: index, config, card, copies. No torch."""
+"""The files beside the weights of a checkpoint: index, config, card, copies. No torch."""
 
 from __future__ import annotations
 
@@ -8,29 +8,30 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qkern.checkpoint.model_card import section_of, with_section
+from qkern.checkpoint.model_card import with_section
 from qkern.checkpoint.output_plan import CARD_NAME, CONFIG_NAME, OutputPlan
 from qkern.checkpoint.quantization_config import quantization_config
-from qkern.checkpoint.quantization_report import QuantizationReport
-from qkern.checkpoint.source import INDEX_NAME
+from qkern.checkpoint.source import INDEX_NAME, natural_order
+from qkern.formats import QuantFormat
 
 
 def write_other_files(
     plan: OutputPlan,
     folder: Path,
-    report: QuantizationReport,
     sizes: Mapping[str, Mapping[str, int]],
+    *,
+    config: Mapping[str, Any],
+    section: str,
 ) -> None:
     """Write all of ``plan.names`` but the shards.
 
     Args:
         plan: of the checkpoint.
         folder: to write to.
-        report: for the card.
         sizes: bytes of every entry, by shard and key.
+        config: content of config.json.
+        section: of the card.
     """
-    from qkern import __version__
-
     source = plan.directory
     for name in plan.others.carried:
         target = folder / name
@@ -45,27 +46,30 @@ def write_other_files(
         card = source / CARD_NAME
         # A letter that is no UTF-8 comes out as it was.
         text = card.read_text("utf-8", "surrogateescape") if card.is_file() else ""
-        text = with_section(text, section_of(report, __version__))
+        text = with_section(text, section)
         (folder / CARD_NAME).write_text(text, "utf-8", "surrogateescape", newline="\n")
     if CONFIG_NAME in plan.names:
-        _write_json(folder / CONFIG_NAME, plan.source.config | config_entries(plan))
+        _write_json(folder / CONFIG_NAME, config)
 
 
-def config_entries(plan: OutputPlan) -> dict[str, Any]:
-    """Entries of config.json that say how the weights are quantized; none if no weight is."""
-    quantized = [target for target in plan.targets if target.format is not None]
+def quantization_entries(plan: OutputPlan, fmt: QuantFormat) -> dict[str, Any]:
+    """Entries of config.json that say how the weights are quantized; none if no weight is.
+
+    Args:
+        plan: of the checkpoint.
+        fmt: of most weights.
+    """
+    quantized = [outcome for outcome in plan.outcomes if outcome.format is not None]
     if not quantized:
         return {}
-    fmt = plan.settings.format.template
-    dtypes = [target.tensor.dtype for target in quantized]
+    fmt = fmt.template
+    dtypes = [outcome.dtype for outcome in quantized]
     skipped = {
-        target.tensor.name.removesuffix(".weight"): None
-        for target in plan.targets
-        if target.format is None
-        and len(target.tensor.shape) == 2
-        and target.tensor.name.endswith(".weight")
+        outcome.name.removesuffix(".weight"): None
+        for outcome in sorted(plan.outcomes, key=lambda outcome: natural_order(outcome.name))
+        if outcome.format is None and len(outcome.shape) == 2 and outcome.name.endswith(".weight")
     }
-    if not any(target.tensor.name.endswith("lm_head.weight") for target in quantized):
+    if not any(outcome.name.endswith("lm_head.weight") for outcome in quantized):
         skipped["lm_head"] = None  # where it is tied to the embeddings, no file holds it
     skipped |= {
         name.removesuffix(".weight"): None
@@ -75,13 +79,13 @@ def config_entries(plan: OutputPlan) -> dict[str, Any]:
     return quantization_config(
         fmt,
         list(skipped),
-        max(dict.fromkeys(dtypes), key=dtypes.count),  # of several the first: always the same
+        max(sorted(set(dtypes)), key=dtypes.count),  # of several the first: always the same
         bitsandbytes=all(
-            t.format is not None
-            and t.format.quant_type == fmt.quant_type
-            and len(t.tensor.shape) == 2
-            and t.tensor.name.endswith(".weight")
-            for t in quantized
+            outcome.format is not None
+            and outcome.format.quant_type == fmt.quant_type
+            and len(outcome.shape) == 2
+            and outcome.name.endswith(".weight")
+            for outcome in quantized
         ),
     )
 

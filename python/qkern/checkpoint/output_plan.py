@@ -1,8 +1,7 @@
-"""What a quantized checkpoint will hold, known before any weight is read. No torch."""
+"""What a checkpoint that is written will hold, known before any weight is read. No torch."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import json
@@ -10,82 +9,88 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from qkern import entry_keys
 from qkern.checkpoint.carried import OtherFiles, other_files
 from qkern.checkpoint.entries import Piece
-from qkern.checkpoint.layout import Place, ShardLayout, Weight
-from qkern.checkpoint.source import INDEX_NAME, TIED_KEY, Source
+from qkern.checkpoint.layout import ShardLayout
+from qkern.checkpoint.outcomes import DTYPE_NAMES, ITEM_SIZES, Factors, Outcome, Step
+from qkern.checkpoint.source import INDEX_NAME, NEEDS_KEY, TIED_KEY, Source
 from qkern.checkpoint.staging import Staging
-from qkern.checkpoint.stream import CopyJob, Dense, Done, Quantized, Span, WeightJob
-from qkern.checkpoint.targets import Target
+from qkern.checkpoint.stream import (
+    CHANGES,
+    Blocks,
+    CopyJob,
+    Dense,
+    Done,
+    Quantized,
+    Span,
+    WeightJob,
+)
 from qkern.errors import CorruptFileError
-from qkern.formats import QuantFormat
 
 CONFIG_NAME = "config.json"
 CARD_NAME = "README.md"
 _HASHED = 1 << 22  # bytes at a time
-_ITEM_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_NAMED = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 Job = CopyJob | WeightJob
 
 
-class Settings(NamedTuple):
-    """What changes the bytes of the result.
-
-    Args:
-        format: before ``for_shape``.
-        method: how codes are chosen.
-        include: see ``choose_targets``, as the rest.
-        exclude: patterns.
-        embeddings: format of embeddings and output heads, or None.
-    """
-
-    format: QuantFormat
-    method: str
-    include: tuple[str, ...]
-    exclude: tuple[str, ...]
-    embeddings: str | None
-
-    def as_dict(self) -> dict[str, Any]:
-        """All of them as JSON values, each by itself."""
-        content: dict[str, Any] = dataclasses.asdict(self.format) | self._asdict()
-        del content["format"]
-        return content | {"include": list(self.include), "exclude": list(self.exclude)}
-
-
 class OutputPlan:
-    """All files of a quantized checkpoint, and the jobs that fill its shards.
+    """All files of a checkpoint that is written anew, and the jobs that fill its shards.
 
     Args:
-        source: the dense checkpoint.
-        targets: what becomes of each of its tensors.
-        settings: that chose them.
+        source: the checkpoint that is read; its shards have outputs of the same names.
+        outcomes: what becomes of each of its tensors, in the order of the files.
+        settings: that chose them, as JSON values.
+        more: sources of which parts are taken too; the files of all are the inputs of a run, in
+            this order.
 
     Attributes:
         source: as given.
-        targets: as given.
+        outcomes: as given.
         settings: as given.
         directory: of the source.
+        inputs: the files that jobs number.
         layouts: of the shards, in the order of ``source.files``.
-        jobs: in the order of files and places of the input; every tensor with bytes has one.
+        jobs: in the order of outcomes; every entry that has bytes to be written has one.
+        factors: of jobs that add something, by their names.
         others: files that are copied, or not.
     """
 
-    def __init__(self, source: Source, targets: Sequence[Target], settings: Settings) -> None:
+    def __init__(
+        self,
+        source: Source,
+        outcomes: Sequence[Outcome],
+        settings: Mapping[str, Any],
+        *,
+        more: Sequence[Source] = (),
+    ) -> None:
         self.source = source
-        self.settings = settings
-        self.targets = tuple(targets)
-        by_name = {target.tensor.name: target for target in targets}
-        items: dict[Path, list[Piece | Weight]] = {file: [] for file in source.files}
-        for name, entry in source.entries.items():
-            items[entry.file].append(self._item(by_name[name]))
-        metadata = {"format": "pt"}
+        self.settings = dict(settings)
+        self.outcomes = tuple(outcomes)
+        self._more = tuple(more)
+        self.inputs = tuple(file for each in (source, *more) for file in each.files)
+        steps = {
+            file: [step for outcome in outcomes if outcome.file == file for step in outcome.steps]
+            for file in source.files
+        }
+        metadata = {"format": "pt"} | _needed_version(outcomes)
         if source.tied:
             metadata[TIED_KEY] = json.dumps(source.tied)
-        self.layouts = tuple(ShardLayout(f.name, items[f], metadata) for f in source.files)
-        self.jobs = self._make_jobs(by_name)
+        self.layouts = tuple(
+            ShardLayout(file.name, [step.item for step in steps[file]], metadata)
+            for file in source.files
+        )
+        self.factors: dict[str, Factors] = {}
+        self.jobs = tuple(
+            job
+            for index, file in enumerate(source.files)
+            for step in steps[file]
+            if (job := self._job(step, index)) is not None
+        )
         self.directory = source.path if source.path.is_dir() else source.path.parent
         made = {*(f.name for f in source.files), INDEX_NAME, CONFIG_NAME, CARD_NAME}
         self.others = OtherFiles((), {})
@@ -131,14 +136,14 @@ class OutputPlan:
 
         return {
             "qkern": __version__,
-            "settings": self.settings.as_dict(),
+            "settings": self.settings,
             "inputs": {file.name: stamp(file) for file in self._inputs},
         }
 
     @property
     def _inputs(self) -> list[Path]:
         config = self.directory / CONFIG_NAME
-        return [*self.source.files, *([config] if self.source.config else [])]
+        return [*self.inputs, *([config] if self.source.config else [])]
 
     def check_inputs(self) -> None:
         """Refuse inputs that have changed since ``head`` was made.
@@ -158,68 +163,72 @@ class OutputPlan:
         shards = [staging.files / layout.name for layout in self.layouts]
         return [*shards, *(staging.spill(layout.name) for layout in self.layouts)]
 
-    def is_written(self, name: str, done: Done, staging: Staging) -> bool:
-        """Whether the bytes that an earlier run has written for a tensor are those it noted."""
-        index, target = self._where[name]
-        layout, tensor = self.layouts[index], target.tensor
-        sizes = {name: tensor.nbytes}
-        fmt = target.format
-        if fmt is not None:
-            fmt = fmt.replace(double_quant=fmt.double_quant and done.double_quant)
-            blocks = fmt.num_blocks(tensor.numel)
-            scales = blocks + 4 * fmt.num_nested(tensor.numel) if fmt.double_quant else 4 * blocks
-            sizes = {name: fmt.packed_size(tensor.numel), entry_keys.scales_key(name, fmt): scales}
+    def is_written(self, job: Job, done: Done, staging: Staging) -> bool:
+        """Whether the bytes that an earlier run has written are those that it noted."""
+        outputs = self.outputs(staging)
         noted = (done.crc, done.crc_scales)
-        for (key, nbytes), crc in zip(sizes.items(), noted, strict=False):
-            place = layout.places[key]
-            path = staging.spill(layout.name) if place.in_spill else staging.files / layout.name
-            if _crc(path, place.offset, nbytes) != crc:
-                return False
-        return True
+        return all(
+            _crc(outputs[at.file], at.offset, nbytes) == crc
+            for (at, nbytes), crc in zip(_written(job, done), noted, strict=False)
+        )
 
     @staticmethod
     def nbytes_of(job: Job) -> int:
-        """Bytes that a job reads."""
+        """Bytes that a job reads, as the engine tells them."""
         if isinstance(job, CopyJob):
             return job.nbytes
-        assert isinstance(job.source, Dense)
-        return math.prod(job.shape) * _ITEM_SIZES[job.source.dtype]
+        numel = math.prod(job.shape)
+        if isinstance(job.source, Quantized):
+            return job.source.format.packed_size(numel)
+        if isinstance(job.source, Blocks):
+            return numel // 2
+        return numel * ITEM_SIZES[job.source.dtype]
 
-    def _item(self, target: Target) -> Piece | Weight:
-        tensor = target.tensor
-        if target.format is not None:
-            return Weight(tensor.name, tensor.shape, tensor.dtype, target.format)
-        entry = self.source.entries[tensor.name]
-        return Piece(entry.key, entry.dtype, entry.shape, entry.nbytes)
+    def _job(self, step: Step, index: int) -> Job | None:
+        """The job of a step of the file number ``index``; None if there is nothing to write."""
+        item, source, layout = step.item, step.source, self.layouts[index]
+        if source is None:
+            return None
 
-    def _make_jobs(self, by_name: Mapping[str, Target]) -> tuple[Job, ...]:
-        files = {file: i for i, file in enumerate(self.source.files)}
-        self._where = {name: (files[t.tensor.file], t) for name, t in by_name.items()}
-        jobs: list[Job] = []
-        for name, entry in self.source.entries.items():
-            index, target = self._where[name]
-            places, source = self.layouts[index].places, Span(index, entry.begin)
+        def span(key: str) -> Span:
+            place = layout.places[key]
+            return Span(index + len(self.layouts) * place.in_spill, place.offset)
 
-            def span(place: Place, index: int = index) -> Span:
-                return Span(index + len(files) * place.in_spill, place.offset)
+        if isinstance(source, Span):
+            assert isinstance(item, Piece)
+            nbytes, target = item.nbytes // CHANGES[step.change], span(item.key)
+            return CopyJob(item.key, nbytes, source, target, step.change) if nbytes else None
+        if step.factors is not None:
+            self.factors[step.name] = step.factors
+        if isinstance(item, Piece):
+            if not item.nbytes:
+                return None
+            dense = Dense(_NAMED[item.dtype], span(item.key))
+            shape = step.shape or item.shape
+            return WeightJob(item.key, shape, source, dense, transposed=step.transposed)
+        scales = span(entry_keys.scales_key(item.name, item.format))
+        coded = Quantized(item.format, span(item.name), scales)
+        return WeightJob(item.name, item.shape, source, coded, step.method, measure=True)
 
-            fmt = target.format
-            if fmt is None:
-                if entry.nbytes:
-                    jobs.append(CopyJob(name, entry.nbytes, source, span(places[name])))
-                continue
-            scales = places[entry_keys.scales_key(name, fmt)]
-            jobs.append(
-                WeightJob(
-                    name=name,
-                    shape=entry.shape,
-                    source=Dense(target.tensor.dtype, source),
-                    target=Quantized(fmt, span(places[name]), span(scales)),
-                    method=self.settings.method if fmt.code is not None else "absmax",
-                    measure=True,
-                )
-            )
-        return tuple(jobs)
+
+def _needed_version(outcomes: Sequence[Outcome]) -> dict[str, str]:
+    """Metadata of files that older versions of qkern cannot read."""
+    kinds = (outcome.format.kind.since for outcome in outcomes if outcome.format is not None)
+    needed = max(filter(None, kinds), default="")
+    return {NEEDS_KEY: needed} if needed else {}
+
+
+def _written(job: Job, done: Done) -> list[tuple[Span, int]]:
+    """Where a job writes, and how many bytes, in the order of its checksums."""
+    if isinstance(job, CopyJob):
+        return [(job.target, job.nbytes * CHANGES[job.change])]
+    target, numel = job.target, math.prod(job.shape)
+    if isinstance(target, Dense):
+        return [(target.at, numel * ITEM_SIZES[target.dtype])]
+    fmt = target.format.replace(double_quant=target.format.double_quant and done.double_quant)
+    blocks = fmt.num_blocks(numel)
+    scales = blocks + 4 * fmt.num_nested(numel) if fmt.double_quant else 4 * blocks
+    return [(target.codes, fmt.packed_size(numel)), (target.scales, scales)]
 
 
 def stamp(file: Path) -> dict[str, Any]:

@@ -3,38 +3,47 @@
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from qkern import codec
-from qkern.checkpoint import stream
-from qkern.checkpoint.destination import check_existing, check_place, check_space, stale_files
-from qkern.checkpoint.journal import Journal, differences, done_as_json, done_from_json
-from qkern.checkpoint.output_files import write_other_files
-from qkern.checkpoint.output_plan import OutputPlan, Settings
+from qkern.checkpoint.model_card import section_of
+from qkern.checkpoint.outcomes import Outcome, Places, copied, in_file_order, written_quantized
+from qkern.checkpoint.output_files import quantization_entries
+from qkern.checkpoint.output_plan import OutputPlan
 from qkern.checkpoint.quantization_report import QuantizationReport, TensorResult
+from qkern.checkpoint.running import Progress, Run
 from qkern.checkpoint.source import Source
-from qkern.checkpoint.staging import FOLDER, Staging, streaming, writing
 from qkern.checkpoint.stream import Done
 from qkern.checkpoint.targets import EMBEDDINGS, RULE, Target, choose_targets
-from qkern.errors import (
-    CorruptFileError,
-    CoverageError,
-    FormatError,
-    NonFiniteError,
-    OutOfSpaceError,
-    OutputError,
-)
+from qkern.errors import CoverageError
 from qkern.formats import QuantFormat, resolve_format
 
-# Told now and then: the bytes read since, and the bytes of all that is read.
-Progress = Callable[[int, int], Any]
 
-# What the next call cannot do better: nothing is kept for it.
-_HOPELESS = (CorruptFileError, CoverageError, FormatError, NonFiniteError, OutOfSpaceError)
+class Settings(NamedTuple):
+    """What changes the bytes of the result.
+
+    Args:
+        format: before ``for_shape``.
+        method: how codes are chosen.
+        include: see ``choose_targets``, as the rest.
+        exclude: patterns.
+        embeddings: format of embeddings and output heads, or None.
+    """
+
+    format: QuantFormat
+    method: str
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    embeddings: str | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of them as JSON values, each by itself."""
+        content: dict[str, Any] = dataclasses.asdict(self.format) | self._asdict()
+        del content["format"]
+        return content | {"include": list(self.include), "exclude": list(self.exclude)}
 
 
 def quantize_checkpoint(
@@ -108,7 +117,7 @@ def quantize_checkpoint(
     codec.check_method(method, settings.format, has_importance=False)
     if embeddings is not None:
         codec.check_choice("embeddings", embeddings, EMBEDDINGS)
-    source, directory = Source(src), Path(dst)
+    source = Source(src)
     targets = choose_targets(
         source,
         settings.format,
@@ -116,62 +125,40 @@ def quantize_checkpoint(
         exclude=settings.exclude,
         embeddings=embeddings,
     )
-    plan = OutputPlan(source, targets, settings)
-    run = _Run(plan, directory, threads=threads, strict=strict, force=force, progress=progress)
-    report = run.report({})
-    if min_coverage is not None:
-        report.coverage.check(min_coverage)
-    run.check_surprises(report)
-    check_place(source.path, directory)
-    if dry_run:
-        check_existing(directory, plan.names, force=force)
-        check_space(directory, plan.nbytes)
-        return report
-    return run.write()
+    plan = OutputPlan(source, _outcomes(source, targets, method), settings.as_dict())
+    task = _Quantizing(plan, targets, settings, min_coverage, strict)
+    run = Run(task, Path(dst), threads=threads, force=force, progress=progress)
+    return run.check_only() if dry_run else run.write()
 
 
-@dataclasses.dataclass
-class _Run:
-    """One call.
+@dataclasses.dataclass(frozen=True)
+class _Quantizing:
+    """What a run is to do, see ``running.Task``.
 
     Args:
         plan: what is written.
-        directory: where.
-        threads: see ``quantize_checkpoint``, as all the rest.
+        targets: in the order of the report.
+        settings: as given.
+        min_coverage: see ``quantize_checkpoint``, as the next.
+        strict: whether surprises are refused.
     """
 
     plan: OutputPlan
-    directory: Path
-    threads: int
+    targets: Sequence[Target]
+    settings: Settings
+    min_coverage: float | None
     strict: bool
-    force: bool
-    progress: Progress | None
 
-    def write(self) -> QuantizationReport:
-        """Go on with what is there, or begin."""
-        with Staging(self.directory) as staging:
-            found = self._finish_commit(staging)
-            if found is not None:
-                return self.report(found, resumed=len(found))
-            check_existing(self.directory, self.plan.names, force=self.force)
-            self._check_journal(staging)
-            try:
-                return self._stream(staging)
-            except _HOPELESS:
-                if staging.pending_commit() is None:
-                    staging.clear()
-                raise
-
-    def report(self, done: Mapping[str, Done], **run: Any) -> QuantizationReport:
+    def report(self, directory: Path, done: Mapping[str, Done], **run: Any) -> QuantizationReport:
         """The report; without ``run``, what happened, that of a dry run."""
         plan = self.plan
         return QuantizationReport(
             source=plan.source.path,
-            path=self.directory,
-            format=plan.settings.format,
-            method=plan.settings.method,
+            path=directory,
+            format=self.settings.format,
+            method=self.settings.method,
             rule=RULE,
-            tensors=tuple(_result(target, done.get(target.tensor.name)) for target in plan.targets),
+            tensors=tuple(_result(target, done.get(target.tensor.name)) for target in self.targets),
             tied=plan.source.tied,
             files=plan.names,
             left_out=plan.others.left_out,
@@ -179,8 +166,10 @@ class _Run:
             **run,
         )
 
-    def check_surprises(self, report: QuantizationReport) -> None:
-        """Refuse what ``strict`` does."""
+    def check(self, report: QuantizationReport) -> None:
+        """Refuse what ``min_coverage`` and ``strict`` do."""
+        if self.min_coverage is not None:
+            report.coverage.check(self.min_coverage)
         rows = report.surprises
         if self.strict and rows:
             msg = (
@@ -190,85 +179,25 @@ class _Run:
             )
             raise CoverageError(msg)
 
-    def _finish_commit(self, staging: Staging) -> dict[str, Done] | None:
-        """Finish what a run that was killed while renaming has left; its results if ours."""
-        pending = staging.pending_commit()
-        if pending is None:
-            return None
-        staging.roll_forward(pending)
-        if pending.get("head") != self.plan.head:
-            # Another checkpoint, whole now: what follows is as if it had been there.
-            staging.restart()
-            return None
-        staging.clear()
-        return {name: done_from_json(content) for name, content in pending["done"].items()}
+    def config(self) -> dict[str, Any]:
+        """Content of config.json."""
+        return self.plan.source.config | quantization_entries(self.plan, self.settings.format)
 
-    def _check_journal(self, staging: Staging) -> None:
-        head = staging.journal.head
-        if head is None or head == self.plan.head:
-            return
-        if not self.force:
-            changes = "\n".join(f"  {line}" for line in differences(head, self.plan.head))
-            msg = (
-                f"{self.directory / FOLDER} holds an unfinished run that differs from this one:\n"
-                f"{changes}\ncall it as it was to go on, or start again with force (--force)"
-            )
-            raise OutputError(msg)
-        staging.restart()
+    def section(self, report: QuantizationReport) -> str:
+        """Of the model card."""
+        return section_of(report)
 
-    def _stream(self, staging: Staging) -> QuantizationReport:
-        check_space(self.directory, self.plan.nbytes)
-        journal, started = staging.journal, time.perf_counter()
-        with writing(staging.path):
-            if journal.head is None:
-                journal.begin(self.plan.head)
-            for layout in self.plan.layouts:
-                _make(staging.files / layout.name, layout.body_end)
-                _make(staging.spill(layout.name), layout.spill_size)
-        resumed = self._verify(staging, journal)
-        jobs = [job for job in self.plan.jobs if job.name not in resumed]
-        with streaming(staging.path):
-            stream.run(
-                jobs,
-                list(self.plan.source.files),
-                self.plan.outputs(staging),
-                threads=self.threads,
-                done=lambda done: journal.add(jobs[done.job].name, done),
-                progress=self._tell,
-            )
-        sizes: dict[str, dict[str, int]] = {}
-        with writing(staging.path):
-            for layout in self.plan.layouts:
-                place = staging.files / layout.name
-                sizes[layout.name] = layout.finish(place, staging.spill(layout.name), journal.done)
-        self.plan.check_inputs()
-        nbytes = sum(self.plan.nbytes_of(job) for job in jobs)
-        report = self.report(journal.done, resumed=len(resumed), nbytes_read=nbytes)
-        self.check_surprises(report)
-        with writing(staging.path):
-            write_other_files(self.plan, staging.files, report, sizes)
-        seconds, started = time.perf_counter() - started, time.perf_counter()
-        done = {name: done_as_json(result) for name, result in journal.done.items()}
-        record = {"head": self.plan.head, "done": done}
-        stale = stale_files(self.directory, self.plan.names)
-        staging.commit(self.plan.names, stale, record)
-        return dataclasses.replace(
-            report, seconds=seconds, seconds_commit=time.perf_counter() - started
-        )
 
-    def _verify(self, staging: Staging, journal: Journal) -> set[str]:
-        """Names of tensors that an earlier run has finished, and whose bytes are there."""
-        found = set()
-        for job in self.plan.jobs:
-            done = journal.done.get(job.name)
-            if done is not None and self.plan.is_written(job.name, done, staging):
-                found.add(job.name)
-                self._tell(self.plan.nbytes_of(job))
-        return found
-
-    def _tell(self, count: int) -> None:
-        if self.progress is not None:
-            self.progress(count, self.plan.nbytes_read)
+def _outcomes(source: Source, targets: Sequence[Target], method: str) -> list[Outcome]:
+    by_name, places = {target.tensor.name: target for target in targets}, Places(source)
+    outcomes = []
+    for tensor in in_file_order(source):
+        fmt = by_name[tensor.name].format
+        if fmt is None:
+            outcomes.append(copied(tensor, places))
+        else:
+            outcomes.append(written_quantized(tensor, fmt, places, method=method))
+    return outcomes
 
 
 def _result(target: Target, done: Done | None) -> TensorResult:
@@ -287,13 +216,6 @@ def _result(target: Target, done: Done | None) -> TensorResult:
         nbytes=tensor.nbytes if fmt is None else fmt.nbytes(tensor.numel),
         errors=None if done is None or fmt is None else done.errors,
     )
-
-
-def _make(path: Path, nbytes: int) -> None:
-    """A file of at least so many bytes; what is in it stays."""
-    with path.open("ab") as file:
-        if file.tell() < nbytes:
-            file.truncate(nbytes)
 
 
 def _patterns(given: str | Sequence[str]) -> tuple[str, ...]:

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qkern.adapters import CONFIG_NAME as ADAPTER_CONFIG
-from qkern.adapters import WEIGHTS_NAME as ADAPTER_WEIGHTS
+from qkern.adapter_config import CONFIG_NAME as ADAPTER_CONFIG
+from qkern.adapter_config import WEIGHTS_NAME as ADAPTER_WEIGHTS
 from qkern.adapters import save_adapter
 from qkern.checkpoint.quantization_config import quantization_config
 from qkern.checkpoint.source import INDEX_NAME, TIED_KEY, WEIGHTS_NAME

@@ -130,6 +130,7 @@ class Source:
         tensors: by name, in natural order of the names: layer 2 before layer 10. The entries of a
             quantized tensor are one.
         tied: names that share the memory of another tensor, which is the value.
+        metadata: strings in the headers of the files.
 
     Raises:
         FileNotFoundError: if there are no safetensors weights, or shards are missing.
@@ -148,9 +149,11 @@ class Source:
             for key, dtype, shape, file, begin, end in entries
         }
         self.tied: dict[str, str] = {}
+        self.metadata: dict[str, str] = {}
         for file, strings in zip(self.files, metadata, strict=True):
             _check_needs(file, strings.get(NEEDS_KEY, "0"))
             self.tied |= _read_tied(file, strings.get(TIED_KEY, "{}"))
+            self.metadata |= strings
         self._keys: dict[str, list[str]] = {}
         self._states: dict[str, State] = {}
         self.tensors: dict[str, StoredTensor] = {}
@@ -226,7 +229,7 @@ class Source:
             owner = entry_keys.owner(key)
             if owner in quantized:
                 self._keys.setdefault(owner, []).append(key)
-        for key in sorted({*self.entries, *quantized}, key=_natural):
+        for key in sorted({*self.entries, *quantized}, key=natural_order):
             if key in quantized:
                 self.tensors[key] = self._describe_quantized(key)
             elif entry_keys.owner(key) not in quantized:
@@ -325,7 +328,7 @@ def _version(text: str) -> list[int]:
     return [int(part) for part in re.findall(r"\d+", text)[:3]]
 
 
-def _natural(name: str) -> list[str | tuple[int, str]]:
+def natural_order(name: str) -> list[str | tuple[int, str]]:
     """Sorts "layers.10" after "layers.9"; text and numbers (by length, then digits) alternate."""
     parts = re.split(r"(\d+)", name)
     numbers = (part.lstrip("0") for part in parts[1::2])

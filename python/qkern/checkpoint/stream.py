@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from qkern import (
     _native,  # noqa: TID251 - streams without torch and without arrays
@@ -63,20 +63,50 @@ class Quantized:
 
 
 @dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Codes and scales of a weight as MXFP4 and NVFP4 store them.
+
+    Codes are E2M1, the first of two in the low half of a byte; blocks do not cross rows. A value
+    is ``code * scale`` in fp32.
+
+    Args:
+        codes: their first byte.
+        scales: the first scale, of one byte each.
+        blocksize: values that share a scale.
+        scale: "e8m0", a power of two; or "e4m3", which is taken ``* factor / divisor`` in fp32.
+        factor: fp32, of the tensor.
+        divisor: fp32, of the tensor.
+    """
+
+    codes: Span
+    scales: Span
+    blocksize: int
+    scale: str
+    factor: float = 1.0
+    divisor: float = 1.0
+
+
+# What bytes that are copied may become: a change and the bytes that are written for each one.
+CHANGES: Final = {None: 1, "swapped_nibbles": 1, "e8m0_to_float32": 4}
+
+
+@dataclasses.dataclass(frozen=True)
 class CopyJob:
-    """Bytes that go over as they are.
+    """Bytes that go over as they are, or each by itself as something else.
 
     Args:
         name: of the tensor, for errors.
-        nbytes: how many.
+        nbytes: how many are read.
         source: their place among the inputs.
         target: their place among the outputs.
+        change: one of ``CHANGES``: what each becomes.
     """
 
     name: str
     nbytes: int
     source: Span
     target: Span
+    change: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,15 +137,18 @@ class WeightJob:
         measure: whether the errors of a quantized target are measured, see ``Errors``; with
             a delta those of a dense one always are.
         delta: what is added before; none by default.
+        transposed: whether a dense target holds the matrices of the last two dimensions transposed.
+            A thread needs memory for one of them.
     """
 
     name: str
     shape: tuple[int, ...]
-    source: Dense | Quantized
+    source: Dense | Quantized | Blocks
     target: Dense | Quantized
     method: str = "absmax"
     measure: bool = False
     delta: Delta | None = None
+    transposed: bool = False
 
 
 class Errors(NamedTuple):

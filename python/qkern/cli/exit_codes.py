@@ -7,6 +7,7 @@ from typing import Final
 from qkern.errors import (
     CoverageError,
     FormatError,
+    LostDeltaError,
     MissingDependencyError,
     NativeError,
     OutputError,
@@ -26,6 +27,7 @@ _CODES: Final[tuple[tuple[type[BaseException], int], ...]] = (
     (SettingError, USAGE),
     (FormatError, USAGE),
     (CoverageError, NO),
+    (LostDeltaError, NO),
     (DivergedError, NO),
     (MissingDependencyError, IO),
     (NativeError, IO),

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
 from qkern.cli import exit_codes
-from qkern.cli.terminal import byte_progress
+from qkern.cli.checkpoint_run import add_run_arguments, run_arguments, running, tell
 from qkern.formats import BLOCKSIZES, QUANT_TYPES
 
 HELP = "quantize a checkpoint from file to file, in little memory, without torch"
@@ -72,58 +68,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="exit with 3 if a weight stays dense that is no embedding, output head or router and "
         "not excluded, or if 8 bits cannot hold the scales of one",
     )
-    how = parser.add_argument_group("run")
-    how.add_argument(
-        "--threads", type=_count, default=0, metavar="N", help="0 for one per core (default)"
-    )
-    how.add_argument("--dry-run", action="store_true", help="check and report, write nothing")
-    how.add_argument(
-        "--force",
-        action="store_true",
-        help="replace a checkpoint in DST, and an unfinished run of other settings",
-    )
-    how.add_argument("--quiet", action="store_true", help="no progress, and no report on success")
+    add_run_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Quantize, and print the report."""
     import qkern
 
-    shown = contextlib.nullcontext() if args.quiet else byte_progress("quantizing")
-    try:
-        with shown as progress:
-            report = qkern.quantize_checkpoint(
-                args.src,
-                args.dst,
-                args.quant_type,
-                blocksize=args.blocksize,
-                double_quant=not args.no_double_quant,
-                method=args.method,
-                include=args.include,
-                exclude=args.exclude,
-                min_coverage=args.min_coverage,
-                strict=args.strict,
-                embeddings=args.embeddings,
-                threads=args.threads,
-                dry_run=args.dry_run,
-                force=args.force,
-                progress=progress,
-            )
-    except KeyboardInterrupt as error:
-        msg = f"interrupted: the same command goes on with {Path(args.dst)}"
-        raise KeyboardInterrupt(msg) from error
-    if args.json:
-        sys.stdout.write(json.dumps(report.as_dict(), allow_nan=False) + "\n")
-    elif not args.quiet:
-        sys.stdout.write(f"{report}\n")
+    with running(args, "quantizing", args.dst) as progress:
+        report = qkern.quantize_checkpoint(
+            args.src,
+            args.dst,
+            args.quant_type,
+            blocksize=args.blocksize,
+            double_quant=not args.no_double_quant,
+            method=args.method,
+            include=args.include,
+            exclude=args.exclude,
+            min_coverage=args.min_coverage,
+            strict=args.strict,
+            embeddings=args.embeddings,
+            **run_arguments(args),
+            progress=progress,
+        )
+    tell(args, report)
     return exit_codes.DONE
-
-
-def _count(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or len(text) > 6:
-        msg = f"{text!r} is no number of threads"
-        raise argparse.ArgumentTypeError(msg)
-    return int(text)
 
 
 def _share(text: str) -> float:

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use numpy::{PyArray1, PyArrayMethods, PyReadonlyArray1, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use qkern_checkpoint::stream::{
-    run, Coded, Continue, Delta, Done, Dtype, Errors, Format, Job, Observer, Source, Span, Stored,
-    Target, Weight,
+    run, Blocks, Change, Coded, Continue, Delta, Done, Dtype, Errors, Format, Job, Observer, Scale,
+    Source, Span, Stored, Target, Weight,
 };
 
 use crate::detached::caught;
@@ -38,6 +38,14 @@ enum SideArgument {
         nested: Option<SpanArgument>,
         offset: f32,
     },
+    Blocks {
+        codes: SpanArgument,
+        scales: SpanArgument,
+        blocksize: usize,
+        scale: String,
+        factor: f32,
+        divisor: f32,
+    },
     Dense {
         dtype: String,
         at: SpanArgument,
@@ -59,6 +67,7 @@ enum JobArgument {
         nbytes: u64,
         source: SpanArgument,
         target: SpanArgument,
+        change: Option<String>,
     },
     Weight {
         name: String,
@@ -68,6 +77,7 @@ enum JobArgument {
         target: SideArgument,
         method: String,
         measure: bool,
+        transposed: bool,
     },
 }
 
@@ -152,19 +162,35 @@ impl Observer for Watcher {
 
 fn convert(py: Python<'_>, job: JobArgument, nested_code: &[f32; 256]) -> PyResult<Job> {
     match job {
-        JobArgument::Copy { name, nbytes, source, target } => {
-            Ok(Job::Copy { name, nbytes, source: span(source), target: span(target) })
+        JobArgument::Copy { name, nbytes, source, target, change } => {
+            let change = match change.as_deref() {
+                None => Change::None,
+                Some("swapped_nibbles") => Change::SwappedNibbles,
+                Some("e8m0_to_float32") => Change::E8m0ToF32,
+                Some(other) => return Err(errors::format(py, format!("unknown change {other:?}"))),
+            };
+            Ok(Job::Copy { name, nbytes, change, source: span(source), target: span(target) })
         }
-        JobArgument::Weight { name, shape, source, delta, target, method, measure } => {
+        JobArgument::Weight { name, shape, source, delta, target, method, measure, transposed } => {
             let numel = shape.iter().try_fold(1usize, |all, size| all.checked_mul(*size));
             let numel = numel.filter(|numel| isize::try_from(*numel).is_ok()).ok_or_else(|| {
                 errors::shape(py, format!("{name}: {shape:?} are more values than there can be"))
             })?;
             let row = shape.last().copied().unwrap_or(1).max(1);
+            // Of the matrices that its last two dimensions are.
+            let transposed = transposed.then(|| shape.iter().rev().nth(1).copied().unwrap_or(1));
             let target = convert_target(py, target, &method, measure, nested_code)?;
             let source = convert_source(py, source, nested_code)?;
             let delta = delta.map(|delta| convert_delta(py, &delta)).transpose()?;
-            Ok(Job::Weight(Box::new(Weight { name, numel, row, source, delta, target })))
+            Ok(Job::Weight(Box::new(Weight {
+                name,
+                numel,
+                row,
+                source,
+                delta,
+                transposed,
+                target,
+            })))
         }
     }
 }
@@ -192,6 +218,15 @@ fn convert_source(
                 offset,
             })
         }
+        SideArgument::Blocks { codes, scales, blocksize, scale, factor, divisor } => {
+            let scale = match scale.as_str() {
+                "e8m0" => Scale::E8m0,
+                "e4m3" => Scale::E4m3 { factor, divisor },
+                _ => return Err(errors::format(py, format!("unknown scale {scale:?}"))),
+            };
+            let (codes, scales) = (span(codes), span(scales));
+            Source::Blocks(Blocks { codes, scales, blocksize, scale })
+        }
     })
 }
 
@@ -217,6 +252,9 @@ fn convert_target(
             },
             measure,
         }),
+        SideArgument::Blocks { .. } => {
+            return Err(errors::format(py, "blocks are read, and not written".to_owned()))
+        }
     })
 }
 

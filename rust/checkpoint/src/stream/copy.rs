@@ -1,8 +1,9 @@
-//! A tensor whose bytes go over as they are.
+//! A tensor whose bytes go over as they are, or each by itself as something else.
 
 use std::sync::{Mutex, PoisonError};
 
-use super::job::{Done, Span};
+use super::blocks::e8m0;
+use super::job::{Change, Done, Span};
 use super::queue::Passes;
 use super::weight::combined;
 use super::Files;
@@ -15,6 +16,7 @@ const CHUNK: u64 = 1 << 20;
 pub(super) struct CopyRun<'a> {
     pub(super) job: usize,
     pub(super) nbytes: u64,
+    pub(super) change: Change,
     pub(super) source: Span,
     pub(super) target: Span,
     pub(super) files: &'a Files<'a>,
@@ -36,7 +38,19 @@ impl CopyRun<'_> {
         let start = chunk as u64 * CHUNK;
         buffer.resize(self.bytes(chunk) as usize, 0);
         self.files.inputs[self.source.file].read(buffer, self.source.offset + start)?;
-        self.files.outputs[self.target.file].write(buffer, self.target.offset + start)?;
+        match self.change {
+            Change::None => {}
+            Change::SwappedNibbles => {
+                for byte in buffer.iter_mut() {
+                    *byte = byte.rotate_left(4);
+                }
+            }
+            Change::E8m0ToF32 => {
+                *buffer = buffer.iter().flat_map(|byte| e8m0(*byte).to_le_bytes()).collect();
+            }
+        }
+        let offset = self.target.offset + start * self.change.growth();
+        self.files.outputs[self.target.file].write(buffer, offset)?;
         let crc = (crc32fast::hash(buffer), buffer.len() as u64);
         let mut crcs = self.crcs.lock().unwrap_or_else(PoisonError::into_inner);
         if crcs.len() <= chunk {

@@ -8,6 +8,8 @@ use crate::error::CheckpointError;
 
 /// A row with one scale must fit into memory as a whole.
 const LONGEST_ROW: usize = 1 << 28;
+/// So must a matrix that is transposed.
+const LARGEST_MATRIX: usize = 1 << 28;
 
 /// A place in one of the files of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,6 +90,36 @@ pub enum Source {
     },
     /// Codes and scales.
     Quantized(Stored),
+    /// Codes and scales as MXFP4 and NVFP4 store them.
+    Blocks(Blocks),
+}
+
+/// Codes of E2M1, the first of two in the low half of a byte, with a scale of 8 bits a block. Blocks
+/// do not cross rows.
+#[derive(Clone, Debug)]
+pub struct Blocks {
+    /// The first code.
+    pub codes: Span,
+    /// The first scale.
+    pub scales: Span,
+    /// Values that share a scale.
+    pub blocksize: usize,
+    /// What a scale is.
+    pub scale: Scale,
+}
+
+/// A scale of 8 bits.
+#[derive(Clone, Copy, Debug)]
+pub enum Scale {
+    /// A power of two.
+    E8m0,
+    /// A small float, `* factor / divisor` in fp32.
+    E4m3 {
+        /// Of the tensor.
+        factor: f32,
+        /// Of the tensor.
+        divisor: f32,
+    },
 }
 
 /// A quantized tensor in a file.
@@ -137,12 +169,14 @@ pub struct Coded {
 /// A tensor and what becomes of it.
 #[derive(Clone, Debug)]
 pub enum Job {
-    /// Its bytes go over as they are.
+    /// Its bytes go over as they are, or each by itself as something else.
     Copy {
         /// Name, for errors.
         name: String,
-        /// How many bytes.
+        /// How many bytes are read.
         nbytes: u64,
+        /// What they become.
+        change: Change,
         /// Where they lie.
         source: Span,
         /// Where they go.
@@ -150,6 +184,27 @@ pub enum Job {
     },
     /// It changes its form.
     Weight(Box<Weight>),
+}
+
+/// What bytes that are copied become.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// What they are.
+    None,
+    /// Bytes with their halves exchanged.
+    SwappedNibbles,
+    /// fp32, of scales that are powers of two.
+    E8m0ToF32,
+}
+
+impl Change {
+    /// Bytes that are written for each one.
+    pub(super) fn growth(self) -> u64 {
+        match self {
+            Self::None | Self::SwappedNibbles => 1,
+            Self::E8m0ToF32 => 4,
+        }
+    }
 }
 
 /// A tensor that changes its form.
@@ -165,6 +220,9 @@ pub struct Weight {
     pub source: Source,
     /// What is added to it.
     pub delta: Option<Delta>,
+    /// Rows of each of its matrices, which a dense target holds transposed. A thread needs memory
+    /// for one of them.
+    pub transposed: Option<usize>,
     /// What is written.
     pub target: Target,
 }
@@ -200,9 +258,9 @@ impl Job {
     /// Refuses what cannot be done: a file that is not there, sizes beyond all numbers.
     pub(super) fn check(&self, inputs: usize, outputs: usize) -> Result<(), CheckpointError> {
         let wrong = match self {
-            Self::Copy { nbytes, source, target, .. } => {
-                source.check(*nbytes, inputs).or(target.check(*nbytes, outputs))
-            }
+            Self::Copy { nbytes, change, source, target, .. } => source
+                .check(*nbytes, inputs)
+                .or_else(|| target.check(nbytes.saturating_mul(change.growth()), outputs)),
             Self::Weight(weight) => weight.check(inputs, outputs),
         };
         match wrong {
@@ -225,6 +283,14 @@ impl Weight {
                 return Some(format!("A of {a} and B of {b} values do not fit {rows} x {row}"));
             }
         }
+        if let Some(rows) = self.transposed {
+            let matrix =
+                rows.checked_mul(self.row).filter(|size| (1..=LARGEST_MATRIX).contains(size));
+            let whole = matrix.is_some_and(|size| self.numel.is_multiple_of(size));
+            if !whole || !matches!(self.target, Target::Dense { .. }) || self.delta.is_some() {
+                return Some(format!("no matrices of {rows} x {} to transpose", self.row));
+            }
+        }
         let dense = |dtype: &Dtype, at: &Span, files| {
             at.check((self.numel as u64).saturating_mul(dtype.size() as u64), files)
         };
@@ -235,6 +301,7 @@ impl Weight {
                     nested.check(4 * num_groups(format.num_blocks(self.numel)) as u64, inputs)
                 })
             }
+            Source::Blocks(blocks) => blocks.check(self, inputs),
         };
         let target = || match &self.target {
             Target::Dense { dtype, at } => dense(dtype, at, outputs),
@@ -273,7 +340,7 @@ impl Format {
 
 impl Span {
     /// What is wrong with so many bytes here, if something is.
-    fn check(&self, nbytes: u64, files: usize) -> Option<String> {
+    pub(super) fn check(&self, nbytes: u64, files: usize) -> Option<String> {
         if self.file >= files {
             return Some(format!("there is no file {} among {files}", self.file));
         }

@@ -6,6 +6,7 @@
 //! not mapped: one that shrinks meanwhile is an error and not a signal, and the address space does
 //! not limit its size.
 
+mod blocks;
 mod copy;
 mod delta;
 mod errors;
@@ -35,7 +36,8 @@ use queue::{Passes, Queue, Task};
 use weight::{Buffers, WeightRun};
 
 pub use job::{
-    Coded, Delta, Done, Dtype, Errors, Format, Job, Source, Span, Stored, Target, Weight,
+    Blocks, Change, Coded, Delta, Done, Dtype, Errors, Format, Job, Scale, Source, Span, Stored,
+    Target, Weight,
 };
 
 /// How often whoever watches is told of progress, and asked.
@@ -129,9 +131,10 @@ enum Run<'a> {
 impl<'a> Run<'a> {
     fn new(index: usize, job: &'a Job, files: &'a Files<'a>, engine: Engine) -> Self {
         match job {
-            Job::Copy { nbytes, source, target, .. } => Self::Copy(CopyRun {
+            Job::Copy { nbytes, change, source, target, .. } => Self::Copy(CopyRun {
                 job: index,
                 nbytes: *nbytes,
+                change: *change,
                 source: *source,
                 target: *target,
                 files,

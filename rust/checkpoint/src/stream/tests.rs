@@ -17,6 +17,8 @@ use qkern_codec::{
 use super::*;
 use crate::files::Storage;
 
+mod blocks;
+
 /// A file in memory; reads and writes at most `most` bytes at a time, fails at byte `fails_at`, and
 /// is interrupted now and then.
 struct Memory {
@@ -164,7 +166,15 @@ fn input(values: &[f32], dtype: Dtype) -> Vec<u8> {
 }
 
 fn weight(numel: usize, row: usize, source: Source, target: Target) -> Job {
-    Job::Weight(Box::new(Weight { name: "w".into(), numel, row, source, delta: None, target }))
+    Job::Weight(Box::new(Weight {
+        name: "w".into(),
+        numel,
+        row,
+        source,
+        delta: None,
+        transposed: None,
+        target,
+    }))
 }
 
 fn coded(format: &Format, numel: usize, search: bool) -> (Target, usize) {
@@ -378,6 +388,7 @@ fn a_low_rank_product_is_added_before_rounding() {
         row,
         source: dense(Dtype::Bf16),
         delta,
+        transposed: None,
         target,
     }));
     let (input, output) =
@@ -436,6 +447,7 @@ fn three_jobs(numel: usize) -> (Vec<Job>, Memory, usize) {
     let copy = |offset: usize| Job::Copy {
         name: "bytes".into(),
         nbytes: 4 * numel as u64,
+        change: Change::None,
         source: at(8),
         target: at(offset),
     };

@@ -10,6 +10,7 @@ use qkern_codec::{
     ValuesMut, NESTED_BLOCKSIZE,
 };
 
+use super::blocks::BlockBuffer;
 use super::job::{num_groups, Dtype, Format, Source, Stored, Weight};
 use super::Place;
 use crate::error::CheckpointError;
@@ -55,6 +56,7 @@ pub(super) struct CodeBuffer {
     absmax: Vec<f32>,
     absmax_codes: Vec<u8>,
     nested: Vec<f32>,
+    blocks: BlockBuffer,
 }
 
 /// The bytes of values, as they lie in memory and in files: little-endian.
@@ -75,7 +77,7 @@ fn bytes_of_mut(values: ValuesMut<'_>) -> &mut [u8] {
 }
 
 /// The `len` elements of a buffer that are there from now on.
-fn first<T: Copy + Default>(buffer: &mut Vec<T>, len: usize) -> &mut [T] {
+pub(super) fn first<T: Copy + Default>(buffer: &mut Vec<T>, len: usize) -> &mut [T] {
     if buffer.len() < len {
         buffer.resize(len, T::default());
     }
@@ -90,7 +92,8 @@ pub(super) struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    /// Puts the values at `places` into `buffer`: as `dtype` if they are codes, else as they are.
+    /// Puts the values at `places` into `buffer`: as `dtype` if they are codes of ours, else as they
+    /// are, fp32 for codes of others.
     /// Returns which dtype they have and where in the buffer they lie.
     pub(super) fn read(
         &self,
@@ -105,6 +108,13 @@ impl Reader<'_> {
                 let offset = at.offset + (places.start * dtype.size()) as u64;
                 self.inputs[at.file].read(room, offset)?;
                 Ok((*dtype, 0..places.len()))
+            }
+            Source::Blocks(blocks) => {
+                let whole = blocks.around(&places);
+                if let ValuesMut::F32(room) = buffer.room(Dtype::F32, whole.len()) {
+                    blocks.read(self.inputs, &whole, &mut scratch.blocks, room)?;
+                }
+                Ok((Dtype::F32, places.start - whole.start..places.end - whole.start))
             }
             Source::Quantized(stored) => {
                 // Whole groups of scales, of which the last may be short.
@@ -175,6 +185,15 @@ pub(super) fn is(values: Values<'_>, dtype: Dtype) -> bool {
             | (Values::F16(_), Dtype::F16)
             | (Values::Bf16(_), Dtype::Bf16)
     )
+}
+
+/// Whether one of 16 bits is infinite.
+pub(super) fn has_infinite(values: Values<'_>) -> bool {
+    match values {
+        Values::F32(_) => false,
+        Values::F16(v) => v.iter().fold(false, |any, v| any | v.is_infinite()),
+        Values::Bf16(v) => v.iter().fold(false, |any, v| any | v.is_infinite()),
+    }
 }
 
 /// `values` as fp32, in memory of its own.

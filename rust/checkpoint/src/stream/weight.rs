@@ -20,7 +20,9 @@ use qkern_codec::{
 
 use super::job::{num_groups, Coded, Done, Dtype, Errors, Source, Span, Target, Weight};
 use super::queue::Passes;
-use super::values::{bytes_of, decode, is, round, widen, widened, CodeBuffer, Reader, ValueBuffer};
+use super::values::{
+    bytes_of, decode, has_infinite, is, round, widen, widened, CodeBuffer, Reader, ValueBuffer,
+};
 use super::{Files, Place};
 use crate::error::CheckpointError;
 
@@ -29,6 +31,8 @@ use crate::error::CheckpointError;
 const CHUNK: usize = 1 << 18;
 /// Of a tensor of several chunks, the errors of so many values at the start of each are measured.
 const MEASURED: usize = 1 << 13;
+/// Bytes of a cache line.
+const LINE: usize = 64;
 
 /// What a thread keeps from chunk to chunk.
 #[derive(Default)]
@@ -48,6 +52,25 @@ struct ReadBuffers {
     values: ValueBuffer,
     wide: Vec<f32>,
     scratch: CodeBuffer,
+}
+
+/// What was put there.
+struct Filled {
+    dtype: Dtype,
+    range: Range<usize>,
+    is_sum: bool,
+    squared_delta: f64,
+}
+
+impl ReadBuffers {
+    fn values(&self, filled: &Filled) -> Values<'_> {
+        let Filled { dtype, range, is_sum, .. } = filled;
+        if *is_sum {
+            Values::F32(&self.wide[range.clone()])
+        } else {
+            self.values.values(*dtype, range.clone())
+        }
+    }
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -121,6 +144,9 @@ impl<'a> WeightRun<'a> {
             let blocks = format.num_blocks(weight.numel);
             run.state().scales = vec![0.0; blocks];
         }
+        if let Some(rows) = weight.transposed {
+            run.chunk = rows * weight.row;
+        }
         let chunks = run.chunks(0);
         run.state().crcs = vec![(0, 0); chunks];
         run.state().errors = vec![Errors::default(); chunks];
@@ -152,6 +178,7 @@ impl<'a> WeightRun<'a> {
         match &self.weight.source {
             Source::Dense { dtype, .. } => (places.len() * dtype.size()) as u64,
             Source::Quantized(stored) => stored.format.packed_size(places.len()) as u64,
+            Source::Blocks(_) => places.len() as u64 / 2,
         }
     }
 
@@ -167,7 +194,10 @@ impl<'a> WeightRun<'a> {
             return Ok(());
         }
         match (&self.weight.target, self.passes[pass]) {
-            (Target::Dense { dtype, at }, _) => self.round(*dtype, *at, &places, chunk, buffers),
+            (Target::Dense { dtype, at }, _) => match self.weight.transposed {
+                Some(rows) => self.transpose(*dtype, *at, rows, chunk, buffers),
+                None => self.round(*dtype, *at, &places, chunk, buffers),
+            },
             (Target::Quantized(coded), Pass::Encode) => self.encode(coded, places, chunk, buffers),
             (Target::Quantized(coded), Pass::Search) => self.search(coded, places, buffers),
             (Target::Quantized(coded), Pass::Code) => self.code(coded, places, chunk, buffers),
@@ -206,15 +236,27 @@ impl<'a> WeightRun<'a> {
         dtype: Dtype,
         read: &'b mut ReadBuffers,
     ) -> Result<(Values<'b>, f64), CheckpointError> {
+        let filled = self.fill(places, dtype, read)?;
+        Ok((read.values(&filled), filled.squared_delta))
+    }
+
+    /// The same, to be looked at by [`ReadBuffers::values`].
+    fn fill(
+        &self,
+        places: &Range<usize>,
+        dtype: Dtype,
+        read: &mut ReadBuffers,
+    ) -> Result<Filled, CheckpointError> {
         let ReadBuffers { values, wide, scratch } = read;
         let delta = self.weight.delta.as_ref();
         let dtype = delta.map_or(dtype, |delta| delta.base);
         let (dtype, range) = self.reader().read(places.clone(), dtype, values, scratch)?;
-        let read = values.values(dtype, range);
-        let Some(delta) = delta else { return Ok((read, 0.0)) };
-        let sums = widened(read, wide);
-        let squared = delta.add(places, self.weight.row, sums);
-        Ok((Values::F32(sums), squared))
+        let Some(delta) = delta else {
+            return Ok(Filled { dtype, range, is_sum: false, squared_delta: 0.0 });
+        };
+        let sums = widened(values.values(dtype, range), wide);
+        let squared_delta = delta.add(places, self.weight.row, sums);
+        Ok(Filled { dtype: Dtype::F32, range: 0..places.len(), is_sum: true, squared_delta })
     }
 
     /// Writes values as `to`.
@@ -227,22 +269,70 @@ impl<'a> WeightRun<'a> {
         buffers: &mut Buffers,
     ) -> Result<(), CheckpointError> {
         let Buffers { read, rounded, wide, again, .. } = buffers;
-        let (exact, squared_delta) = self.read(places, to, read)?;
-        let mut result = exact;
-        if !is(exact, to) {
-            let (values, overflow) = round(widen(exact, wide), to, rounded);
-            if let Some(index) = overflow {
-                let (name, index) = (self.weight.name.clone(), places.start + index);
-                return Err(CheckpointError::Overflow { name, index, dtype: to.name() });
-            }
-            result = values;
-        }
+        let (exact, result, squared_delta) = self.rounded(to, places, read, wide, rounded)?;
         if let (Some(_), Values::F32(exact)) = (&self.weight.delta, exact) {
             let errors = Errors::between(exact, widen(result, again));
             self.state().errors[chunk] = Errors { squared_delta, ..errors };
         }
         let offset = at.offset + (places.start * to.size()) as u64;
         self.write(&self.files.outputs[at.file], bytes_of(result), offset, chunk)
+    }
+
+    /// Values as they are, the same as `to`, and the sum of squares of what was added.
+    fn rounded<'b>(
+        &self,
+        to: Dtype,
+        places: &Range<usize>,
+        read: &'b mut ReadBuffers,
+        wide: &'b mut Vec<f32>,
+        rounded: &'b mut ValueBuffer,
+    ) -> Result<(Values<'b>, Values<'b>, f64), CheckpointError> {
+        let mut filled = self.fill(places, to, read)?;
+        if has_infinite(read.values(&filled)) {
+            // Codes were decoded to the target's dtype: where it was too small for them.
+            filled = self.fill(places, Dtype::F32, read)?;
+        }
+        let (exact, squared_delta) = (read.values(&filled), filled.squared_delta);
+        if is(exact, to) {
+            return Ok((exact, exact, squared_delta));
+        }
+        let (values, overflow) = round(widen(exact, wide), to, rounded);
+        if let Some(index) = overflow {
+            let (name, index) = (self.weight.name.clone(), places.start + index);
+            return Err(CheckpointError::Overflow { name, index, dtype: to.name() });
+        }
+        Ok((exact, values, squared_delta))
+    }
+
+    /// Writes one matrix as `to`, its columns as rows.
+    fn transpose(
+        &self,
+        to: Dtype,
+        at: Span,
+        rows: usize,
+        chunk: usize,
+        buffers: &mut Buffers,
+    ) -> Result<(), CheckpointError> {
+        let Buffers { bytes, read, rounded, wide, .. } = buffers;
+        let (row, size, places) = (self.weight.row, to.size(), self.places(chunk));
+        bytes.resize(places.len() * size, 0);
+        // As many rows at a time as fill a cache line of the result, or a chunk.
+        let most = (CHUNK / row).clamp(1, LINE / size);
+        for first in (0..rows).step_by(most) {
+            let count = most.min(rows - first);
+            let start = places.start + first * row;
+            let part = start..start + count * row;
+            let (_, values, _) = self.rounded(to, &part, read, wide, rounded)?;
+            let values = bytes_of(values);
+            for column in 0..row {
+                let to = &mut bytes[(column * rows + first) * size..][..count * size];
+                for (i, to) in to.chunks_exact_mut(size).enumerate() {
+                    to.copy_from_slice(&values[(i * row + column) * size..][..size]);
+                }
+            }
+        }
+        let offset = at.offset + (places.start * size) as u64;
+        self.write(&self.files.outputs[at.file], bytes, offset, chunk)
     }
 
     /// Codes and scales at once: a scale is its block's absmax.

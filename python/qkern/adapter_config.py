@@ -1,0 +1,179 @@
+"""What PEFT's ``adapter_config.json`` says, and which of it can be applied here. No torch."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import sys
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from qkern.errors import AdapterMismatchError, CorruptFileError, FormatError
+from qkern.patterns import matching_paths
+
+CONFIG_NAME: Final = "adapter_config.json"
+WEIGHTS_NAME: Final = "adapter_model.safetensors"
+PREFIX: Final = "base_model.model."
+# Metadata keys of the weights: the format of the quantized base, and its fingerprint.
+FORMAT_KEY: Final = "qkern"
+BASE_KEY: Final = "qkern_base"
+# Settings of PEFT that change what an adapter computes, with the values that are plain LoRA.
+_PLAIN: Final[dict[str, tuple[Any, ...]]] = {
+    "use_dora": (False, None),
+    "lora_bias": (False, None),
+    "bias": ("none", None),
+    "fan_in_fan_out": (False, None),
+    "modules_to_save": (None, []),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "layer_replication": (None, []),
+    "use_qalora": (False, None),
+    "use_bdlora": (False, None),
+    "alora_invocation_tokens": (None, []),
+    "kasa_config": (None,),
+    "arrow_config": (None,),
+    "monteclora_config": (None,),
+    "velora_config": (None,),
+}
+# Settings that say where, how it was trained, or what is asked of elsewhere.
+_HARMLESS: Final = (
+    *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path"),
+    *("revision", "inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha"),
+    *("lora_dropout", "use_rslora", "init_lora_weights", "layers_to_transform", "layers_pattern"),
+    *("rank_pattern", "alpha_pattern", "megatron_config", "megatron_core", "loftq_config"),
+    *("eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config"),
+    *("ensure_weight_tying",),
+)
+# Initializations that subtract the first adapter from the base.
+_CHANGED_BASE: Final = ("pissa", "olora", "corda", "lora_ga", "loftq")
+
+
+def check_config(
+    config: Mapping[str, Any],
+    directory: Path,
+    *,
+    applied: Collection[str] = (),
+    allow_unknown: bool = True,
+) -> None:
+    """Refuse adapters that compute something else than what is done with them.
+
+    Args:
+        config: content of ``adapter_config.json``.
+        directory: of the adapter, for errors.
+        applied: settings beyond plain LoRA that the caller applies.
+        allow_unknown: ignore settings that are not known here, as PEFT's new versions add.
+
+    Raises:
+        AdapterMismatchError: naming the setting.
+    """
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        msg = f"{directory}: the adapter is of type {kind!r}: only LORA can be loaded here"
+        raise AdapterMismatchError(msg)
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start.startswith(_CHANGED_BASE):
+        msg = (
+            f"{directory}: init_lora_weights={start!r} changed the base weights: convert the "
+            "adapter with PEFT (path_initial_model_for_weight_conversion), or load it there"
+        )
+        raise AdapterMismatchError(msg)
+    for key, value in config.items():
+        plain = _PLAIN.get(key)
+        if plain is not None:
+            is_foreign = value not in plain
+        else:
+            is_foreign = not allow_unknown and key not in _HARMLESS and bool(value)
+        if is_foreign and key not in applied:
+            msg = (
+                f"{directory}: {key}={value!r} is not supported: load this adapter with "
+                "PEFT over the quantized model"
+            )
+            raise AdapterMismatchError(msg)
+
+
+def scaling_of(name: str, r: int, config: Mapping[str, Any], directory: Path) -> float:
+    """What a layer's ``B A`` is multiplied by: ``alpha / r``, or ``alpha / sqrt(r)`` of rsLoRA."""
+    alpha = alphas_of(config, [name], directory)[name]
+    return alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+
+
+def alphas_of(config: Mapping[str, Any], names: Iterable[str], directory: Path) -> dict[str, float]:
+    """lora_alpha of each layer; the keys of alpha_pattern are regular expressions, as in PEFT."""
+    default = number(config, "lora_alpha", 8.0, directory)
+    return _by_pattern(config, "alpha_pattern", names, default, directory)
+
+
+def rank_of(name: str, config: Mapping[str, Any], directory: Path) -> float | None:
+    """The rank that the settings give a layer; None if they do not say."""
+    default = number(config, "r", 0.0, directory)
+    return _by_pattern(config, "rank_pattern", [name], default, directory)[name] or None
+
+
+def _by_pattern(
+    config: Mapping[str, Any], key: str, names: Iterable[str], default: float, directory: Path
+) -> dict[str, float]:
+    values = dict.fromkeys(names, default)
+    patterns = config.get(key) or {}
+    if not isinstance(patterns, dict):
+        msg = f"{directory}: {key} is a {type(patterns).__name__}, an object is needed"
+        raise CorruptFileError(msg)
+    for pattern in reversed(patterns):  # the first one that matches decides
+        try:
+            found = matching_paths(pattern, values)
+        except FormatError as error:
+            msg = f"{directory}: {key} {pattern[:80]!r} cannot be matched here: {error}"
+            raise AdapterMismatchError(msg) from error
+        values |= dict.fromkeys(found, number(patterns, pattern, default, directory))
+    return values
+
+
+def number(content: Mapping[str, Any], key: str, default: float, directory: Path) -> float:
+    """A finite number of the configuration; the default where it is null or missing.
+
+    Raises:
+        CorruptFileError: for anything else.
+    """
+    value = content.get(key)
+    if value is None:
+        return default
+    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
+        msg = f"{directory}: {key[:80]!r} is {str(value)[:40]!r}, a finite number is needed"
+        raise CorruptFileError(msg)
+    return float(value)
+
+
+def pair_keys(shapes: Mapping[str, tuple[int, ...]], directory: Path) -> dict[str, tuple[str, str]]:
+    """The keys of A and B of each layer, by its path.
+
+    Args:
+        shapes: of the entries ``base_model.model.<path>.lora_A.weight``, (r, in), and ``lora_B``,
+            (out, r), by key.
+        directory: of the adapter, for errors.
+
+    Raises:
+        AdapterMismatchError: for any other entry, for half a pair, for shapes that do not fit each
+            other, and if there is none.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for key, shape in shapes.items():
+        name, _, part = key.removesuffix(".weight").rpartition(".")
+        known = key.startswith(PREFIX) and key.endswith(".weight")
+        if not known or part not in ("lora_A", "lora_B") or len(shape) != 2:
+            msg = f"{directory}: unexpected entry {key} of shape {shape}"
+            raise AdapterMismatchError(msg)
+        found.setdefault(name.removeprefix(PREFIX), {})[part] = key
+    for name, parts in found.items():
+        pair = {part: shapes[key] for part, key in parts.items()}
+        if len(pair) != 2 or pair["lora_A"][0] != pair["lora_B"][1]:
+            msg = f"{directory}: {name} needs lora_A (r, in) and lora_B (out, r), found {pair}"
+            raise AdapterMismatchError(msg)
+    if not found:
+        msg = f"{directory}: the file holds no adapter"
+        raise AdapterMismatchError(msg)
+    return {name: (parts["lora_A"], parts["lora_B"]) for name, parts in found.items()}
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The names most like one that is not there, for errors."""
+    return ", ".join(difflib.get_close_matches(name, [*names], n=3)) or "none"

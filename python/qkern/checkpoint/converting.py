@@ -1,0 +1,209 @@
+"""``convert_checkpoint``: quantized files in other programs' layout, or as dense ones. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any, Final
+
+from qkern import codec
+from qkern.checkpoint.conversion_report import ConversionReport, converted
+from qkern.checkpoint.model_card import conversion_section
+from qkern.checkpoint.model_config import dense_config, main_dtype, quantized_config, refuse_foreign
+from qkern.checkpoint.outcomes import (
+    Outcome,
+    Places,
+    carried,
+    copied,
+    in_file_order,
+    written_dense,
+)
+from qkern.checkpoint.output_plan import OutputPlan
+from qkern.checkpoint.quantization_report import QuantizationReport
+from qkern.checkpoint.quantizing import quantize_checkpoint
+from qkern.checkpoint.running import Progress, Run
+from qkern.checkpoint.selection import why_vocabulary
+from qkern.checkpoint.source import Source, StoredTensor
+from qkern.checkpoint.stream import Done
+from qkern.errors import FormatError
+from qkern.formats import DTYPES, QuantFormat, resolve_format
+
+TARGETS: Final = ("qkern", "bitsandbytes", "bfloat16", "float16", "float32")
+
+
+def convert_checkpoint(
+    src: str | PathLike[str],
+    dst: str | PathLike[str],
+    to: str,
+    *,
+    quant_type: str | QuantFormat | None = None,
+    threads: int = 0,
+    dry_run: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> ConversionReport | QuantizationReport:
+    """Write a checkpoint in another layout or dtype, from file to file, without torch.
+
+    Read are dense checkpoints, qkern's, and those of bitsandbytes in 4 bits (with any
+    ``quant_storage``) and int8. The codes of quantized weights stay as they are:
+
+    - "qkern": codes and scales under bitsandbytes' keys, tables and states written anew;
+    - "bitsandbytes": the same, and refused is what bitsandbytes could not open;
+    - a dtype: ``code * scale`` in fp32, rounded once, which is ``qkern.dequantize`` to the bit.
+      Dense floating-point tensors get the dtype too, but for fp32 ones in a 16-bit model, which
+      stay: it keeps them so on purpose.
+
+    ``config.json`` says how the result is stored. Shards, their index, tied tensors and small files
+    stay. Files are staged, resumed and committed as by ``quantize_checkpoint``.
+
+    Args:
+        src: a directory with safetensors files, or one such file.
+        dst: a directory that is made, or that holds no checkpoint.
+        to: "qkern", "bitsandbytes", "bfloat16", "float16" or "float32".
+        quant_type: for a dense source that becomes a quantized one: see ``quantize_checkpoint``,
+            whose report is returned then.
+        threads: how many, 0 for one per core.
+        dry_run: only check and report what would be done; nothing is written.
+        force: replace a checkpoint that is in ``dst``, and an unfinished one of other settings.
+        progress: called with (bytes read since the last call, bytes of all).
+
+    Raises:
+        FileNotFoundError: if there are no safetensors weights.
+        CorruptFileError: if a file is not readable, contradicts itself, or changes meanwhile.
+        FormatError: for an unknown setting, and for what ``to`` cannot hold without loss.
+        NonFiniteError: for a value that is too large for float16, naming its tensor.
+        OutputError: if ``dst`` cannot be written, or holds what would be replaced.
+        LockedError: if another process writes there.
+        OutOfSpaceError: if there is not enough room.
+    """
+    codec.check_choice("to", to, TARGETS)
+    source, directory = Source(src), Path(dst)
+    refuse_foreign(source)
+    if not source.is_quantized and to not in DTYPES:
+        fmt = _asked_format(source, to, quant_type)
+        return quantize_checkpoint(
+            src, dst, fmt, threads=threads, dry_run=dry_run, force=force, progress=progress
+        )
+    if quant_type is not None:
+        msg = (
+            f"{source.path}: a format is for dense sources that are quantized: "
+            + ("a dtype was asked for" if to in DTYPES else "this one is quantized already; ")
+            + ("" if to in DTYPES else "to change its format, convert it to a dtype first")
+        )
+        raise FormatError(msg)
+    outcomes = _as_dense(source, to) if to in DTYPES else _as_codes(source, to)
+    plan = OutputPlan(source, outcomes, {"to": to})
+    run = Run(_Converting(plan, to), directory, threads=threads, force=force, progress=progress)
+    return run.check_only() if dry_run else run.write()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Converting:
+    """What a run is to do, see ``running.Task``."""
+
+    plan: OutputPlan
+    to: str
+
+    def report(self, directory: Path, done: Mapping[str, Done], **run: Any) -> ConversionReport:
+        """The report; without ``run``, what happened, that of a dry run."""
+        del done
+        plan = self.plan
+        return ConversionReport(
+            source=plan.source.path,
+            path=directory,
+            to=self.to,
+            tensors=tuple(converted(outcome) for outcome in plan.outcomes),
+            tied=plan.source.tied,
+            files=plan.names,
+            left_out=plan.others.left_out,
+            dry_run=not run,
+            **run,
+        )
+
+    def check(self, report: ConversionReport) -> None:
+        """Nothing is refused late."""
+
+    def config(self) -> dict[str, Any]:
+        """Content of config.json."""
+        if self.to in DTYPES:
+            return dense_config(self.plan.source.config, self.to)
+        return quantized_config(self.plan)
+
+    def section(self, report: ConversionReport) -> str:
+        """Of the model card."""
+        return conversion_section(report.to, report.summary())
+
+
+def _as_dense(source: Source, dtype: str) -> list[Outcome]:
+    places, main = Places(source), main_dtype(source)
+    return [
+        written_dense(tensor, dtype, places)
+        if tensor.format is not None or is_cast(tensor, main)
+        else copied(tensor, places, why_kept(tensor))
+        for tensor in in_file_order(source)
+    ]
+
+
+def is_cast(tensor: StoredTensor, main: str) -> bool:
+    """Whether a dense tensor follows the dtype of a model of which most values are of ``main``."""
+    return tensor.dtype in DTYPES and (tensor.dtype != "float32" or main == "float32")
+
+
+def why_kept(tensor: StoredTensor) -> str:
+    """Why it does not, if that could be a surprise."""
+    return "float32 in a 16-bit model: kept" if tensor.dtype == "float32" else ""
+
+
+def _as_codes(source: Source, to: str) -> list[Outcome]:
+    if to == "bitsandbytes":
+        _check_bitsandbytes(source)
+    places = Places(source)
+    return [
+        copied(tensor, places) if tensor.format is None else carried(tensor, places)
+        for tensor in in_file_order(source)
+    ]
+
+
+def _check_bitsandbytes(source: Source) -> None:
+    """Refuse what transformers could not open with bitsandbytes."""
+    quantized = [tensor for tensor in source.tensors.values() if tensor.format is not None]
+    reasons = {tensor.name: _why_not_bitsandbytes(tensor) for tensor in quantized}
+    widths = {tensor.format.bits: tensor for tensor in quantized if tensor.format is not None}
+    if len(widths) > 1 and not any(reasons.values()):
+        reasons[widths[8].name] = "it has 8 bits and others have 4: bitsandbytes opens one of both"
+    found = {name: reason for name, reason in reasons.items() if reason}
+    if found:
+        name, reason = next(iter(found.items()))
+        msg = (
+            f"{source.path}: {len(found)} tensors cannot become bitsandbytes', the first is "
+            f"{name}: {reason}; convert them to a dtype (--to bfloat16), and quantize that to "
+            "another format if need be"
+        )
+        raise FormatError(msg)
+
+
+def _why_not_bitsandbytes(tensor: StoredTensor) -> str:
+    fmt = tensor.format
+    assert fmt is not None
+    if not (fmt.kind.state or "bitsandbytes").startswith("bitsandbytes"):
+        return f"{fmt.quant_type} has no twin there"
+    if len(tensor.shape) != 2 or tensor.name.rpartition(".")[2] != "weight":
+        return f"{list(tensor.shape)}, which is no linear layer's weight"
+    if why_vocabulary(tensor).startswith("an embedding"):
+        return "an embedding, which bitsandbytes keeps dense"
+    return ""
+
+
+def _asked_format(source: Source, to: str, quant_type: str | QuantFormat | None) -> QuantFormat:
+    if quant_type is None:
+        msg = (
+            f"{source.path} is dense: name the format that it is to be quantized to (--format nf4)"
+        )
+        raise FormatError(msg)
+    fmt = resolve_format(quant_type)
+    if to == "bitsandbytes" and not (fmt.kind.state or "bitsandbytes").startswith("bitsandbytes"):
+        msg = f"{fmt.quant_type} has no twin in bitsandbytes: nf4, fp4 and int8_row have"
+        raise FormatError(msg)
+    return fmt

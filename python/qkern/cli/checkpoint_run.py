@@ -1,0 +1,69 @@
+"""What the commands share that write a checkpoint from file to file."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from qkern.cli.terminal import byte_progress
+
+
+class Report(Protocol):
+    """What such a command prints."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare how a run goes."""
+    how = parser.add_argument_group("run")
+    how.add_argument(
+        "--threads", type=_count, default=0, metavar="N", help="0 for one per core (default)"
+    )
+    how.add_argument("--dry-run", action="store_true", help="check and report, write nothing")
+    how.add_argument(
+        "--force",
+        action="store_true",
+        help="replace a checkpoint in DST, and an unfinished run of other settings",
+    )
+    how.add_argument("--quiet", action="store_true", help="no progress, and no report on success")
+
+
+def run_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """The same for the call."""
+    return {"threads": args.threads, "dry_run": args.dry_run, "force": args.force}
+
+
+@contextlib.contextmanager
+def running(
+    args: argparse.Namespace, what: str, destination: str
+) -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar, unless it is unwanted; an interrupt says how to go on."""
+    shown = contextlib.nullcontext() if args.quiet else byte_progress(what)
+    try:
+        with shown as progress:
+            yield progress
+    except KeyboardInterrupt as error:
+        msg = f"interrupted: the same command goes on with {Path(destination)}"
+        raise KeyboardInterrupt(msg) from error
+
+
+def tell(args: argparse.Namespace, report: Report) -> None:
+    """Print the report as it is wanted."""
+    if args.json:
+        sys.stdout.write(json.dumps(report.as_dict(), allow_nan=False) + "\n")
+    elif not args.quiet:
+        sys.stdout.write(f"{report}\n")
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or len(text) > 6:
+        msg = f"{text!r} is no number of threads"
+        raise argparse.ArgumentTypeError(msg)
+    return int(text)
