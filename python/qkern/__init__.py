@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from qkern.arrays import QuantizedArray
     from qkern.checkpoint.converting import convert_checkpoint
     from qkern.checkpoint.inspection import inspect_checkpoint
+    from qkern.checkpoint.merging import merge_checkpoint
     from qkern.checkpoint.quantizing import quantize_checkpoint
     from qkern.checkpoint.save import save
     from qkern.formats import QuantFormat
@@ -87,6 +88,7 @@ __all__ = [
     "load_adapter",
     "memory_footprint",
     "merge_adapter",
+    "merge_checkpoint",
     "quantize",
     "quantize_checkpoint",
     "quantize_model",
@@ -113,6 +115,7 @@ _HOMES = {
     "load_adapter": "qkern.adapters",
     "memory_footprint": "qkern.model",
     "merge_adapter": "qkern.merging",
+    "merge_checkpoint": "qkern.checkpoint.merging",
     "quantize_checkpoint": "qkern.checkpoint.quantizing",
     "quantize_model": "qkern.model",
     "save": "qkern.checkpoint",

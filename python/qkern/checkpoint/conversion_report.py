@@ -24,7 +24,8 @@ class ConvertedTensor:
         stored_as: name of its format before, or its dtype.
         format: after; None if it is dense.
         dtype: of the dense tensor, after.
-        action: "copied", "cast", "codes copied", "dequantized", "quantized" or "merged".
+        action: "copied", "cast", "codes copied", "dequantized", "quantized", "merged" or
+            "replaced".
         reason: why it is not as asked; may be empty.
         nbytes_before: as it was stored.
         nbytes: as it is stored.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from qkern.checkpoint.inspection_text import format_text
+from qkern.checkpoint.merge_report import MergeReport
 from qkern.checkpoint.quantization_report import QuantizationReport
 from qkern.text_table import format_bytes
 
@@ -76,6 +77,30 @@ def conversion_section(to: str, summary: Sequence[tuple[Any, ...]]) -> str:
         "",
         *_table(headers, rows),
     ]
+    return "\n".join(lines)
+
+
+def merge_section(report: MergeReport) -> str:
+    """The section of a checkpoint that an adapter was merged into."""
+    from qkern import __version__
+
+    lines = [
+        "## Merged adapter",
+        "",
+        f"An adapter was added to {len(report.merged)} weights by qkern {__version__}, and the "
+        f"sums were written as {report.to}.",
+    ]
+    if report.kept is not None:
+        lines += [
+            "",
+            f"{report.kept:.1%} of what it adds are kept, as 1 - |rounded - exact| / |delta|. "
+            "The least of:",
+            "",
+            *_table(
+                ("tensor", "rank", "delta / weight", "kept"),
+                [(f"`{row[0]}`", *map(str, row[1:])) for row in report.kept_rows(_SHOWN)],
+            ),
+        ]
     return "\n".join(lines)
 
 

@@ -24,7 +24,7 @@ ITEM_SIZES: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 # What may become of a tensor.
 COPIED, CAST, CARRIED = "copied", "cast", "codes copied"
-QUANTIZED, DEQUANTIZED, MERGED = "quantized", "dequantized", "merged"
+QUANTIZED, DEQUANTIZED, MERGED, REPLACED = "quantized", "dequantized", "merged", "replaced"
 
 
 class Factors(Protocol):

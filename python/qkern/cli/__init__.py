@@ -18,7 +18,7 @@ from qkern.cli import exit_codes
 from qkern.errors import QkernError
 
 # Each module has HELP, EXAMPLE, add_arguments(parser) and run(args) -> exit code.
-COMMANDS = ("convert", "doctor", "finetune", "generate", "inspect", "quantize", "tune")
+COMMANDS = ("convert", "doctor", "finetune", "generate", "inspect", "merge", "quantize", "tune")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from qkern.cli.terminal import byte_progress
+from qkern.formats import BLOCKSIZES
 
 
 class Report(Protocol):
@@ -18,6 +19,36 @@ class Report(Protocol):
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON values."""
+
+
+def add_format_arguments(what: argparse._ArgumentGroup) -> None:
+    """Declare what a format has beside its name."""
+    what.add_argument(
+        "--blocksize",
+        type=int,
+        choices=BLOCKSIZES,
+        default=64,
+        metavar="N",
+        help=f"values that share a scale: {', '.join(map(str, BLOCKSIZES))} (default 64); "
+        "of int8_row a row does",
+    )
+    what.add_argument("--no-double-quant", action="store_true", help="scales in fp32, not 8 bits")
+    what.add_argument(
+        "--method",
+        default="absmax",
+        metavar="NAME",
+        help="how codes are chosen: absmax, or search for less error (4-bit types only) "
+        "(default absmax)",
+    )
+
+
+def format_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """The same for the call."""
+    return {
+        "blocksize": args.blocksize,
+        "double_quant": not args.no_double_quant,
+        "method": args.method,
+    }
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,6 +91,15 @@ def tell(args: argparse.Namespace, report: Report) -> None:
         sys.stdout.write(json.dumps(report.as_dict(), allow_nan=False) + "\n")
     elif not args.quiet:
         sys.stdout.write(f"{report}\n")
+
+
+def share(text: str) -> float:
+    """An argument between 0 and 1."""
+    value = float(text)
+    if not 0 <= value <= 1:  # NaN is not
+        msg = f"{text} is not between 0 and 1"
+        raise argparse.ArgumentTypeError(msg)
+    return value
 
 
 def _count(text: str) -> int:

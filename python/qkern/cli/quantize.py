@@ -6,8 +6,16 @@ import argparse
 from typing import Any
 
 from qkern.cli import exit_codes
-from qkern.cli.checkpoint_run import add_run_arguments, run_arguments, running, tell
-from qkern.formats import BLOCKSIZES, QUANT_TYPES
+from qkern.cli.checkpoint_run import (
+    add_format_arguments,
+    add_run_arguments,
+    format_arguments,
+    run_arguments,
+    running,
+    share,
+    tell,
+)
+from qkern.formats import QUANT_TYPES
 
 HELP = "quantize a checkpoint from file to file, in little memory, without torch"
 EXAMPLE = "qkern quantize ./SmolLM2-135M-Instruct ./SmolLM2-nf4 --format nf4"
@@ -27,23 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TYPE",
         help=f"{', '.join(QUANT_TYPES)} (default nf4)",
     )
-    what.add_argument(
-        "--blocksize",
-        type=int,
-        choices=BLOCKSIZES,
-        default=64,
-        metavar="N",
-        help=f"values that share a scale: {', '.join(map(str, BLOCKSIZES))} (default 64); "
-        "of int8_row a row does",
-    )
-    what.add_argument("--no-double-quant", action="store_true", help="scales in fp32, not 8 bits")
-    what.add_argument(
-        "--method",
-        default="absmax",
-        metavar="NAME",
-        help="how codes are chosen: absmax, or search for less error (4-bit types only) "
-        "(default absmax)",
-    )
+    add_format_arguments(what)
     which = parser.add_argument_group("which tensors")
     names: dict[str, Any] = {"action": "append", "default": [], "metavar": "NAME"}
     which.add_argument(
@@ -58,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     which.add_argument(
         "--min-coverage",
-        type=_share,
+        type=share,
         metavar="X",
         help="exit with 3 if less than this share of the values, 0 to 1, is quantized",
     )
@@ -80,9 +72,7 @@ def run(args: argparse.Namespace) -> int:
             args.src,
             args.dst,
             args.quant_type,
-            blocksize=args.blocksize,
-            double_quant=not args.no_double_quant,
-            method=args.method,
+            **format_arguments(args),
             include=args.include,
             exclude=args.exclude,
             min_coverage=args.min_coverage,
@@ -93,11 +83,3 @@ def run(args: argparse.Namespace) -> int:
         )
     tell(args, report)
     return exit_codes.DONE
-
-
-def _share(text: str) -> float:
-    share = float(text)
-    if not 0 <= share <= 1:  # NaN is not
-        msg = f"{text} is not between 0 and 1"
-        raise argparse.ArgumentTypeError(msg)
-    return share

@@ -1,0 +1,302 @@
+"""An adapter's files, read and checked without torch, and its parts of a base's weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from qkern import adapter_config, entry_keys
+from qkern.adapter_config import BASE_KEY, CONFIG_NAME, PREFIX, WEIGHTS_NAME
+from qkern.checkpoint.source import Source, StoredTensor
+from qkern.checkpoint.stream import Delta
+from qkern.codec import F32
+from qkern.errors import AdapterMismatchError, CorruptFileError, NonFiniteError
+from qkern.files import pickle_advice, read_json
+from qkern.formats import DTYPES
+
+# Settings beyond plain LoRA that a merge applies.
+_APPLIED: Final = ("bias", "fan_in_fan_out", "modules_to_save")
+# Values of each part of a weight that its fingerprint takes, see ``qkern.fingerprint``.
+_SAMPLES: Final = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraFactors:
+    """An adapter's part of a weight.
+
+    Args:
+        source: the adapter's file.
+        keys: of A, (r, in), and B, (out, r).
+        rank: r.
+        scaling: of ``B A``.
+        base: dtype that the base is rounded to.
+        transposed: whether the weight is (in, out), as that of a Conv1D.
+    """
+
+    source: Source
+    keys: tuple[str, str]
+    rank: int
+    scaling: float
+    base: str
+    transposed: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Of both factors, in fp32."""
+        return 4 * sum(self.source.tensors[key].numel for key in self.keys)
+
+    def read(self) -> Delta:
+        """The factors, with the scaling in the one of the rows."""
+        A, B = (read_floats(self.source, key) for key in self.keys)
+        scaling = np.float32(self.scaling)
+        if self.transposed:
+            rows, columns = np.ascontiguousarray(A.T) * scaling, np.ascontiguousarray(B.T)
+        else:
+            rows, columns = B * scaling, A
+        return Delta(columns.reshape(-1), rows.reshape(-1), self.base)
+
+
+class AdapterSource:
+    """An adapter's directory.
+
+    Args:
+        path: with PEFT's two files.
+
+    Attributes:
+        path: as given.
+        config: content of ``adapter_config.json``.
+        source: the weights.
+        pairs: keys of A and B, by the path of their layer.
+        replaced: key of each tensor that the adapter holds whole, by its name in the model: of
+            ``modules_to_save`` and of biases.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        CorruptFileError: if a file cannot be read, and for a pickle.
+        AdapterMismatchError: for any adapter but LoRA, and for what is not applied here.
+    """
+
+    def __init__(self, path: str | PathLike[str]) -> None:
+        self.path = Path(path)
+        self.config = read_json(self.path / CONFIG_NAME)
+        adapter_config.check_config(self.config, self.path, applied=_APPLIED, allow_unknown=False)
+        file, pickled = self.path / WEIGHTS_NAME, self.path / "adapter_model.bin"
+        if not file.exists() and pickled.exists():
+            msg = f"{pickled}: {pickle_advice(pickled)}"
+            raise CorruptFileError(msg)
+        self.source = Source(file)
+        self.replaced = self._replaced()
+        shapes = {
+            name: tensor.shape
+            for name, tensor in self.source.tensors.items()
+            if name not in self.replaced.values()
+        }
+        self.pairs = adapter_config.pair_keys(shapes, self.path)
+        self._check_dtypes()
+
+    def _replaced(self) -> dict[str, str]:
+        """Entries that are no factors, as far as the settings say that there may be some."""
+        saved = self.config.get("modules_to_save") or []
+        has_bias = self.config.get("bias") not in ("none", None)
+        found = {}
+        for key in self.source.tensors:
+            name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+            module, _, last = name.rpartition(".")
+            is_saved = any(f".{part}." in f".{module}." for part in saved)
+            is_whole = key.startswith(PREFIX) and ".lora_" not in key
+            if is_whole and (is_saved or (has_bias and last == "bias")):
+                found[name] = key
+        return found
+
+    def _check_dtypes(self) -> None:
+        for key, tensor in self.source.tensors.items():
+            if tensor.dtype not in DTYPES:
+                msg = f"{self.path}: {key} is {tensor.dtype}: allowed are {', '.join(DTYPES)}"
+                raise AdapterMismatchError(msg)
+
+    def check_finite(self) -> None:
+        """Refuse NaN and infinity, before anything is written.
+
+        Raises:
+            NonFiniteError: naming the layer.
+        """
+        for key in self.source.tensors:
+            count = int(np.count_nonzero(~np.isfinite(read_floats(self.source, key))))
+            if count:
+                name = key.removeprefix(PREFIX)
+                msg = f"{self.path}: {count} values of {name} are NaN or infinite: train it again"
+                raise NonFiniteError(msg)
+
+    def weights_of(self, base: Source) -> dict[str, StoredTensor]:
+        """The base's tensor for each layer of the adapter, by the layer's path.
+
+        The paths of a model and the keys of its files may differ in front: "transformer.h.0" and
+        "h.0". What is cut off or set before is the same for all.
+
+        Raises:
+            AdapterMismatchError: if there are none, or of other shapes.
+        """
+        rename = self._renaming(base)
+        found = {}
+        for name in self.pairs:
+            tensor = base.tensors.get(f"{rename(name)}.weight")
+            if tensor is None:
+                names = [key.removesuffix(".weight") for key in base.tensors]
+                close = adapter_config.nearest(rename(name), names)
+                msg = f"{base.path} has no layer {name}, which {self.path} is for; nearest: {close}"
+                raise AdapterMismatchError(msg)
+            found[name] = tensor
+        return found
+
+    def replacements_of(self, base: Source) -> dict[str, str]:
+        """Key of the adapter's tensor for each of the base's that it replaces.
+
+        Raises:
+            AdapterMismatchError: if the base has no such tensor, or one of another shape.
+        """
+        rename = self._renaming(base)
+        found = {}
+        for name, key in self.replaced.items():
+            here, shape = base.tensors.get(rename(name)), self.source.tensors[key].shape
+            if here is None or here.shape != shape:
+                what = "no such tensor" if here is None else f"{list(here.shape)}"
+                tied = base.tied.get(rename(name))
+                if tied or (here is None and name.endswith("lm_head.weight")):
+                    what = "a head that is tied to the embeddings"
+                msg = (
+                    f"{self.path} replaces {name} by {list(shape)}, {base.path} has {what}: merge "
+                    "this adapter with PEFT (merge_and_unload)"
+                )
+                raise AdapterMismatchError(msg)
+            found[here.name] = key
+        return found
+
+    def _renaming(self, base: Source) -> Callable[[str], str]:
+        names = list(self.pairs)
+        depth = min(name.count(".") for name in names)
+        starts = dict.fromkeys(key.partition(".")[0] for key in base.tensors)
+        cuts = [".".join(names[0].split(".")[:i]) for i in range(1, depth + 1)]
+        pairs = [("", ""), *((f"{cut}.", "") for cut in cuts), *(("", f"{s}.") for s in starts)]
+        for cut, start in pairs:
+
+            def rename(name: str, cut: str = cut, start: str = start) -> str:
+                return start + name.removeprefix(cut)
+
+            if all(f"{rename(name)}.weight" in base.tensors for name in names):
+                return rename
+        return lambda name: name
+
+    def factors(self, name: str, tensor: StoredTensor) -> LoraFactors:
+        """The adapter's part of a base's weight.
+
+        Raises:
+            AdapterMismatchError: if it does not fit the weight, or the settings.
+        """
+        keys = self.pairs[name]
+        A, B = (self.source.tensors[key].shape for key in keys)
+        expected = adapter_config.rank_of(name, self.config)
+        if expected is not None and A[0] != expected:
+            msg = f"{self.path}: {name} has rank {A[0]}, the settings say {expected}"
+            raise AdapterMismatchError(msg)
+        # With fan_in_fan_out only some of a model's layers are Conv1D.
+        fits = tensor.shape == (B[0], A[1])
+        is_conv1d = bool(self.config.get("fan_in_fan_out")) and tensor.format is None
+        transposed = is_conv1d and tensor.shape == (A[1], B[0])
+        if not fits and not transposed:
+            msg = (
+                f"{name}: the adapter is (out, in, r) = {(B[0], A[1], A[0])}, the layer is "
+                f"{tensor.shape}: is this the adapter's base model?"
+            )
+            raise AdapterMismatchError(msg)
+        scaling = adapter_config.scaling_of(name, A[0], self.config)
+        return LoraFactors(self.source, keys, A[0], scaling, tensor.dtype, transposed)
+
+    def check_base(self, base: Source, weights: Mapping[str, StoredTensor], *, force: bool) -> str:
+        """Refuse a base that is not the one that the adapter says it was trained over.
+
+        Args:
+            base: that is merged into.
+            weights: of it, by the path of their layer.
+            force: only say so.
+
+        Returns:
+            What was found, for the report.
+
+        Raises:
+            AdapterMismatchError: if the fingerprints differ.
+        """
+        trained_on = self.source.metadata.get(BASE_KEY)
+        if trained_on is None:
+            return "the adapter does not say which quantized weights it was trained over"
+        if any(tensor.format is None for tensor in weights.values()):
+            return "the adapter was trained over quantized weights, the base here is dense"
+        here = fingerprint(base, weights)
+        if here != trained_on and force:
+            return "the adapter was trained over other quantized weights (forced)"
+        if here != trained_on:
+            msg = (
+                f"{self.path}: the adapter was trained over other quantized weights than "
+                f"{base.path} has: fingerprint {trained_on[:12]}, here {here[:12]}. Merge it into "
+                "its own base, quantized as it was, or force it (--force)"
+            )
+            raise AdapterMismatchError(msg)
+        return "the base is the one that the adapter was trained over"
+
+
+def fingerprint(base: Source, weights: Mapping[str, StoredTensor]) -> str:
+    """What ``qkern.fingerprint.base_fingerprint`` says of a model with these weights.
+
+    Args:
+        base: that holds them.
+        weights: quantized ones, by the path of their layer.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        state = base.state(tensor.name)
+        fmt = state.format
+        said = (name, tensor.shape, fmt.quant_type, fmt.blocksize, fmt.double_quant)
+        digest.update(f"{said}\n".encode())
+        codes = base.read_bytes(tensor.name)
+        scales = base.read_bytes(entry_keys.scales_key(tensor.name, fmt))
+        parts: list[npt.NDArray[Any]] = [codes, scales if fmt.double_quant else scales.view("<f4")]
+        if fmt.double_quant:
+            parts.append(base.read_bytes(f"{tensor.name}.nested_absmax").view("<f4"))
+            parts.append(np.array([state.offset], "<f4"))
+        for part in parts:
+            digest.update(_sample(part))
+    return digest.hexdigest()
+
+
+def _sample(part: npt.NDArray[Any]) -> bytes:
+    last = part.size - 1
+    index = np.arange(min(part.size, _SAMPLES))
+    if last >= _SAMPLES:
+        index = index * last // (_SAMPLES - 1)
+    return part[index].tobytes()
+
+
+def read_floats(source: Source, key: str) -> F32:
+    """A dense tensor as fp32."""
+    tensor, content = source.tensors[key], source.read_bytes(key)
+    if tensor.dtype == "bfloat16":
+        values = (content.view("<u2").astype(np.uint32) << 16).view(np.float32)
+    else:
+        values = content.view("<f2" if tensor.dtype == "float16" else "<f4").astype(np.float32)
+    floats: F32 = values.reshape(tensor.shape)
+    return floats
+
+
+def settings_of(adapter: AdapterSource) -> dict[str, Any]:
+    """Of the adapter's settings what changes the result, as JSON values."""
+    names: Sequence[str] = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+    settings = {name: adapter.config.get(name) for name in (*names, *_APPLIED)}
+    content: dict[str, Any] = json.loads(json.dumps(settings))
+    return content

@@ -1,0 +1,129 @@
+"""What ``merge_checkpoint`` did, or would do: as data, as JSON values, as a text. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from qkern.checkpoint.conversion_report import ConversionReport
+from qkern.checkpoint.stream import Errors
+from qkern.checkpoint.weight_statistics import relative
+from qkern.text_table import format_table
+
+_SHOWN = 5  # worst tensors of a text
+_LITTLE = 0.5  # what is worth a word
+
+
+@dataclasses.dataclass(frozen=True)
+class MergedTensor:
+    """A weight that an adapter was added to.
+
+    Args:
+        name: its key.
+        rank: of the adapter.
+        scaling: of the product of its factors.
+        is_quantized: whether the sum was quantized again.
+        errors: sums over the measured values, ``squared_error`` of the result against the exact
+            sum; None if nothing was written.
+    """
+
+    name: str
+    rank: int
+    scaling: float
+    is_quantized: bool
+    errors: Errors | None
+
+    @property
+    def kept(self) -> float | None:
+        """``1 - ||result - exact|| / ||delta||``; None if none was measured, or delta is 0."""
+        return _kept([self])
+
+    @property
+    def relative_delta(self) -> float | None:
+        """``||delta|| / ||exact sum||``."""
+        return self.errors and relative(self.errors.squared_delta, self.errors.squared)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields as JSON values."""
+        errors = None if self.errors is None else self.errors._asdict()
+        return dataclasses.asdict(self) | {
+            "errors": errors and {key: _finite(value) for key, value in errors.items()},
+            "kept": _finite(self.kept),
+            "relative_delta": _finite(self.relative_delta),
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MergeReport(ConversionReport):
+    """What became of a checkpoint and an adapter; ``print(report)`` is a text.
+
+    Args:
+        adapter: the directory of the adapter.
+        base_check: whether the base is the one that the adapter was trained over.
+        merged: weights that it was added to.
+    """
+
+    adapter: Path
+    base_check: str
+    merged: tuple[MergedTensor, ...]
+
+    @property
+    def kept(self) -> float | None:
+        """Over all weights as if they were one."""
+        return _kept(self.merged)
+
+    @property
+    def kept_by_quantized(self) -> float | None:
+        """Over those that were quantized again."""
+        return _kept(row for row in self.merged if row.is_quantized)
+
+    @property
+    def worst(self) -> tuple[MergedTensor, ...]:
+        """Measured weights by how much is kept, least first."""
+        rows = [(kept, row) for row in self.merged if (kept := row.kept) is not None]
+        return tuple(row for _, row in sorted(rows, key=lambda pair: pair[0]))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as JSON values; NaN and infinity, which JSON has not, become None."""
+        return super().as_dict() | {
+            "adapter": str(self.adapter),
+            "base_check": self.base_check,
+            "kept": _finite(self.kept),
+            "merged": [row.as_dict() for row in self.merged],
+        }
+
+    def kept_table(self) -> str:
+        """The weights of which least is kept."""
+        headers = ("tensor", "rank", "delta / weight", "kept")
+        return format_table(self.kept_rows(_SHOWN), headers)
+
+    def kept_rows(self, count: int) -> list[tuple[str, int, str, str]]:
+        """Name, rank, size of the delta, what is kept, of the worst."""
+        return [
+            (row.name, row.rank, f"{row.relative_delta:.3g}", f"{row.kept:.1%}")
+            for row in self.worst[:count]
+        ]
+
+    def __str__(self) -> str:
+        lines = [f"{self.adapter}: added to {len(self.merged)} weights; {self.base_check}"]
+        if self.kept is not None:
+            lines.append(f"kept of what it adds: {self.kept:.1%}; least of")
+            lines.append(self.kept_table())
+            if self.kept < _LITTLE and self.kept_by_quantized is None and self.to != "float32":
+                lines.append(f"{self.to} rounds most of it away: float32 keeps it")
+        return "\n".join(lines) + f"\n\n{super().__str__()}"
+
+
+def _kept(rows: Iterable[MergedTensor]) -> float | None:
+    errors = [row.errors for row in rows if row.errors is not None]
+    delta = math.fsum(error.squared_delta for error in errors)
+    if not delta:
+        return None
+    return 1 - math.sqrt(math.fsum(error.squared_error for error in errors) / delta)
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

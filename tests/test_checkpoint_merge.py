@@ -1,0 +1,370 @@
+"""``merge_checkpoint``: beside PEFT's merge, what is kept, what is refused, how much it takes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dense_checkpoints import tree
+from peft_adapters import adapted, model, tensors_of, write_adapter, write_base
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from toys import token_ids
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+import qkern
+from qkern.checkpoint.reader import CheckpointReader
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "patterns": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.*v_proj": 32}},
+    "saved": {"modules_to_save": ["lm_head"]},
+    "bias": {"bias": "all", "target_modules": ["q_proj", "o_proj"]},
+}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return write_base(tmp_path / "base")
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    return write_adapter(tmp_path / "adapter", model())
+
+
+def assert_one_rounding(found: Tensor, exact: Tensor) -> None:
+    """``found`` is ``exact``, but for the rounding to its dtype and that of fp32 sums."""
+    spacing = torch.finfo(found.dtype).eps * exact.abs().double()
+    assert bool(((found.double() - exact.double()).abs() <= 0.51 * spacing + 1e-7).all())
+
+
+def rewrite(adapter: Path, change: Any) -> None:
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+def reconfigure(adapter: Path, **changes: Any) -> None:
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+# -- values ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_result_is_what_peft_merges(tmp_path: Path, name: str, dtype: str) -> None:
+    config = CONFIGS[name]
+    attention = {"attention_bias": True} if name == "bias" else {}
+    base = write_base(tmp_path / "base", **attention)
+    peft = adapted(model(**attention), **config)
+    with torch.no_grad():
+        for key, parameter in peft.named_parameters():
+            if "modules_to_save.default" in key or key.endswith(".bias"):
+                parameter.add_(0.25)
+    peft.save_pretrained(tmp_path / "adapter")
+    report = qkern.merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out", dtype=dtype)
+    found, merged = tensors_of(tmp_path / "out"), peft.float().merge_and_unload().state_dict()
+    assert set(found) == set(merged)
+    for key, tensor in found.items():
+        assert tensor.dtype == getattr(torch, dtype), key
+        assert_one_rounding(tensor, merged[key])
+    ranks = {row.rank for row in report.merged}
+    assert ranks == ({2, 4} if name == "patterns" else {4})
+    assert report.kept is not None
+    assert report.kept > (0.9 if dtype == "bfloat16" else 0.999)
+
+
+def test_transformers_opens_the_result(tmp_path: Path, base: Path, adapter: Path) -> None:
+    qkern.merge_checkpoint(base, adapter, tmp_path / "out")
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert opened.dtype == torch.bfloat16
+    ids = token_ids()
+    expected = adapted(model()).merge_and_unload()(ids).logits
+    torch.testing.assert_close(opened(ids).logits, expected, rtol=0.05, atol=0.05)
+
+
+def test_a_quantized_base_is_merged_on_the_values_that_it_decodes_to(
+    tmp_path: Path, base: Path, adapter: Path
+) -> None:
+    quantized = tmp_path / "quantized"
+    qkern.quantize_checkpoint(base, quantized, "nf4")
+    report = qkern.merge_checkpoint(quantized, adapter, tmp_path / "out", dtype="float32")
+    factors, found = load_file(adapter / "adapter_model.safetensors"), tensors_of(tmp_path / "out")
+    with CheckpointReader(quantized) as reader:
+        for row in report.merged:
+            name = f"base_model.model.{row.name.removesuffix('.weight')}"
+            A, B = (factors[f"{name}.lora_{part}.weight"].double() for part in "AB")
+            weight = qkern.dequantize(reader.read(row.name), torch.bfloat16).double()
+            assert_one_rounding(found[row.name], weight + 8 / 4 * B @ A)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
+    assert "quantization_config" not in (tmp_path / "out" / "config.json").read_text()
+
+
+def test_conv1d_is_merged_transposed(tmp_path: Path) -> None:
+    config = GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=96, n_positions=32)
+    torch.manual_seed(0)
+    gpt2 = GPT2LMHeadModel(config)
+    gpt2.save_pretrained(tmp_path / "base")
+    # Files of this model may have no "transformer." in front, as those on the Hub.
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = {key.removeprefix("transformer."): t for key, t in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
+    peft = adapted(gpt2, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True)
+    peft.save_pretrained(tmp_path / "adapter")
+    out = tmp_path / "out"
+    qkern.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", out, dtype="float32")
+    merged = peft.merge_and_unload().state_dict()
+    for key, tensor in tensors_of(out).items():
+        assert_one_rounding(tensor, merged[f"transformer.{key}"])
+
+
+# -- what is kept ----------------------------------------------------------------------------
+
+
+@pytest.mark.case("E7")
+def test_a_delta_that_4_bits_lose_is_refused_with_numbers(tmp_path: Path, base: Path) -> None:
+    quantized, out = tmp_path / "quantized", tmp_path / "out"
+    qkern.quantize_checkpoint(base, quantized)
+    adapter = write_adapter(tmp_path / "adapter", model(), size=0.02)
+    with pytest.raises(qkern.LostDeltaError, match="would be left in nf4") as caught:
+        qkern.merge_checkpoint(quantized, adapter, out, quant_type="nf4")
+    assert "model.layers.0.self_attn.q_proj.weight" in str(caught.value)
+    assert not out.exists()
+    report = qkern.merge_checkpoint(quantized, adapter, out, quant_type="nf4", force=True)
+    assert report.kept is not None
+    assert report.kept < 0.1
+    assert {row.kept for row in report.merged if row.kept is not None}
+    assert report.as_dict()["kept"] == report.kept
+    dense = qkern.merge_checkpoint(quantized, adapter, tmp_path / "dense")
+    assert dense.kept is not None
+    assert dense.kept > 0.9
+
+
+@pytest.mark.case("E7")
+def test_what_is_kept_is_measured_against_the_exact_sum(
+    tmp_path: Path, base: Path, adapter: Path
+) -> None:
+    """Tensors this small are measured whole."""
+    exact, out = tmp_path / "exact", tmp_path / "out"
+    qkern.merge_checkpoint(base, adapter, exact, dtype="float32")
+    report = qkern.merge_checkpoint(base, adapter, out, quant_type="int8", min_kept=0.1)
+    sums, before = tensors_of(exact), tensors_of(base)
+    with CheckpointReader(out) as reader:
+        for row in report.merged:
+            error = reader.read(row.name).to(torch.float32).double() - sums[row.name].double()
+            delta = sums[row.name].double() - before[row.name].double()
+            expected = 1 - float(error.norm() / delta.norm())
+            assert row.kept == pytest.approx(expected, abs=2e-2)
+
+
+def test_other_weights_keep_their_codes(tmp_path: Path, base: Path, adapter: Path) -> None:
+    quantized, out = tmp_path / "quantized", tmp_path / "out"
+    qkern.quantize_checkpoint(base, quantized)
+    report = qkern.merge_checkpoint(quantized, adapter, out, quant_type="nf4", min_kept=0)
+    before, after = tensors_of(quantized), tensors_of(out)
+    merged = {row.name for row in report.merged}
+    kept = {row.name for row in report.tensors if row.action == "codes copied"}
+    assert len(merged) == 6
+    assert kept
+    assert not merged & kept
+    for key, tensor in after.items():
+        if not any(key.startswith(name) for name in merged):
+            assert torch.equal(tensor, before[key]), key
+    # The base of the next adapter: what is opened is what the report says.
+    assert AutoModelForCausalLM.from_pretrained(out) is not None
+
+
+# -- what is refused -------------------------------------------------------------------------
+
+
+REFUSED = [
+    ({"use_dora": True}, "use_dora=True"),
+    ({"peft_type": "LOHA"}, "of type 'LOHA'"),
+    ({"init_lora_weights": "pissa"}, "changed the base weights"),
+    ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+    ({"new_kind_of_lora": {"on": True}}, "new_kind_of_lora"),
+    ({"r": 8}, "has rank 4, the settings say 8"),
+]
+
+
+@pytest.mark.case("E8")
+@pytest.mark.parametrize(("changes", "text"), REFUSED)
+def test_settings_that_are_not_applied_are_refused(
+    tmp_path: Path, base: Path, adapter: Path, changes: dict[str, Any], text: str
+) -> None:
+    reconfigure(adapter, **changes)
+    with pytest.raises(qkern.AdapterMismatchError, match=text):
+        qkern.merge_checkpoint(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_another_model_is_refused_with_the_nearest_names(
+    tmp_path: Path, adapter: Path
+) -> None:
+    other = write_base(tmp_path / "other", num_hidden_layers=1)
+    with pytest.raises(qkern.AdapterMismatchError, match=r"nearest: model\.layers\.0"):
+        qkern.merge_checkpoint(other, adapter, tmp_path / "out")
+    wider = write_base(tmp_path / "wider", hidden_size=256)
+    with pytest.raises(qkern.AdapterMismatchError, match=r"\(out, in, r\) ="):
+        qkern.merge_checkpoint(wider, adapter, tmp_path / "out")
+
+
+def test_entries_that_are_no_adapter_are_refused(tmp_path: Path, base: Path, adapter: Path) -> None:
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    whole = load_file(adapter / "adapter_model.safetensors")
+
+    def refused(change: Any, text: str) -> None:
+        save_file(dict(whole), adapter / "adapter_model.safetensors")
+        rewrite(adapter, change)
+        with pytest.raises(qkern.AdapterMismatchError, match=text):
+            qkern.merge_checkpoint(base, adapter, tmp_path / "out")
+
+    refused(lambda tensors: tensors.pop(key), r"q_proj needs lora_A")
+    magnitude = "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector"
+    refused(lambda tensors: tensors.update({magnitude: torch.ones(4)}), "unexpected entry")
+    refused(lambda tensors: tensors.clear(), "holds no adapter")
+    refused(lambda tensors: tensors.update({key: tensors[key].int()}), "int32: allowed are")
+
+
+def test_a_resized_embedding_is_refused(tmp_path: Path, base: Path) -> None:
+    larger = model(vocab_size=104)
+    adapter = write_adapter(tmp_path / "adapter", larger, modules_to_save=["embed_tokens"])
+    with pytest.raises(qkern.AdapterMismatchError, match=r"embed_tokens\.weight by \[104, 128\]"):
+        qkern.merge_checkpoint(base, adapter, tmp_path / "out")
+
+
+@pytest.mark.case("E6")
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_in_an_adapter_is_refused_by_the_layer_it_is_in(
+    tmp_path: Path, base: Path, adapter: Path, value: float
+) -> None:
+    key = "base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"
+    rewrite(adapter, lambda tensors: tensors[key][3].fill_(value))
+    with pytest.raises(qkern.NonFiniteError, match=r"layers\.1\.mlp\.down_proj"):
+        qkern.merge_checkpoint(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.case("E6")
+def test_a_sum_too_large_for_fp16_is_refused_by_its_layer(
+    tmp_path: Path, base: Path, adapter: Path
+) -> None:
+    key = "base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"
+    rewrite(adapter, lambda tensors: tensors[key].mul_(1e9))
+    with pytest.raises(qkern.NonFiniteError, match=r"layers\.1\.mlp\.down_proj.* float16"):
+        qkern.merge_checkpoint(base, adapter, tmp_path / "out", dtype="float16")
+    assert not (tmp_path / "out").exists()
+    qkern.merge_checkpoint(base, adapter, tmp_path / "out", dtype="bfloat16")
+
+
+def test_pickled_adapters_are_refused_with_the_way(
+    tmp_path: Path, base: Path, adapter: Path
+) -> None:
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    with pytest.raises(qkern.CorruptFileError, match="weights_only=True"):
+        qkern.merge_checkpoint(base, adapter, tmp_path / "out")
+
+
+def test_neither_base_nor_adapter_is_written(tmp_path: Path, base: Path, adapter: Path) -> None:
+    before = tree(base) | tree(adapter)
+    for place in (base, adapter, adapter / "inside"):
+        with pytest.raises(qkern.OutputError):
+            qkern.merge_checkpoint(base, adapter, place, force=True)
+    assert tree(base) | tree(adapter) == before
+
+
+def test_another_base_than_the_adapter_names_is_refused(tmp_path: Path, base: Path) -> None:
+    """The fingerprint that ``save_adapter`` writes, of a base read without torch."""
+    for name, quant_type in [("right", "nf4"), ("wrong", "fp4"), ("rows", "int8_row")]:
+        qkern.quantize_checkpoint(base, tmp_path / name, quant_type)
+    for name in ("right", "rows"):
+        trained = model()
+        qkern.quantize_model(trained, "nf4" if name == "right" else "int8_row")
+        qkern.add_lora(trained, r=4, target_modules=["q_proj", "down_proj"])
+        qkern.save_adapter(trained, tmp_path / f"adapter-{name}")
+        adapter = tmp_path / f"adapter-{name}"
+        report = qkern.merge_checkpoint(tmp_path / name, adapter, tmp_path / f"out-{name}")
+        assert report.base_check == "the base is the one that the adapter was trained over"
+        assert report.kept is None  # B is 0: there is nothing to keep
+        with pytest.raises(qkern.AdapterMismatchError, match="other quantized weights"):
+            qkern.merge_checkpoint(tmp_path / "wrong", adapter, tmp_path / "no")
+    forced = qkern.merge_checkpoint(tmp_path / "wrong", adapter, tmp_path / "no", force=True)
+    assert "forced" in forced.base_check
+    dense = qkern.merge_checkpoint(base, adapter, tmp_path / "dense")
+    assert "the base here is dense" in dense.base_check
+
+
+# -- runs ------------------------------------------------------------------------------------
+
+
+def test_any_number_of_threads_writes_the_same_bytes(
+    tmp_path: Path, base: Path, adapter: Path
+) -> None:
+    for threads in (1, 3):
+        qkern.merge_checkpoint(base, adapter, tmp_path / str(threads), threads=threads)
+    assert tree(tmp_path / "1") == tree(tmp_path / "3")
+
+
+def test_factors_are_read_a_few_weights_at_a_time(
+    tmp_path: Path, base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qkern.merge_checkpoint(base, adapter, tmp_path / "once")
+    monkeypatch.setattr("qkern.checkpoint.running._FACTORS", 1)
+    qkern.merge_checkpoint(base, adapter, tmp_path / "often")
+    assert tree(tmp_path / "once") == tree(tmp_path / "often")
+
+
+_LIMITED = """
+import resource, sys
+import qkern
+from qkern.checkpoint import merging
+base, adapter, out, limit = sys.argv[1:]
+before = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+limit = before + int(limit)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+report = qkern.merge_checkpoint(base, adapter, out, threads=1)
+assert "torch" not in sys.modules
+status = dict(line.split(":") for line in open("/proc/self/status"))
+print(int(status["VmHWM"].split()[0]) * 1024, len(report.merged))
+"""
+
+
+@pytest.mark.case("E13")
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS and /proc are Linux'")
+def test_a_merge_takes_less_memory_than_a_shard(tmp_path: Path) -> None:
+    """Four shards of 48 MiB, merged in a process that may take 64 MiB beyond its imports."""
+    base, factors, names = tmp_path / "base", {}, {}
+    base.mkdir()
+    for shard in range(4):
+        tensors = {}
+        for index in (3 * shard, 3 * shard + 1, 3 * shard + 2):
+            path = f"model.layers.{index}.mlp.up_proj"
+            tensors[f"{path}.weight"] = torch.randn(4096, 2048).bfloat16()
+            factors[f"base_model.model.{path}.lora_A.weight"] = torch.randn(16, 2048)
+            factors[f"base_model.model.{path}.lora_B.weight"] = torch.randn(4096, 16)
+        save_file(tensors, base / f"model-{shard}.safetensors")
+        names |= dict.fromkeys(tensors, f"model-{shard}.safetensors")
+    index = {"metadata": {}, "weight_map": names}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    save_file(factors, adapter / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 16, "lora_alpha": 16}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    limit = 64 << 20
+    command = [sys.executable, "-c", _LIMITED, base, adapter, tmp_path / "out", str(limit)]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    peak, merged = map(int, found.stdout.split())
+    assert merged == 12
+    assert peak < 2 * 48 << 20
