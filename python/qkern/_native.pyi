@@ -192,6 +192,7 @@ def run_jobs(
     done: Callable[[tuple[Any, ...]], object],
     progress: Callable[[int], object],
     *,
+    mapped: bool = False,
     threads: int = 0,
     simd: str | None = None,
 ) -> None: ...

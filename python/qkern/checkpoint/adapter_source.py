@@ -202,7 +202,7 @@ class AdapterSource:
         """
         keys = self.pairs[name]
         A, B = (self.source.tensors[key].shape for key in keys)
-        expected = adapter_config.rank_of(name, self.config)
+        expected = adapter_config.rank_of(name, self.config, self.path)
         if expected is not None and A[0] != expected:
             msg = f"{self.path}: {name} has rank {A[0]}, the settings say {expected}"
             raise AdapterMismatchError(msg)
@@ -216,7 +216,7 @@ class AdapterSource:
                 f"{tensor.shape}: is this the adapter's base model?"
             )
             raise AdapterMismatchError(msg)
-        scaling = adapter_config.scaling_of(name, A[0], self.config)
+        scaling = adapter_config.scaling_of(name, A[0], self.config, self.path)
         return LoraFactors(self.source, keys, A[0], scaling, tensor.dtype, transposed)
 
     def check_base(self, base: Source, weights: Mapping[str, StoredTensor], *, force: bool) -> str:

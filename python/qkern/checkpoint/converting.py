@@ -40,6 +40,7 @@ def convert_checkpoint(
     *,
     quant_type: str | QuantFormat | None = None,
     threads: int = 0,
+    mmap: bool = False,
     dry_run: bool = False,
     force: bool = False,
     progress: Progress | None = None,
@@ -65,6 +66,8 @@ def convert_checkpoint(
         quant_type: for a dense source that becomes a quantized one: see ``quantize_checkpoint``,
             whose report is returned then.
         threads: how many, 0 for one per core.
+        mmap: map dense weights in place of copying them: some 10 % faster, but a file that is cut
+            while it is read then ends the process.
         dry_run: only check and report what would be done; nothing is written.
         force: replace a checkpoint that is in ``dst``, and an unfinished one of other settings.
         progress: called with (bytes read since the last call, bytes of all).
@@ -84,7 +87,14 @@ def convert_checkpoint(
     if not source.is_quantized and to not in DTYPES:
         fmt = _asked_format(source, to, quant_type)
         return quantize_checkpoint(
-            src, dst, fmt, threads=threads, dry_run=dry_run, force=force, progress=progress
+            src,
+            dst,
+            fmt,
+            threads=threads,
+            mmap=mmap,
+            dry_run=dry_run,
+            force=force,
+            progress=progress,
         )
     if quant_type is not None:
         msg = (
@@ -95,7 +105,9 @@ def convert_checkpoint(
         raise FormatError(msg)
     outcomes = _as_dense(source, to) if to in DTYPES else _as_codes(source, to)
     plan = OutputPlan(source, outcomes, {"to": to})
-    run = Run(_Converting(plan, to), directory, threads=threads, force=force, progress=progress)
+    run = Run(
+        _Converting(plan, to), directory, threads=threads, mmap=mmap, force=force, progress=progress
+    )
     return run.check_only() if dry_run else run.write()
 
 

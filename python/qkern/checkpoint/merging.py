@@ -49,6 +49,7 @@ def merge_checkpoint(
     method: str = "absmax",
     min_kept: float = 0.5,
     threads: int = 0,
+    mmap: bool = False,
     dry_run: bool = False,
     force: bool = False,
     progress: Progress | None = None,
@@ -80,6 +81,8 @@ def merge_checkpoint(
         method: how codes are chosen.
         min_kept: a quantized result must keep so much of what is added, over all weights.
         threads: how many, 0 for one per core.
+        mmap: map dense weights in place of copying them: some 10 % faster, but a file that is cut
+            while it is read then ends the process.
         dry_run: only check and report what would be done; nothing is written.
         force: merge into another base than the adapter names, whatever is kept; and replace a
             checkpoint that is in ``dst``, and an unfinished one of other settings.
@@ -117,7 +120,7 @@ def merge_checkpoint(
     }
     plan = OutputPlan(source, outcomes, settings, more=[lora.source])
     task = _Merging(plan, lora, fmt, dtype, found, 0.0 if fmt is None or force else min_kept)
-    run = Run(task, Path(dst), threads=threads, force=force, progress=progress)
+    run = Run(task, Path(dst), threads=threads, mmap=mmap, force=force, progress=progress)
     return run.check_only() if dry_run else run.write()
 
 

@@ -60,6 +60,7 @@ def quantize_checkpoint(
     strict: bool = False,
     embeddings: str | None = None,
     threads: int = 0,
+    mmap: bool = False,
     dry_run: bool = False,
     force: bool = False,
     progress: Progress | None = None,
@@ -92,6 +93,8 @@ def quantize_checkpoint(
         embeddings: "int8_row" quantizes embeddings and output heads so. Such files, and stacked
             experts, cannot be opened by transformers with bitsandbytes.
         threads: how many, 0 for one per core.
+        mmap: map dense weights in place of copying them: some 10 % faster, but a file that is cut
+            while it is read then ends the process.
         dry_run: only check and report what would be done; nothing is written.
         force: replace a checkpoint that is in ``dst``, and an unfinished one of other settings.
         progress: called with (bytes read since the last call, bytes of all).
@@ -127,7 +130,7 @@ def quantize_checkpoint(
     )
     plan = OutputPlan(source, _outcomes(source, targets, method), settings.as_dict())
     task = _Quantizing(plan, targets, settings, min_coverage, strict)
-    run = Run(task, Path(dst), threads=threads, force=force, progress=progress)
+    run = Run(task, Path(dst), threads=threads, mmap=mmap, force=force, progress=progress)
     return run.check_only() if dry_run else run.write()
 
 

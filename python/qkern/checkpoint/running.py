@@ -77,6 +77,7 @@ class Run(Generic[R]):
         task: what to do.
         directory: where to write.
         threads: how many, 0 for one per core.
+        mmap: see ``stream.run``.
         force: replace a checkpoint that is there, and an unfinished one of other settings.
         progress: called with (bytes read since the last call, bytes of all).
     """
@@ -84,6 +85,7 @@ class Run(Generic[R]):
     task: Task[R]
     directory: Path
     threads: int
+    mmap: bool
     force: bool
     progress: Progress | None
 
@@ -202,6 +204,7 @@ class Run(Generic[R]):
                 list(self.plan.inputs),
                 self.plan.outputs(staging),
                 threads=self.threads,
+                mmap=self.mmap,
                 done=lambda done: journal.add(batch[done.job].name, done),
                 progress=self._tell,
             )

@@ -57,6 +57,11 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--threads", type=_count, default=0, metavar="N", help="0 for one per core (default)"
     )
+    how.add_argument(
+        "--mmap",
+        action="store_true",
+        help="map weights: faster, but a file that is cut while it is read ends the process",
+    )
     how.add_argument("--dry-run", action="store_true", help="check and report, write nothing")
     how.add_argument(
         "--force",
@@ -68,7 +73,12 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The same for the call."""
-    return {"threads": args.threads, "dry_run": args.dry_run, "force": args.force}
+    return {
+        "threads": args.threads,
+        "mmap": args.mmap,
+        "dry_run": args.dry_run,
+        "force": args.force,
+    }
 
 
 @contextlib.contextmanager

@@ -1,9 +1,12 @@
-//! Files opened and read by place, never mapped: one that shrinks is an error, not a signal.
+//! Files opened, read and written by place. Headers are never mapped: a file that shrinks is then an
+//! error, and not a signal.
 
 use std::fs::{self, File};
 use std::io;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
+
+use memmap2::{Mmap, MmapOptions};
 
 use crate::CheckpointError;
 
@@ -50,6 +53,10 @@ pub(crate) trait Storage: Sync {
     fn read_some(&self, bytes: &mut [u8], offset: u64) -> io::Result<usize>;
     /// Writes some of the bytes at `offset`.
     fn write_some(&self, bytes: &[u8], offset: u64) -> io::Result<usize>;
+    /// Maps the bytes at `offset`; none where they cannot be.
+    fn map(&self, _offset: u64, _len: usize) -> Option<Mmap> {
+        None
+    }
 }
 
 #[cfg(unix)]
@@ -60,6 +67,10 @@ impl Storage for File {
 
     fn write_some(&self, bytes: &[u8], offset: u64) -> io::Result<usize> {
         std::os::unix::fs::FileExt::write_at(self, bytes, offset)
+    }
+
+    fn map(&self, offset: u64, len: usize) -> Option<Mmap> {
+        map(self, offset, len)
     }
 }
 
@@ -73,6 +84,25 @@ impl Storage for File {
     fn write_some(&self, bytes: &[u8], offset: u64) -> io::Result<usize> {
         std::os::windows::fs::FileExt::seek_write(self, bytes, offset)
     }
+
+    fn map(&self, offset: u64, len: usize) -> Option<Mmap> {
+        map(self, offset, len)
+    }
+}
+
+/// Maps bytes that the file has at this moment. Whoever cuts it while they are used ends the process
+/// by a signal: that is why it is a caller's choice.
+#[allow(unsafe_code)]
+fn map(file: &File, offset: u64, len: usize) -> Option<Mmap> {
+    let end = offset.checked_add(len as u64)?;
+    if len == 0 || file.metadata().ok()?.len() < end {
+        return None; // reading says what is wrong
+    }
+    let mut options = MmapOptions::new();
+    options.offset(offset).len(len);
+    // SAFETY: the bytes are used as numbers, of which any bits are valid. Another process may change
+    // them meanwhile; then the numbers are the old ones or the new ones, as if they were read.
+    unsafe { options.map(file) }.ok()
 }
 
 /// Reads `bytes` that begin at `offset`.

@@ -7,7 +7,7 @@
 //! No Python, and no policy: which tensors, in what format and under what names is the caller's.
 
 #![deny(missing_docs)]
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)] // but for mapping a file
 
 #[cfg(target_endian = "big")]
 compile_error!("files are little-endian, and their bytes are used as they are");

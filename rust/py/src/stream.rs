@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use numpy::{PyArray1, PyArrayMethods, PyReadonlyArray1, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use qkern_checkpoint::stream::{
-    run, Blocks, Change, Coded, Continue, Delta, Done, Dtype, Errors, Format, Job, Observer, Scale,
-    Source, Span, Stored, Target, Weight,
+    run, Access, Blocks, Change, Coded, Continue, Delta, Done, Dtype, Errors, Format, Job,
+    Observer, Scale, Source, Span, Stored, Target, Weight,
 };
 
 use crate::detached::caught;
@@ -83,7 +83,7 @@ enum JobArgument {
 
 /// Runs jobs; calls `done` with a tuple of each one's results, and `progress` with bytes read.
 #[pyfunction]
-#[pyo3(signature = (jobs, inputs, outputs, nested_code, done, progress, *, threads=0, simd=None))]
+#[pyo3(signature = (jobs, inputs, outputs, nested_code, done, progress, *, mapped=false, threads=0, simd=None))]
 #[allow(clippy::too_many_arguments, clippy::needless_pass_by_value)] // as Python passes them
 pub(crate) fn run_jobs(
     py: Python<'_>,
@@ -93,9 +93,11 @@ pub(crate) fn run_jobs(
     nested_code: PyReadonlyArray1<'_, f32>,
     done: Py<PyAny>,
     progress: Py<PyAny>,
+    mapped: bool,
     threads: usize,
     simd: Option<&str>,
 ) -> PyResult<()> {
+    let access = if mapped { Access::Mapped } else { Access::Copied };
     let engine = functions::engine(py, threads, simd)?;
     let found = nested_code.len();
     let nested_code: [f32; 256] = nested_code
@@ -107,7 +109,7 @@ pub(crate) fn run_jobs(
         .map(|job| convert(py, job.extract()?, &nested_code))
         .collect::<PyResult<Vec<_>>>()?;
     let mut watcher = Watcher { done, progress, raised: None };
-    let result = caught(py, || run(&jobs, &inputs, &outputs, engine, &mut watcher))?;
+    let result = caught(py, || run(&jobs, &inputs, &outputs, engine, access, &mut watcher))?;
     match (result, watcher.raised) {
         (_, Some(raised)) => Err(raised),
         (Ok(()), None) => Ok(()),

@@ -2,9 +2,9 @@
 //!
 //! Every job says where its bytes lie and where the result goes, so jobs and chunks need not wait
 //! for each other, and the bytes do not depend on the number of threads. Memory is some MB a
-//! thread, and 4 bytes for each scale of the weights at work. Files are read by positional reads,
-//! not mapped: one that shrinks meanwhile is an error and not a signal, and the address space does
-//! not limit its size.
+//! thread, and 4 bytes for each scale of the weights at work. Files are read by place: one that
+//! shrinks meanwhile is an error and not a signal, and the address space does not limit its size.
+//! Dense values may be mapped instead, a chunk at a time, for whoever owns the files.
 
 mod blocks;
 mod copy;
@@ -60,6 +60,15 @@ pub enum Continue {
     No,
 }
 
+/// How dense values come out of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Mapped, which saves a copy. A file that is cut meanwhile ends the process.
+    Mapped,
+    /// Read into memory. A file that is cut meanwhile is an error.
+    Copied,
+}
+
 /// Runs `jobs` on `engine.threads` threads (0: as many as can run at a time), which begin them in
 /// their order. `outputs` are there already.
 ///
@@ -74,12 +83,13 @@ pub fn run(
     inputs: &[PathBuf],
     outputs: &[PathBuf],
     engine: Engine,
+    access: Access,
     observer: &mut dyn Observer,
 ) -> Result<(), CheckpointError> {
     let (mut reading, mut writing) = (OpenOptions::new(), OpenOptions::new());
     let inputs = open(inputs, reading.read(true))?;
     let outputs = open(outputs, writing.read(true).write(true))?;
-    let files = Files { inputs: places(&inputs), outputs: places(&outputs) };
+    let files = Files { inputs: places(&inputs), outputs: places(&outputs), access };
     run_on(jobs, &files, engine, observer)
 }
 
@@ -87,6 +97,7 @@ pub fn run(
 struct Files<'a> {
     inputs: Vec<Place<'a>>,
     outputs: Vec<Place<'a>>,
+    access: Access,
 }
 
 /// A file of a run, by its name too.

@@ -108,7 +108,8 @@ fn stream_until(
     threads: usize,
 ) -> Outcome {
     let place = |name, storage| vec![Place { path: Path::new(name), storage }];
-    let files = Files { inputs: place("in", input), outputs: place("out", output) };
+    let access = Access::Mapped;
+    let files = Files { inputs: place("in", input), outputs: place("out", output), access };
     let mut keeper = Keeper { done: Vec::new(), bytes: 0, most };
     let engine = Engine { threads, ..Engine::detect().unwrap() };
     let result = run_on(jobs, &files, engine, &mut keeper);
@@ -499,6 +500,34 @@ fn a_file_that_ends_too_soon_is_named() {
     let text = found.to_string();
     assert!(matches!(found, CheckpointError::Corrupt { .. }), "{found:?}");
     assert!(text.starts_with("in: the file ends at byte 1000"), "{text}");
+}
+
+/// At an odd place values are copied all the same.
+#[test]
+fn mapped_values_give_the_same_bytes() {
+    let values = weights(LENGTHS[3]);
+    let folder = tempfile::tempdir().unwrap();
+    let paths = ["even", "odd"].map(|name| folder.path().join(name));
+    let bytes = input(&values, Dtype::F32);
+    std::fs::write(&paths[0], &bytes).unwrap();
+    std::fs::write(&paths[1], [&[0], &bytes[..]].concat()).unwrap();
+    let (_, len) = coded(&format(4, 64, true), values.len(), false);
+    let mut results = Vec::new();
+    for (path, first) in paths.iter().zip([8, 9]) {
+        for access in [Access::Copied, Access::Mapped] {
+            let out = folder.path().join("out");
+            std::fs::write(&out, vec![0; len]).unwrap();
+            let (target, _) = coded(&format(4, 64, true), values.len(), false);
+            let source = Source::Dense { dtype: Dtype::F32, at: at(first) };
+            let jobs = [weight(values.len(), 64, source, target)];
+            let mut keeper = Keeper { done: Vec::new(), bytes: 0, most: usize::MAX };
+            let engine = Engine::detect().unwrap();
+            let (inputs, outputs) = ([path.clone()], [out.clone()]);
+            run(&jobs, &inputs, &outputs, engine, access, &mut keeper).unwrap();
+            results.push(std::fs::read(&out).unwrap());
+        }
+    }
+    assert!(results.iter().all(|result| *result == results[0]));
 }
 
 #[test]

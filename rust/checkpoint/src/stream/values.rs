@@ -5,6 +5,7 @@ use std::ops::Range;
 use bytemuck::{cast_slice, cast_slice_mut};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
+use memmap2::Mmap;
 use qkern_codec::{
     dequantize_4bit, dequantize_absmax, dequantize_int8, CodecError, Engine, Stores, Values,
     ValuesMut, NESTED_BLOCKSIZE,
@@ -12,7 +13,7 @@ use qkern_codec::{
 
 use super::blocks::BlockBuffer;
 use super::job::{num_groups, Dtype, Format, Source, Stored, Weight};
-use super::Place;
+use super::{Access, Place};
 use crate::error::CheckpointError;
 
 /// A thread's memory for the values of a chunk, of one dtype at a time.
@@ -21,26 +22,36 @@ pub(super) struct ValueBuffer {
     f32: Vec<f32>,
     f16: Vec<f16>,
     bf16: Vec<bf16>,
+    mapped: Option<Mmap>,
 }
 
 impl ValueBuffer {
+    /// Takes bytes of a file in place of a copy, if they lie as values do in memory.
+    fn map(&mut self, dtype: Dtype, bytes: Mmap) -> bool {
+        let aligned = bytes.as_ptr().addr().is_multiple_of(dtype.size());
+        self.mapped = aligned.then_some(bytes);
+        aligned
+    }
+
     /// Room for `len` values; what they hold is left over.
     pub(super) fn room(&mut self, dtype: Dtype, len: usize) -> ValuesMut<'_> {
-        fn of<T: Copy + Default>(values: &mut Vec<T>, len: usize) -> &mut [T] {
-            if values.len() < len {
-                values.resize(len, T::default());
-            }
-            &mut values[..len]
-        }
+        self.mapped = None;
         match dtype {
-            Dtype::F32 => ValuesMut::F32(of(&mut self.f32, len)),
-            Dtype::F16 => ValuesMut::F16(of(&mut self.f16, len)),
-            Dtype::Bf16 => ValuesMut::Bf16(of(&mut self.bf16, len)),
+            Dtype::F32 => ValuesMut::F32(first(&mut self.f32, len)),
+            Dtype::F16 => ValuesMut::F16(first(&mut self.f16, len)),
+            Dtype::Bf16 => ValuesMut::Bf16(first(&mut self.bf16, len)),
         }
     }
 
-    /// Values that were put into this room.
+    /// Values that were put into this room, or mapped.
     pub(super) fn values(&self, dtype: Dtype, places: Range<usize>) -> Values<'_> {
+        if let Some(bytes) = &self.mapped {
+            return match dtype {
+                Dtype::F32 => Values::F32(&cast_slice(bytes)[places]),
+                Dtype::F16 => Values::F16(&cast_slice(bytes)[places]),
+                Dtype::Bf16 => Values::Bf16(&cast_slice(bytes)[places]),
+            };
+        }
         match dtype {
             Dtype::F32 => Values::F32(&self.f32[places]),
             Dtype::F16 => Values::F16(&self.f16[places]),
@@ -88,6 +99,7 @@ pub(super) fn first<T: Copy + Default>(buffer: &mut Vec<T>, len: usize) -> &mut 
 pub(super) struct Reader<'a> {
     pub(super) weight: &'a Weight,
     pub(super) inputs: &'a [Place<'a>],
+    pub(super) access: Access,
     pub(super) engine: Engine,
 }
 
@@ -104,9 +116,15 @@ impl Reader<'_> {
     ) -> Result<(Dtype, Range<usize>), CheckpointError> {
         match &self.weight.source {
             Source::Dense { dtype, at } => {
-                let room = bytes_of_mut(buffer.room(*dtype, places.len()));
+                let (file, nbytes) = (&self.inputs[at.file], places.len() * dtype.size());
                 let offset = at.offset + (places.start * dtype.size()) as u64;
-                self.inputs[at.file].read(room, offset)?;
+                let mapped = match self.access {
+                    Access::Mapped => file.storage.map(offset, nbytes),
+                    Access::Copied => None,
+                };
+                if !mapped.is_some_and(|bytes| buffer.map(*dtype, bytes)) {
+                    file.read(bytes_of_mut(buffer.room(*dtype, places.len())), offset)?;
+                }
                 Ok((*dtype, 0..places.len()))
             }
             Source::Blocks(blocks) => {

@@ -225,7 +225,12 @@ impl<'a> WeightRun<'a> {
     }
 
     fn reader(&self) -> Reader<'_> {
-        Reader { weight: self.weight, inputs: &self.files.inputs, engine: self.engine }
+        Reader {
+            weight: self.weight,
+            inputs: &self.files.inputs,
+            access: self.files.access,
+            engine: self.engine,
+        }
     }
 
     /// Reads values: as they are, or decoded to `dtype`, or widened with the adapter's part added.
