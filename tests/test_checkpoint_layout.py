@@ -25,6 +25,7 @@ from qkern.formats import KINDS, QuantFormat
 FORMATS = [
     QuantFormat(name, 0 if kind.per_row else 64, nested)
     for name, kind in KINDS.items()
+    if not kind.decode_only
     for nested in ((False, True) if "nested" in kind.scales else (False,))
 ]
 SHAPES = [(64, 128), (5, 33), (1, 1), (3, 7, 64), (300, 130)]

@@ -91,6 +91,7 @@ def encode(
         nonfinite: "error" or "keep".
         threads: how many, 0 for one per core.
     """
+    fmt.check_encodes()
     n = values.size
     absmax = np.empty(fmt.num_blocks(n), np.float32)
     packed: Array = np.empty(fmt.packed_size(n), fmt.packed_dtype)
@@ -148,6 +149,7 @@ def search_scales(
     threads: int = 0,
 ) -> F32:
     """Scales (blocks,) of least squared error, of either sign, for the values (n,)."""
+    fmt.check_encodes()
     scales = np.empty(fmt.num_blocks(values.size), np.float32)
     code = code_array(fmt.quant_type)
     how: Any = {"importance": importance, "nonfinite": nonfinite, "threads": threads}
@@ -164,6 +166,7 @@ def encode_codes(
     threads: int = 0,
 ) -> U8:
     """Packed codes of the values (n,) against fp32 scales (blocks,) of either sign."""
+    fmt.check_encodes()
     packed = np.empty(fmt.packed_size(values.size), np.uint8)
     code = code_array(fmt.quant_type)
     _native.encode_4bit(values, dtype, code, fmt.blocksize, scales, packed, threads=threads)

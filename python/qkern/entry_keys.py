@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qkern.errors import CorruptFileError, QkernError
-from qkern.formats import DTYPES, NESTED_BLOCKSIZE, QUANT_TYPES, QuantFormat, dynamic_code
+from qkern.formats import DTYPES, KINDS, NESTED_BLOCKSIZE, QuantFormat, dynamic_code
 
 STATE: Final = "quant_state."
 WEIGHT: Final = "weight"
@@ -202,13 +202,13 @@ def _read_json(entry: Described, key: str) -> dict[str, Any]:
     unknown = sorted(set(state).difference(_NEEDED, _NESTED))
     quant_type = state["quant_type"]
     named = type(quant_type) is str
-    if unknown or (named and quant_type not in QUANT_TYPES):
+    if unknown or (named and quant_type not in KINDS):
         from qkern import __version__
 
         what = f"field {_short(unknown[0])}" if unknown else f"quant_type {_short(quant_type)}"
         msg = (
             f"{key}: {what} is not known here: made by a newer qkern or bitsandbytes? qkern "
-            f"{__version__} knows {', '.join(QUANT_TYPES)}, and the fields "
+            f"{__version__} knows {', '.join(KINDS)}, and the fields "
             f"{', '.join(_NEEDED + _NESTED)}"
         )
         raise CorruptFileError(msg)

@@ -60,6 +60,13 @@ _FP4_MAGNITUDES = (
 # bitsandbytes' FP4: bit 3 is the sign, magnitudes are divided by 12.
 FP4: Final[tuple[float, ...]] = _FP4_MAGNITUDES + tuple(0.0 - m for m in _FP4_MAGNITUDES)
 
+# E2M1, in units of the scale itself: OCP Microscaling Formats (MX) 1.0, section 5.3.3. Its scales
+# there are powers of two.
+E2M1: Final[tuple[float, ...]] = (
+    *(0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0),
+    *(-0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0),
+)
+
 BLOCKSIZES: Final = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE: Final = 256
 DTYPES: Final = ("float32", "float16", "bfloat16")
@@ -77,6 +84,7 @@ class FormatKind:
         scales: how scales may be stored: "fp32", or "nested" (double quantization).
         state: name of the JSON entry in files; None for bitsandbytes' int8 keys, which have none.
         since: the oldest version of qkern that reads it; empty for what all versions do.
+        decode_only: why nothing is quantized to it; empty for what can be.
     """
 
     bits: int
@@ -85,6 +93,7 @@ class FormatKind:
     scales: tuple[str, ...]
     state: str | None
     since: str = ""
+    decode_only: str = ""
 
     @property
     def per_row(self) -> bool:
@@ -97,8 +106,18 @@ KINDS: Final[dict[str, FormatKind]] = {
     "fp4": FormatKind(4, FP4, BLOCKSIZES, ("fp32", "nested"), "bitsandbytes__fp4"),
     "int8": FormatKind(8, None, BLOCKSIZES, ("fp32", "nested"), "qkern__int8"),
     "int8_row": FormatKind(8, None, (), ("fp32",), None),
+    "mxfp4": FormatKind(
+        4,
+        E2M1,
+        (32,),
+        ("fp32",),
+        "qkern__mxfp4",
+        since="0.1.0",
+        decode_only="its scales are powers of two, which no method here chooses",
+    ),
 }
-QUANT_TYPES: Final = tuple(KINDS)
+# What can be quantized to; others are only read.
+QUANT_TYPES: Final = tuple(name for name, kind in KINDS.items() if not kind.decode_only)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,12 +125,14 @@ class QuantFormat:
     """How the bytes of a quantized tensor are read.
 
     Args:
-        quant_type: ``"nf4"``, ``"fp4"`` (4 bits a weight), ``"int8"`` (8 bits) or ``"int8_row"``
-            (8 bits, the layout of bitsandbytes' int8 files).
+        quant_type: ``"nf4"``, ``"fp4"`` (4 bits a weight), ``"int8"`` (8 bits), ``"int8_row"``
+            (8 bits, the layout of bitsandbytes' int8 files), or ``"mxfp4"`` (4 bits, of files that
+            were converted; nothing is quantized to it).
         blocksize: values that share a scale, one of 32, 64, ... 4096; an int, or an integer of
             NumPy's, which is kept as an int. For int8_row the length of a row, or 0 until
-            ``for_shape`` fills it in.
-        double_quant: scales stored in 8 bits instead of 32; False for int8_row, whatever is given.
+            ``for_shape`` fills it in; for mxfp4 32.
+        double_quant: scales stored in 8 bits instead of 32; False for int8_row and mxfp4, whatever
+            is given.
 
     Raises:
         FormatError: for any other value.
@@ -126,7 +147,7 @@ class QuantFormat:
     double_quant: bool = True
 
     def __post_init__(self) -> None:
-        if self.quant_type not in QUANT_TYPES:
+        if self.quant_type not in KINDS:
             msg = f"unknown quant_type {self.quant_type!r}: allowed are {', '.join(QUANT_TYPES)}"
             raise FormatError(msg)
         if not _is_blocksize(self.blocksize, self.kind):
@@ -159,6 +180,19 @@ class QuantFormat:
     def packed_dtype(self) -> str:
         """Name of the dtype of packed codes."""
         return "int8" if self.kind.code is None else "uint8"
+
+    def check_encodes(self) -> None:
+        """Refuse a format that is only read.
+
+        Raises:
+            FormatError: with the reason.
+        """
+        if self.kind.decode_only:
+            msg = (
+                f"nothing is quantized to {self.quant_type}: {self.kind.decode_only}; choose one "
+                f"of {', '.join(QUANT_TYPES)}"
+            )
+            raise FormatError(msg)
 
     def for_shape(self, shape: Sequence[int]) -> QuantFormat:
         """The format of a tensor of ``shape``: of int8_row, ``blocksize`` becomes a row's length.
@@ -222,12 +256,20 @@ def resolve_format(
         quant_type: a name of ``QUANT_TYPES``, or a format.
         blocksize: values that share a scale; unused by int8_row, whose rows do.
         double_quant: store the scales in 8 bits; unused by int8_row, whose scales are fp32.
+
+    Raises:
+        FormatError: for a format that does not exist, or that is only read.
     """
     if isinstance(quant_type, QuantFormat):
-        return quant_type
-    if quant_type in QUANT_TYPES and KINDS[quant_type].per_row:
-        return QuantFormat(quant_type, 0, double_quant)
-    return QuantFormat(quant_type, blocksize, double_quant)
+        fmt = quant_type
+    elif quant_type in KINDS and KINDS[quant_type].per_row:
+        fmt = QuantFormat(quant_type, 0, double_quant)
+    elif quant_type in KINDS and KINDS[quant_type].decode_only:
+        fmt = QuantFormat(quant_type, KINDS[quant_type].blocksizes[0], double_quant)
+    else:
+        fmt = QuantFormat(quant_type, blocksize, double_quant)
+    fmt.check_encodes()
+    return fmt
 
 
 def _is_blocksize(value: object, kind: FormatKind) -> bool:

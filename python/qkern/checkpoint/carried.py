@@ -14,6 +14,7 @@ _WEIGHTS: Final = (
     *(".onnx_data", ".ot", ".pkl", ".pt", ".pt2", ".pte", ".pth", ".safetensors", ".tflite"),
 )
 _ADAPTER: Final = ("adapter_config.json",)
+_QUANTIZATION: Final = ("hf_quant_config.json", "quantize_config.json")
 
 
 class OtherFiles(NamedTuple):
@@ -61,6 +62,8 @@ def _why_not(path: Path) -> str:
     name = path.name
     if name.startswith("."):
         return "hidden"
+    if name in _QUANTIZATION:
+        return "says how the source is quantized"
     if name in _ADAPTER:
         return "an adapter of the dense model"
     if path.suffix.lower() in _WEIGHTS or name.endswith((*_WEIGHTS, ".index.json")):

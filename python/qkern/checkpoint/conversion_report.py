@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from qkern.checkpoint.outcomes import ITEM_SIZES, Outcome
+from qkern.checkpoint.outcomes import COPIED, ITEM_SIZES, LEFT_OUT, Outcome
 from qkern.formats import QuantFormat
 from qkern.text_table import format_bytes, format_table
 
@@ -24,8 +24,8 @@ class ConvertedTensor:
         stored_as: name of its format before, or its dtype.
         format: after; None if it is dense.
         dtype: of the dense tensor, after.
-        action: "copied", "cast", "codes copied", "dequantized", "quantized", "merged" or
-            "replaced".
+        action: "copied", "cast", "codes copied", "dequantized", "quantized", "merged",
+            "replaced" or "left out".
         reason: why it is not as asked; may be empty.
         nbytes_before: as it was stored.
         nbytes: as it is stored.
@@ -148,8 +148,8 @@ def converted(outcome: Outcome) -> ConvertedTensor:
         numel *= size
     if fmt is not None:
         nbytes = fmt.nbytes(numel)
-    elif outcome.action == "copied":
-        nbytes = tensor.nbytes
+    elif outcome.action in (COPIED, LEFT_OUT):
+        nbytes = tensor.nbytes if outcome.steps else 0
     else:
         nbytes = ITEM_SIZES[outcome.dtype] * numel
     return ConvertedTensor(

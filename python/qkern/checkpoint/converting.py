@@ -9,6 +9,16 @@ from pathlib import Path
 from typing import Any, Final
 
 from qkern import codec
+from qkern.checkpoint.block_weights import (
+    METHODS,
+    BlockWeights,
+    as_codes,
+    as_dense,
+    check_carried,
+    dropped,
+    holds_transposed,
+    leftover,
+)
 from qkern.checkpoint.conversion_report import ConversionReport, converted
 from qkern.checkpoint.model_card import conversion_section
 from qkern.checkpoint.model_config import dense_config, main_dtype, quantized_config, refuse_foreign
@@ -47,14 +57,18 @@ def convert_checkpoint(
 ) -> ConversionReport | QuantizationReport:
     """Write a checkpoint in another layout or dtype, from file to file, without torch.
 
-    Read are dense checkpoints, qkern's, and those of bitsandbytes in 4 bits (with any
-    ``quant_storage``) and int8. The codes of quantized weights stay as they are:
+    Read are dense checkpoints, qkern's, those of bitsandbytes in 4 bits (with any
+    ``quant_storage``) and int8, and MXFP4 and NVFP4 as transformers, compressed-tensors and
+    ModelOpt write them. The codes of quantized weights stay as they are:
 
     - "qkern": codes and scales under bitsandbytes' keys, tables and states written anew;
+      MXFP4 becomes the format "mxfp4", which is only read; NVFP4 is refused, as its scales are
+      products that fp32 may have to round;
     - "bitsandbytes": the same, and refused is what bitsandbytes could not open;
     - a dtype: ``code * scale`` in fp32, rounded once, which is ``qkern.dequantize`` to the bit.
       Dense floating-point tensors get the dtype too, but for fp32 ones in a 16-bit model, which
-      stay: it keeps them so on purpose.
+      stay: it keeps them so on purpose. Stacked MXFP4 experts are transposed, as transformers'
+      gpt-oss holds them; a thread then needs memory for one of them.
 
     ``config.json`` says how the result is stored. Shards, their index, tied tensors and small files
     stay. Files are staged, resumed and committed as by ``quantize_checkpoint``.
@@ -83,8 +97,9 @@ def convert_checkpoint(
     """
     codec.check_choice("to", to, TARGETS)
     source, directory = Source(src), Path(dst)
-    refuse_foreign(source)
-    if not source.is_quantized and to not in DTYPES:
+    blocks = BlockWeights(source)
+    _check_readable(source, blocks)
+    if not source.is_quantized and not blocks and to not in DTYPES:
         fmt = _asked_format(source, to, quant_type)
         return quantize_checkpoint(
             src,
@@ -103,7 +118,7 @@ def convert_checkpoint(
             + ("" if to in DTYPES else "to change its format, convert it to a dtype first")
         )
         raise FormatError(msg)
-    outcomes = _as_dense(source, to) if to in DTYPES else _as_codes(source, to)
+    outcomes = _as_dense(source, to, blocks) if to in DTYPES else _as_codes(source, to, blocks)
     plan = OutputPlan(source, outcomes, {"to": to})
     run = Run(
         _Converting(plan, to), directory, threads=threads, mmap=mmap, force=force, progress=progress
@@ -148,14 +163,38 @@ class _Converting:
         return conversion_section(report.to, report.summary())
 
 
-def _as_dense(source: Source, dtype: str) -> list[Outcome]:
+def _check_readable(source: Source, blocks: BlockWeights) -> None:
+    """Refuse a source that is quantized in a way that is not read here, or in part."""
+    refuse_foreign(source, METHODS if blocks else ())
+    left = leftover(source, blocks) if blocks else ""
+    if left:
+        entry = source.entries[left]
+        msg = (
+            f"{source.path}: {left} is {entry.dtype} {list(entry.shape)}, which is neither MXFP4 "
+            "nor NVFP4: checkpoints of several formats are not read; start from the dense model"
+        )
+        raise FormatError(msg)
+
+
+def _as_dense(source: Source, dtype: str, blocks: BlockWeights) -> list[Outcome]:
     places, main = Places(source), main_dtype(source)
-    return [
-        written_dense(tensor, dtype, places)
-        if tensor.format is not None or is_cast(tensor, main)
-        else copied(tensor, places, why_kept(tensor))
-        for tensor in in_file_order(source)
-    ]
+    model_type = source.config.get("model_type")
+    outcomes = []
+    for tensor in in_file_order(source):
+        if tensor.name in blocks.by_codes:
+            outcomes.append(as_dense(blocks.by_codes[tensor.name], source, places, dtype))
+        elif tensor.name in blocks.unused:
+            outcomes.append(dropped(tensor))
+        elif tensor.name in blocks.parts:
+            continue
+        elif tensor.format is not None:
+            transposed = holds_transposed(tensor, model_type)
+            outcomes.append(written_dense(tensor, dtype, places, transposed=transposed))
+        elif is_cast(tensor, main):
+            outcomes.append(written_dense(tensor, dtype, places))
+        else:
+            outcomes.append(copied(tensor, places, why_kept(tensor)))
+    return outcomes
 
 
 def is_cast(tensor: StoredTensor, main: str) -> bool:
@@ -168,20 +207,29 @@ def why_kept(tensor: StoredTensor) -> str:
     return "float32 in a 16-bit model: kept" if tensor.dtype == "float32" else ""
 
 
-def _as_codes(source: Source, to: str) -> list[Outcome]:
+def _as_codes(source: Source, to: str, blocks: BlockWeights) -> list[Outcome]:
+    check_carried(source, blocks.by_codes)
     if to == "bitsandbytes":
-        _check_bitsandbytes(source)
-    places = Places(source)
-    return [
-        copied(tensor, places) if tensor.format is None else carried(tensor, places)
-        for tensor in in_file_order(source)
-    ]
+        _check_bitsandbytes(source, blocks)
+    places, main = Places(source), main_dtype(source)
+    outcomes = []
+    for tensor in in_file_order(source):
+        if tensor.name in blocks.by_codes:
+            outcomes.append(as_codes(blocks.by_codes[tensor.name], source, places, main))
+        elif tensor.name in blocks.parts:
+            continue
+        elif tensor.format is None:
+            outcomes.append(copied(tensor, places))
+        else:
+            outcomes.append(carried(tensor, places))
+    return outcomes
 
 
-def _check_bitsandbytes(source: Source) -> None:
+def _check_bitsandbytes(source: Source, blocks: BlockWeights) -> None:
     """Refuse what transformers could not open with bitsandbytes."""
     quantized = [tensor for tensor in source.tensors.values() if tensor.format is not None]
-    reasons = {tensor.name: _why_not_bitsandbytes(tensor) for tensor in quantized}
+    reasons = {weight.name: "mxfp4 has no twin there" for weight in blocks.by_codes.values()}
+    reasons |= {tensor.name: _why_not_bitsandbytes(tensor) for tensor in quantized}
     widths = {tensor.format.bits: tensor for tensor in quantized if tensor.format is not None}
     if len(widths) > 1 and not any(reasons.values()):
         reasons[widths[8].name] = "it has 8 bits and others have 4: bitsandbytes opens one of both"

@@ -13,7 +13,7 @@ from qkern.checkpoint.measure import HISTOGRAM_LIMIT
 from qkern.checkpoint.tensor_report import TensorReport
 from qkern.checkpoint.weight_statistics import BlockError, total_error
 from qkern.coverage import CoverageReport, CoverageRow
-from qkern.formats import QUANT_TYPES, QuantFormat
+from qkern.formats import KINDS, QuantFormat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Comparison:
     @property
     def quantized_there(self) -> frozenset[str]:
         """Names of what is quantized in the other one."""
-        return frozenset(name for name, form in self.stored_there.items() if form in QUANT_TYPES)
+        return frozenset(name for name, form in self.stored_there.items() if form in KINDS)
 
     @property
     def unpaired(self) -> tuple[str, ...]:

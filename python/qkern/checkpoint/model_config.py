@@ -5,7 +5,7 @@ No torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Final
 
 from qkern.checkpoint.output_files import quantization_entries
@@ -33,14 +33,18 @@ def quantization_method(config: Mapping[str, Any]) -> str | None:
     return method if method is None else str(method)
 
 
-def refuse_foreign(source: Source) -> None:
+def refuse_foreign(source: Source, known: Collection[str] = ()) -> None:
     """Refuse checkpoints that are quantized in a way that is not read here.
+
+    Args:
+        source: the checkpoint.
+        known: methods that the caller reads, beside bitsandbytes and qkern.
 
     Raises:
         FormatError: naming the method.
     """
     method = quantization_method(source.config)
-    if method not in _KNOWN:
+    if method not in (*_KNOWN, *known):
         msg = (
             f"{source.path}: config.json says that it was quantized by {method!r}, which is not "
             "read here: bitsandbytes and qkern are; start from its dense model"

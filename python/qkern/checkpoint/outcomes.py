@@ -25,6 +25,7 @@ ITEM_SIZES: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
 # What may become of a tensor.
 COPIED, CAST, CARRIED = "copied", "cast", "codes copied"
 QUANTIZED, DEQUANTIZED, MERGED, REPLACED = "quantized", "dequantized", "merged", "replaced"
+LEFT_OUT: Final = "left out"
 
 
 class Factors(Protocol):
@@ -153,16 +154,22 @@ def written_dense(
     places: Places,
     *,
     factors: Factors | None = None,
+    transposed: bool = False,
     reason: str = "",
 ) -> Outcome:
     """A tensor, dense or quantized, as dense values of ``dtype``."""
     if tensor.format is None and tensor.dtype == dtype and factors is None:
         return copied(tensor, places, reason)
-    piece = dense_piece(tensor.name, dtype, tensor.shape)
-    step = Step(piece, places.values(tensor), factors=factors)
+    shape = tensor.shape
+    if transposed:
+        shape = (*shape[:-2], shape[-1], shape[-2])
+    piece = dense_piece(tensor.name, dtype, shape)
+    source = places.values(tensor)
+    step = Step(piece, source, factors=factors, shape=tensor.shape, transposed=transposed)
     action = CAST if tensor.format is None else DEQUANTIZED
     action = action if factors is None else MERGED
-    return _outcome(tensor, dtype, None, action, (step,), reason)
+    outcome = _outcome(tensor, dtype, None, action, (step,), reason)
+    return dataclasses.replace(outcome, shape=shape)
 
 
 def written_quantized(

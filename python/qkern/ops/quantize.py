@@ -175,6 +175,7 @@ def to_parts(
 
     Codes are chosen against the scales as they will be decoded.
     """
+    fmt.check_encodes()
     kind = (fmt.quant_type, fmt.blocksize)
     if method == "search":
         scales = search_scales(values, *kind, _as_importance(importance, values), nonfinite)
