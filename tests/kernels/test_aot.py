@@ -41,7 +41,7 @@ DIVISION = "v_rcp_f32_e32 v1, v2\n" + "v_fma_f32 v1, v2, v3, v4\n" * 5 + "v_div_
     [
         (MODES + "\tv_mul_f32_e32 v1, v2, v3\n\tv_mad_u64_u32 v[1:2], s[0:1], v3, v4, 0", ""),
         (MODES + DIVISION, ""),
-        (MODES + "v_fma_mixlo_f16 v1, v2, v3, neg(0)", ""),
+        (MODES + "v_fma_mixlo_f16 v1, v2, v3, neg(0)\nv_fma_mixhi_f16 v1, v2, v3, 0", ""),
         (MODES + "v_cvt_f32_u32_e32 v1, s2\nv_rcp_f32_e32 v1, v1", ""),  # division of integers
         (MODES + "v_fma_mixlo_f16 v1, v2, v3, v4", "v_fma_mixlo_f16"),
         (MODES + "\tv_fmac_f32_e32 v1, v2, v3", "v_fmac_f32"),
