@@ -1,8 +1,7 @@
-"""Small dense model directories, what their quantized copies must hold, and how files compare."""
+"""Small dense model directories, and what their quantized copies must hold."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -77,12 +76,3 @@ def expected_entries(
         else:
             entries[name] = tensor
     return entries
-
-
-def tree(path: Path) -> dict[str, str]:
-    """SHA-256 of every file below a directory."""
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    return {
-        file.relative_to(path).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in files
-    }

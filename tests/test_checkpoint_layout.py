@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors import safe_open
 
 import qkern
 from qkern import flat_keys
+from qkern.checkpoint import layout as layouts
 from qkern.checkpoint.entries import Piece, weight_pieces
 from qkern.checkpoint.layout import ShardLayout, Weight, item_size
 from qkern.checkpoint.stream import Done
@@ -168,7 +172,42 @@ def test_sizes_beyond_32_bits_are_placed() -> None:
     assert layout.spill_size == 3 * 4 * math.prod(weights[0].shape) // 64
 
 
-def test_a_header_that_no_reader_takes_is_refused() -> None:
-    pieces = [Piece(f"{i}" + "x" * 10_000_000, "F32", (1,), 4) for i in range(10)]
-    with pytest.raises(qkern.FormatError, match="header"):
+def test_a_header_that_no_reader_takes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layouts, "_LARGEST_HEADER", 1000)
+    pieces = [Piece(str(i), "F32", (1,), 4) for i in range(20)]
+    with pytest.raises(qkern.FormatError, match="its header would have"):
         ShardLayout("f", pieces, {})
+    ShardLayout("f", pieces[:10], {})
+
+
+DENSE = st.tuples(
+    st.sampled_from(["F64", "F32", "BF16", "F16", "U8", "BOOL", "F8_E4M3", "I64"]),
+    st.lists(st.integers(0, 7), max_size=3),
+)
+WEIGHTS = st.tuples(
+    st.sampled_from(FORMATS), st.lists(st.integers(1, 40), min_size=2, max_size=3), st.booleans()
+)
+
+
+@given(st.lists(st.one_of(DENSE, WEIGHTS), max_size=12))
+def test_any_mix_of_entries_is_without_gaps_and_aligned(mix: list[Any]) -> None:
+    """Scales of weights hold in 8 bits or do not, by chance; their numbers play no part."""
+    items: list[Piece | Weight] = []
+    done = {}
+    for i, (kind, shape, *holds) in enumerate(mix):
+        name = f"{i}.weight"
+        if isinstance(kind, QuantFormat):
+            items.append(Weight(name, tuple(shape), "bfloat16", kind.for_shape(shape)))
+            done[name] = Done(0, holds[0], -0.123456789, 0, 0, None)
+        else:
+            items.append(Piece(name, kind, tuple(shape), item_size(kind) * math.prod(shape)))
+    layout = ShardLayout("f", items, {"format": "pt"})
+    with tempfile.TemporaryDirectory() as folder:
+        path, spill = Path(folder, "f"), Path(folder, "f.scales")
+        path.write_bytes(bytes(layout.body_end))
+        spill.write_bytes(bytes(layout.spill_size))
+        sizes = layout.finish(path, spill, done)
+        check_alignment(path)
+        assert path.stat().st_size <= layout.most
+        with safe_open(path, "pt") as opened:
+            assert set(opened.keys()) == set(sizes)

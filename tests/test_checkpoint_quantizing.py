@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import slow_engine
 import torch
 from checkpoints import write
 from dense_checkpoints import (
@@ -15,10 +14,10 @@ from dense_checkpoints import (
     ends,
     expected_entries,
     layer,
-    tree,
     write_model,
     write_sharded,
 )
+from file_trees import tree
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -27,8 +26,6 @@ import qkern
 from qkern.checkpoint.load import read_tensors
 from qkern.checkpoint.quantization_report import QuantizationReport, TensorResult
 from qkern.checkpoint.reader import CheckpointReader
-
-slow_engine.install()
 
 FORMATS: list[tuple[str, dict[str, Any]]] = [
     ("nf4", {}),

@@ -6,9 +6,7 @@ whose bytes are written. A line that a crash has cut off ends the reading, and i
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 from collections.abc import Mapping
 from io import FileIO
 from pathlib import Path
@@ -72,8 +70,8 @@ class Journal:
             self._file.truncate(self._size)
             self._file.seek(self._size)
         text = json.dumps(line).encode() + b"\n"
-        if self._file.write(text) != len(text):  # unbuffered: a full disk may take a part
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        while text:  # a full disk takes a part, and says why when it is offered the rest
+            text = text[self._file.write(text) :]
 
     def _read(self) -> int:
         """Bytes of the lines that are whole."""

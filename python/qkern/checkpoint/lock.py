@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sys
@@ -56,9 +57,10 @@ class WriterLock:
                 self._handle = handle
             else:  # locked what its owner has removed meanwhile
                 os.close(handle)
-        os.ftruncate(self._handle, 0)
-        os.lseek(self._handle, 0, os.SEEK_SET)
-        os.write(self._handle, f"{os.getpid()}\n".encode())
+        with contextlib.suppress(OSError):  # a full disk: the number is for people
+            os.ftruncate(self._handle, 0)
+            os.lseek(self._handle, 0, os.SEEK_SET)
+            os.write(self._handle, f"{os.getpid()}\n".encode())
 
     def release(self) -> None:
         """Give the lock back; its file stays."""

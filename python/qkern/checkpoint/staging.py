@@ -66,8 +66,13 @@ class Staging:
                 raise OutputError(msg)
             self._made_directory = not self.directory.exists()
             self._lock.acquire()
-            self.files.mkdir(exist_ok=True)
-        self.journal = Journal(self.path / "journal.jsonl")
+            try:
+                self.files.mkdir(exist_ok=True)
+                self.journal = Journal(self.path / "journal.jsonl")
+            except BaseException:
+                self._remove_lock()
+                self._lock.release()
+                raise
         return self
 
     def __exit__(
@@ -171,6 +176,10 @@ class Staging:
             elif path not in last:
                 path.unlink()
         self._commit_file.unlink(missing_ok=True)
+        self._remove_lock()
+
+    def _remove_lock(self) -> None:
+        """Remove the lock file, and the folders if they are empty then."""
         with contextlib.suppress(OSError):  # the next run does what cannot be done now
             self._lock.path.unlink()
             self.path.rmdir()
