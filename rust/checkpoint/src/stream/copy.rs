@@ -41,7 +41,9 @@ impl CopyRun<'_> {
         match self.change {
             Change::None => {}
             Change::SwappedNibbles => {
-                buffer.iter_mut().for_each(|byte| *byte = byte.rotate_left(4))
+                for byte in buffer.iter_mut() {
+                    *byte = byte.rotate_left(4);
+                }
             }
             Change::E8m0ToF32 => {
                 *buffer = buffer.iter().flat_map(|byte| e8m0(*byte).to_le_bytes()).collect();
