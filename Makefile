@@ -13,7 +13,8 @@ AOT_ARGS ?=# arguments of `make aot`: --quick, --arch sm_90, --name matmul
 GPU_BUNDLE_ARGS ?=# arguments of `make gpu-bundle`: --python 3.12, --cuda 130, --package peft
 GPU_OUT ?= build/gpu-results# where `make test-gpu` and `make bench-gpu` write
 PEERS ?=# 1: bench-cpu first installs the packages that it compares with, some minutes
-NIGHTLY ?= nightly# toolchain of `make sanitize`, with its components miri and rust-src
+NIGHTLY ?= nightly# toolchain of `make sanitize` (with its components miri and rust-src) and `make fuzz`
+FUZZ_RUNS ?= 1000000# executions of each half of `make fuzz`
 QEMU_CPU ?= max# processor that `make test-neon` emulates; cortex-a53 has no half-precision arithmetic
 
 VENV := .venv
@@ -32,7 +33,7 @@ export PYO3_PYTHON := $(abspath $(VENV_PYTHON))
 .NOTPARALLEL:
 .PHONY: help install build sdist lint format test test-rust test-neon test-python \
 	test-large test-wheel demo bench-codec bench-cpu bench-methods bench-scales \
-	aot gpu-bundle test-gpu bench-gpu sanitize clean missing
+	aot gpu-bundle test-gpu bench-gpu sanitize fuzz clean missing
 
 help: ## show this help
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' \
@@ -133,6 +134,16 @@ sanitize: ## the Rust code under Miri and sanitizers, on Linux on x86-64 with a 
 	RUSTFLAGS=-Zsanitizer=address cargo +$(NIGHTLY) test $(SUITE) --target-dir target/asan
 	RUSTFLAGS=-Zsanitizer=thread \
 		cargo +$(NIGHTLY) test -Zbuild-std $(SUITE) --target-dir target/tsan
+
+# What it finds stays in rust/checkpoint/fuzz/corpus, and where it crashes in fuzz/artifacts.
+fuzz: $(VENV)/.dev ## made-up headers, indices, states against the reader: a nightly Rust and cargo-fuzz
+	@cargo fuzz --version >/dev/null 2>&1 || { \
+		echo "error: there is no cargo-fuzz: cargo install cargo-fuzz" >&2; exit 1; }
+	mkdir -p rust/checkpoint/fuzz/corpus/checkpoint
+	cd rust/checkpoint && cargo +$(NIGHTLY) fuzz run checkpoint \
+		fuzz/corpus/checkpoint fuzz/seeds -- -dict=fuzz/safetensors.dict -max_len=6000 \
+		-malloc_limit_mb=32 -runs=$(FUZZ_RUNS) -print_final_stats=1
+	$(VENV_PYTHON) tests/fuzz_states.py $(FUZZ_RUNS)
 
 clean: ## remove .venv and everything that was built
 	rm -rf $(VENV) target dist build python/qkern/_native*.so python/qkern/_native*.pyd

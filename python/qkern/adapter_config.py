@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import math
-import re
+import sys
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from qkern.errors import AdapterMismatchError
+from qkern.errors import AdapterMismatchError, CorruptFileError, FormatError
+from qkern.patterns import matching_paths
 
 CONFIG_NAME: Final = "adapter_config.json"
 WEIGHTS_NAME: Final = "adapter_model.safetensors"
@@ -91,27 +91,50 @@ def check_config(
             raise AdapterMismatchError(msg)
 
 
-def scaling_of(name: str, r: int, config: Mapping[str, Any]) -> float:
-    """What a layer's ``B A`` is multiplied by: ``alpha / r``, or ``alpha / sqrt(r)`` of rsLoRA."""
-    return alpha_of(name, config) / (math.sqrt(r) if config.get("use_rslora") else r)
+def alphas_of(config: Mapping[str, Any], names: Iterable[str], directory: Path) -> dict[str, float]:
+    """lora_alpha of each layer, by its path."""
+    return _by_layer(config, names, "lora_alpha", 8.0, "alpha_pattern", directory)
 
 
-def alpha_of(name: str, config: Mapping[str, Any]) -> float:
-    """lora_alpha of a layer; the keys of alpha_pattern are regular expressions, as in PEFT."""
-    return float(_by_pattern(name, config.get("alpha_pattern"), config.get("lora_alpha", 8)))
+def ranks_of(config: Mapping[str, Any], names: Iterable[str], directory: Path) -> dict[str, float]:
+    """r of each layer, by its path; 0 where the settings do not say."""
+    return _by_layer(config, names, "r", 0.0, "rank_pattern", directory)
 
 
-def rank_of(name: str, config: Mapping[str, Any]) -> int | None:
-    """The rank that the settings give a layer; None if they do not say."""
-    found = _by_pattern(name, config.get("rank_pattern"), config.get("r"))
-    return found if isinstance(found, int) else None
+def _by_layer(
+    config: Mapping[str, Any],
+    names: Iterable[str],
+    key: str,
+    default: float,
+    pattern_key: str,
+    directory: Path,
+) -> dict[str, float]:
+    """A number for each layer; the keys of patterns are regular expressions, as in PEFT."""
+    default = number_of(config, key, default, directory)
+    numbers = dict.fromkeys(names, default)
+    patterns = config.get(pattern_key) or {}
+    if not isinstance(patterns, dict):
+        msg = f"{directory}: {pattern_key} is a {type(patterns).__name__}, an object is needed"
+        raise CorruptFileError(msg)
+    for pattern in reversed(patterns):  # the first one that matches decides
+        try:
+            found = matching_paths(pattern, numbers)
+        except FormatError as error:
+            msg = f"{directory}: {pattern_key} {pattern[:80]!r} cannot be matched here: {error}"
+            raise AdapterMismatchError(msg) from error
+        numbers |= dict.fromkeys(found, number_of(patterns, pattern, default, directory))
+    return numbers
 
 
-def _by_pattern(name: str, patterns: Mapping[str, Any] | None, otherwise: Any) -> Any:
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return otherwise
+def number_of(content: Mapping[str, Any], key: str, default: float, directory: Path) -> float:
+    """A finite number of the configuration; the default where it is null or missing."""
+    value = content.get(key)
+    if value is None:
+        return default
+    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
+        msg = f"{directory}: {key[:80]!r} is {str(value)[:40]!r}, a finite number is needed"
+        raise CorruptFileError(msg)
+    return float(value)
 
 
 def pair_keys(shapes: Mapping[str, tuple[int, ...]], directory: Path) -> dict[str, tuple[str, str]]:

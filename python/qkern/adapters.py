@@ -30,13 +30,14 @@ from qkern.adapter_config import (
     FORMAT_KEY,
     PREFIX,
     WEIGHTS_NAME,
-    alpha_of,
+    alphas_of,
     check_config,
     nearest,
+    number_of,
     pair_keys,
 )
 from qkern.errors import AdapterMismatchError, CorruptFileError, QkernError
-from qkern.files import read_json, replacing, write_json
+from qkern.files import pickle_advice, read_json, replacing, write_json
 from qkern.fingerprint import base_fingerprint
 from qkern.formats import QuantFormat
 from qkern.layers import QLoRALinear, QuantizedLinear
@@ -102,12 +103,13 @@ def load_adapter(model: nn.Module, path: str | PathLike[str], *, force: bool = F
         msg = "an adapter is merged into the weights: call qkern.unmerge_adapter first"
         raise AdapterMismatchError(msg)
     bases = _check_fit(model, pairs, layers)
+    alphas = alphas_of(config, pairs, directory)
     if not force:
         _check_base(bases, directory)
     if not layers:
         for r in sorted({A.shape[0] for A, _ in pairs.values()}):
             names = [name for name, (A, _) in pairs.items() if A.shape[0] == r]
-            dropout = float(config.get("lora_dropout") or 0.0)
+            dropout = number_of(config, "lora_dropout", 0.0, directory)
             attach_adapters(model, names, r=r, lora_dropout=dropout)
         layers = dict(adapted_layers(model))
     use_rslora = bool(config.get("use_rslora"))
@@ -116,7 +118,7 @@ def load_adapter(model: nn.Module, path: str | PathLike[str], *, force: bool = F
             layer = layers[name]
             layer.lora_A.copy_(A)
             layer.lora_B.copy_(B)
-            layer.set_scaling(alpha_of(name, config), use_rslora=use_rslora)
+            layer.set_scaling(alphas[name], use_rslora=use_rslora)
 
 
 def read_quantization(path: str | PathLike[str]) -> QuantFormat | None:
@@ -213,7 +215,7 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
 
     pickled = file.with_name("adapter_model.bin")
     if not file.exists() and pickled.exists():
-        msg = f"{pickled} is a pickle, which can run code: convert it to {file.name} first"
+        msg = f"there is no {file}: {pickle_advice(pickled)}"
         raise CorruptFileError(msg)
     if not file.exists():
         msg = f"there is no {file}"

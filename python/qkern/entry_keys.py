@@ -37,6 +37,7 @@ _NEEDED: Final = ("quant_type", "blocksize", "dtype", "shape")
 _NESTED: Final = ("nested_blocksize", "nested_dtype", "nested_offset")
 _LONGEST_STATE: Final = 65536  # bytes of JSON; written are about 200
 _MOST_DIMENSIONS: Final = 64
+_FLOAT32_MAX: Final = float(np.finfo(np.float32).max)
 _LARGEST: Final = 2**63 - 1  # sizes and counts are signed 64-bit numbers
 
 
@@ -153,7 +154,7 @@ def read_state(entries: Mapping[str, Described], prefix: str) -> State:
     try:
         fmt = QuantFormat(state["quant_type"], state["blocksize"], "nested_offset" in state)
     except QkernError as error:
-        msg = f"{key}: not a readable quantization state: {error}"
+        msg = f"{key}: not a readable quantization state: {str(error)[:200]}"
         raise CorruptFileError(msg) from error
     shape, dtype = state["shape"], state["dtype"]
     nested = state.get("nested_blocksize", NESTED_BLOCKSIZE), state.get("nested_dtype", "float32")
@@ -162,13 +163,13 @@ def read_state(entries: Mapping[str, Described], prefix: str) -> State:
         raise CorruptFileError(msg)
     if not _is_shape(shape) or dtype not in DTYPES or nested != (NESTED_BLOCKSIZE, "float32"):
         msg = (
-            f"{key}: dtype {dtype!r}, shape {_short(shape)}, nested_blocksize and nested_dtype "
-            f"{nested}: allowed are {', '.join(DTYPES)}; sizes of 0 or more; "
+            f"{key}: dtype {_short(dtype)}, shape {_short(shape)}, nested_blocksize, nested_dtype "
+            f"{_short(nested)}: allowed are {', '.join(DTYPES)}; sizes of 0 or more; "
             f"{NESTED_BLOCKSIZE} and float32"
         )
         raise CorruptFileError(msg)
     offset = state.get("nested_offset", 0.0)
-    if type(offset) not in (int, float) or not abs(offset) <= np.finfo(np.float32).max:
+    if type(offset) not in (int, float) or not abs(offset) <= _FLOAT32_MAX:
         msg = f"{key}: nested_offset {_short(offset)}: NaN, infinity or no number"
         raise CorruptFileError(msg)
     return State(fmt, tuple(shape), dtype, float(offset))

@@ -135,12 +135,12 @@ def unflatten(
     packed = entries[prefix].reshape(-1)
     if fmt.bits == 4:  # whatever bitsandbytes' quant_storage calls the bytes
         packed = packed.view(torch.uint8)
-    absmax = entries[scales_key(prefix, fmt)].reshape(-1)
+    absmax = _aligned(entries[scales_key(prefix, fmt)].reshape(-1))
     if 0 in state.shape:  # rows without values have scales in a file
         absmax = absmax[:0]
     nested_absmax = offset = None
     if fmt.double_quant:
-        nested_absmax = entries[f"{prefix}.nested_absmax"].reshape(-1)
+        nested_absmax = _aligned(entries[f"{prefix}.nested_absmax"].reshape(-1))
         offset = torch.tensor([state.offset], dtype=torch.float32, device=packed.device)
     parts = Parts(packed, absmax, nested_absmax, offset)
     named = dtype if state.dtype is None else getattr(torch, state.dtype)
@@ -166,6 +166,12 @@ class _Described(Mapping[str, Described]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+def _aligned(entry: Tensor) -> Tensor:
+    """The entry, or a copy: in a mapped file it may begin at any byte."""
+    aligned = not has_data(entry) or entry.data_ptr() % entry.element_size() == 0
+    return entry if aligned else entry.clone()
 
 
 def _values(entry: Tensor) -> np.ndarray[Any, Any] | None:

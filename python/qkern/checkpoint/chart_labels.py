@@ -11,7 +11,7 @@ _LONGEST: Final = 60  # characters of a label
 
 def layer_number(name: str) -> int | None:
     """The first number that is a whole part of the path; None if there is none."""
-    found = re.search(r"(?:^|\.)(\d+)(?=\.|$)", name)
+    found = re.search(r"(?:^|\.)(\d{1,9})(?=\.|$)", name)
     return int(found[1]) if found else None
 
 

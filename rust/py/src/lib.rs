@@ -11,6 +11,7 @@ mod errors;
 mod functions;
 mod linear;
 mod pages;
+mod patterns;
 mod scales;
 mod stream;
 
@@ -41,6 +42,9 @@ mod _native {
 
     #[pymodule_export]
     use crate::pages::advise_huge_pages;
+
+    #[pymodule_export]
+    use crate::patterns::match_paths;
 
     #[pymodule_export]
     use crate::stream::run_jobs;
