@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import sys
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -92,48 +91,43 @@ def check_config(
             raise AdapterMismatchError(msg)
 
 
-def scaling_of(name: str, r: int, config: Mapping[str, Any], directory: Path) -> float:
-    """What a layer's ``B A`` is multiplied by: ``alpha / r``, or ``alpha / sqrt(r)`` of rsLoRA."""
-    alpha = alphas_of(config, [name], directory)[name]
-    return alpha / (math.sqrt(r) if config.get("use_rslora") else r)
-
-
 def alphas_of(config: Mapping[str, Any], names: Iterable[str], directory: Path) -> dict[str, float]:
-    """lora_alpha of each layer; the keys of alpha_pattern are regular expressions, as in PEFT."""
-    default = number(config, "lora_alpha", 8.0, directory)
-    return _by_pattern(config, "alpha_pattern", names, default, directory)
+    """lora_alpha of each layer, by its path."""
+    return _by_layer(config, names, "lora_alpha", 8.0, "alpha_pattern", directory)
 
 
-def rank_of(name: str, config: Mapping[str, Any], directory: Path) -> float | None:
-    """The rank that the settings give a layer; None if they do not say."""
-    default = number(config, "r", 0.0, directory)
-    return _by_pattern(config, "rank_pattern", [name], default, directory)[name] or None
+def ranks_of(config: Mapping[str, Any], names: Iterable[str], directory: Path) -> dict[str, float]:
+    """r of each layer, by its path; 0 where the settings do not say."""
+    return _by_layer(config, names, "r", 0.0, "rank_pattern", directory)
 
 
-def _by_pattern(
-    config: Mapping[str, Any], key: str, names: Iterable[str], default: float, directory: Path
+def _by_layer(
+    config: Mapping[str, Any],
+    names: Iterable[str],
+    key: str,
+    default: float,
+    pattern_key: str,
+    directory: Path,
 ) -> dict[str, float]:
-    values = dict.fromkeys(names, default)
-    patterns = config.get(key) or {}
+    """A number for each layer; the keys of patterns are regular expressions, as in PEFT."""
+    default = number_of(config, key, default, directory)
+    numbers = dict.fromkeys(names, default)
+    patterns = config.get(pattern_key) or {}
     if not isinstance(patterns, dict):
-        msg = f"{directory}: {key} is a {type(patterns).__name__}, an object is needed"
+        msg = f"{directory}: {pattern_key} is a {type(patterns).__name__}, an object is needed"
         raise CorruptFileError(msg)
     for pattern in reversed(patterns):  # the first one that matches decides
         try:
-            found = matching_paths(pattern, values)
+            found = matching_paths(pattern, numbers)
         except FormatError as error:
-            msg = f"{directory}: {key} {pattern[:80]!r} cannot be matched here: {error}"
+            msg = f"{directory}: {pattern_key} {pattern[:80]!r} cannot be matched here: {error}"
             raise AdapterMismatchError(msg) from error
-        values |= dict.fromkeys(found, number(patterns, pattern, default, directory))
-    return values
+        numbers |= dict.fromkeys(found, number_of(patterns, pattern, default, directory))
+    return numbers
 
 
-def number(content: Mapping[str, Any], key: str, default: float, directory: Path) -> float:
-    """A finite number of the configuration; the default where it is null or missing.
-
-    Raises:
-        CorruptFileError: for anything else.
-    """
+def number_of(content: Mapping[str, Any], key: str, default: float, directory: Path) -> float:
+    """A finite number of the configuration; the default where it is null or missing."""
     value = content.get(key)
     if value is None:
         return default

@@ -33,7 +33,7 @@ from qkern.adapter_config import (
     alphas_of,
     check_config,
     nearest,
-    number,
+    number_of,
     pair_keys,
 )
 from qkern.errors import AdapterMismatchError, CorruptFileError, QkernError
@@ -109,7 +109,7 @@ def load_adapter(model: nn.Module, path: str | PathLike[str], *, force: bool = F
     if not layers:
         for r in sorted({A.shape[0] for A, _ in pairs.values()}):
             names = [name for name, (A, _) in pairs.items() if A.shape[0] == r]
-            dropout = number(config, "lora_dropout", 0.0, directory)
+            dropout = number_of(config, "lora_dropout", 0.0, directory)
             attach_adapters(model, names, r=r, lora_dropout=dropout)
         layers = dict(adapted_layers(model))
     use_rslora = bool(config.get("use_rslora"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -100,6 +101,8 @@ class AdapterSource:
             if name not in self.replaced.values()
         }
         self.pairs = adapter_config.pair_keys(shapes, self.path)
+        self._alphas = adapter_config.alphas_of(self.config, self.pairs, self.path)
+        self._ranks = adapter_config.ranks_of(self.config, self.pairs, self.path)
         self._check_dtypes()
 
     def _replaced(self) -> dict[str, str]:
@@ -202,9 +205,9 @@ class AdapterSource:
         """
         keys = self.pairs[name]
         A, B = (self.source.tensors[key].shape for key in keys)
-        expected = adapter_config.rank_of(name, self.config, self.path)
-        if expected is not None and A[0] != expected:
-            msg = f"{self.path}: {name} has rank {A[0]}, the settings say {expected}"
+        expected = self._ranks[name]
+        if expected and A[0] != expected:
+            msg = f"{self.path}: {name} has rank {A[0]}, the settings say {expected:g}"
             raise AdapterMismatchError(msg)
         # With fan_in_fan_out only some of a model's layers are Conv1D.
         fits = tensor.shape == (B[0], A[1])
@@ -216,7 +219,8 @@ class AdapterSource:
                 f"{tensor.shape}: is this the adapter's base model?"
             )
             raise AdapterMismatchError(msg)
-        scaling = adapter_config.scaling_of(name, A[0], self.config, self.path)
+        # https://arxiv.org/abs/2312.03732: rsLoRA divides by the square root of the rank.
+        scaling = self._alphas[name] / (math.sqrt(A[0]) if self.config.get("use_rslora") else A[0])
         return LoraFactors(self.source, keys, A[0], scaling, tensor.dtype, transposed)
 
     def check_base(self, base: Source, weights: Mapping[str, StoredTensor], *, force: bool) -> str:

@@ -103,7 +103,10 @@ impl Blocks {
     /// What is wrong, if something is.
     pub(super) fn check(&self, weight: &Weight, files: usize) -> Option<String> {
         let Self { codes, scales, blocksize, .. } = self;
-        if *blocksize < 2 || blocksize % 2 != 0 || !weight.numel.is_multiple_of(*blocksize) {
+        if *blocksize < 2
+            || !blocksize.is_multiple_of(2)
+            || !weight.numel.is_multiple_of(*blocksize)
+        {
             return Some(format!("{} values are no whole blocks of {blocksize}", weight.numel));
         }
         codes
