@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from dense_checkpoints import CONFIG, ends, layer, tree, write_model, write_sharded
+from dense_checkpoints import CONFIG, ends, layer, write_model, write_sharded
+from file_trees import tree
 from peft_adapters import model, tensors_of, write_base
 from safetensors.torch import load_file
 from toys import token_ids
