@@ -129,6 +129,7 @@ ALLOWED_CASTS = {
     r"i as u32 / lanes % 16": "an index below 128",
     r"\(16 \* g - \(first << self\.shift\)\) as i32": "a part of a block, in units of 64 values",
     r"checked_shl\(next as u32\)": "the scales that are left of 256",
+    r"\(\(self \+ 127\) as u32\) << 23": "the exponent of a float",
     r"scaled\.round\(\) as i32": "an integer of 14 bits",
 }
 
@@ -136,7 +137,9 @@ ALLOWED_CASTS = {
 @pytest.mark.case("A9")
 def test_a9_no_cast_cuts_a_length_to_32_bits() -> None:
     casts, unused = [], set(ALLOWED_CASTS)
-    sources = [path for path in RUST.rglob("*.rs") if path.name not in ("tests.rs", "testing.rs")]
+    tests = {"tests.rs", "testing.rs", "tests", "fuzz", "target"}
+    found = RUST.rglob("*.rs")
+    sources = [path for path in found if not tests & {*path.relative_to(RUST).parts}]
     assert len(sources) > 20
     for path in sources:
         source = path.read_text(encoding="utf-8")
