@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from dense_checkpoints import tree
+from file_trees import tree
 from peft_adapters import adapted, model, tensors_of, write_adapter, write_base
 from safetensors.torch import load_file, save_file
 from torch import Tensor

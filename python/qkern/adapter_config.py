@@ -97,7 +97,7 @@ def alphas_of(config: Mapping[str, Any], names: Iterable[str], directory: Path) 
 
 
 def ranks_of(config: Mapping[str, Any], names: Iterable[str], directory: Path) -> dict[str, float]:
-    """r of each layer, by its path; 0 where the settings do not say."""
+    """R of each layer, by its path; 0 where the settings do not say."""
     return _by_layer(config, names, "r", 0.0, "rank_pattern", directory)
 
 

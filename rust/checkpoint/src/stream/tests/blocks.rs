@@ -129,7 +129,7 @@ fn bytes_change_one_by_one() {
         result.unwrap();
         let expected: Vec<u8> = match change {
             Change::E8m0ToF32 => bytes.iter().flat_map(|b| e8m0(*b).to_le_bytes()).collect(),
-            _ => bytes.iter().map(|b| (b << 4) | (b >> 4)).collect(),
+            _ => bytes.iter().map(|b| b.rotate_left(4)).collect(),
         };
         assert!(output.take()[2..] == expected);
         assert_eq!(done[0].crc, crc32fast::hash(&expected));
