@@ -228,6 +228,21 @@ def test_tied_tensors_stay_tied(tmp_path: Path) -> None:
     torch.testing.assert_close(opened(ids).logits, tied(ids).logits, rtol=0.05, atol=0.05)
 
 
+def test_layers_that_share_codes_go_on_sharing_them(tmp_path: Path) -> None:
+    shared = model()
+    shared.model.layers[1].mlp = shared.model.layers[0].mlp
+    qkern.quantize_model(shared, "nf4")
+    qkern.save(shared, tmp_path / "q")
+    qkern.convert_checkpoint(tmp_path / "q", tmp_path / "again", "qkern")
+    before, after = read_tensors(tmp_path / "q"), read_tensors(tmp_path / "again")
+    assert set(before) == set(after)
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+    qkern.convert_checkpoint(tmp_path / "q", tmp_path / "dense", "bfloat16")
+    dense = read_tensors(tmp_path / "dense")
+    names = [f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 1)]
+    assert dense[names[0]].data_ptr() == dense[names[1]].data_ptr()
+
+
 def test_nested_configurations_get_the_dtype_too(tmp_path: Path) -> None:
     config = {"text_config": {"dtype": "bfloat16", "hidden_size": 64}, "torch_dtype": "bfloat16"}
     src = write_model(tmp_path / "src", layer(0), config=config)

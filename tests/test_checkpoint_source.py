@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import write, write_shards
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import qkern
 from qkern import flat_keys
@@ -77,6 +78,30 @@ def test_what_is_tied_is_an_object_of_names(tied: str, tmp_path: Path) -> None:
         Source(file)
     save_file({"a": torch.ones(1)}, file, {"qkern_tied": '{"b": "a", "c": "gone", "a": "a"}'})
     assert Source(file).tied == {"b": "a"}
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "int8_row"])
+def test_a_quantized_tensor_may_be_tied(quant_type: str, tmp_path: Path) -> None:
+    shared = torch.nn.Linear(64, 64, bias=False)
+    model = torch.nn.ModuleDict({"a": shared, "b": shared, "c": torch.nn.Linear(64, 64)})
+    qkern.quantize_model(model, quant_type)
+    qkern.save(model, tmp_path)
+    source = Source(tmp_path)
+    assert list(source.tensors) == ["a.weight", "c.bias", "c.weight"]
+    assert source.tied == {"b.weight": "a.weight"}
+    assert [row.name for row in qkern.inspect_checkpoint(tmp_path).tensors] == list(source.tensors)
+    file = tmp_path / "model.safetensors"
+    entries = load_file(file)
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    tied = json.loads(metadata["qkern_tied"])
+    for lie in (
+        {k: v for k, v in tied.items() if k == "b.weight"},
+        {**tied, "b.weight": "c.weight"},
+    ):
+        save_file(entries, file, metadata | {"qkern_tied": json.dumps(lie)})
+        with pytest.raises(qkern.CorruptFileError, match=r"b\.weight.*(of its own|missing)"):
+            Source(tmp_path)
 
 
 def test_a_file_that_changed_is_not_read(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def _map_tensors(source: Source) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {
             key: maps[entry.file].get_tensor(key) for key, entry in source.entries.items()
         }
-    return tensors | {key: tensors[owner] for key, owner in source.tied.items() if owner in tensors}
+    return tensors | {key: tensors[owner] for key, owner in source.tied_entries.items()}
 
 
 def _check_scales(model: nn.Module, tensors: dict[str, Tensor], prefixes: list[str]) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qkern import _native, entry_keys  # noqa: TID251 - it reads the headers
-from qkern.entry_keys import Described, State
+from qkern.entry_keys import Described, State, scales_key
 from qkern.errors import CorruptFileError
 from qkern.files import pickle_advice, read_json
 from qkern.formats import DTYPES, QuantFormat
@@ -129,7 +129,9 @@ class Source:
         entries: every tensor of the files, by key, in the order of files and places.
         tensors: by name, in natural order of the names: layer 2 before layer 10. The entries of a
             quantized tensor are one.
-        tied: names that share the memory of another tensor, which is the value.
+        tied: names that share the memory of another tensor, which is the value. Of a quantized one
+            tables and state are entries all the same; they are checked, and are no tensors.
+        tied_entries: the same by keys of entries: what is not in ``entries``, and the key that is.
         metadata: strings in the headers of the files.
 
     Raises:
@@ -148,12 +150,17 @@ class Source:
             key: Entry(key, self.files[file], dtype, shape, begin, end)
             for key, dtype, shape, file, begin, end in entries
         }
-        self.tied: dict[str, str] = {}
+        tied: dict[str, str] = {}
         self.metadata: dict[str, str] = {}
         for file, strings in zip(self.files, metadata, strict=True):
             _check_needs(file, strings.get(NEEDS_KEY, "0"))
-            self.tied |= _read_tied(file, strings.get(TIED_KEY, "{}"))
+            tied |= _read_tied(file, strings.get(TIED_KEY, "{}"))
             self.metadata |= strings
+        self.tied_entries = {
+            key: owner
+            for key, owner in tied.items()
+            if key not in self.entries and owner in self.entries
+        }
         self._keys: dict[str, list[str]] = {}
         self._states: dict[str, State] = {}
         self.tensors: dict[str, StoredTensor] = {}
@@ -225,7 +232,7 @@ class Source:
 
     def _describe(self) -> None:
         quantized = set(entry_keys.prefixes(self.entries))
-        for key in self.entries:
+        for key in (*self.entries, *self.tied_entries):
             owner = entry_keys.owner(key)
             if owner in quantized:
                 self._keys.setdefault(owner, []).append(key)
@@ -238,15 +245,27 @@ class Source:
                 self.tensors[key] = StoredTensor(
                     key, entry.file, entry.shape, dtype, None, entry.nbytes
                 )
-        self.tied = {
-            name: owner
-            for name, owner in self.tied.items()
-            if name not in self.tensors and owner in self.tensors
-        }
+        for name in quantized & self.tied_entries.keys():
+            self._check_tied(name, self.tied_entries[name])
+            del self.tensors[name], self._states[name], self._keys[name]
+        self.tied = {k: owner for k, owner in self.tied_entries.items() if owner in self.tensors}
+
+    def _check_tied(self, name: str, owner: str) -> None:
+        """Refuse a quantized tensor that shares another one's codes, and is not the same."""
+        state = self._states[name]
+        same = state == self._states.get(owner) and owner not in self.tied_entries
+        parts = [scales_key(key, state.format) for key in (name, owner)]
+        nested = [f"{key}.nested_absmax" for key in (name, owner)]
+        for key, other in (parts, nested) if state.format.double_quant else (parts,):
+            same = same and self.tied_entries.get(key) == other
+        if not same:
+            msg = f"{self.path}: {name} is tied to {owner}, but has scales or a state of its own"
+            raise CorruptFileError(msg)
 
     def _describe_quantized(self, prefix: str) -> StoredTensor:
         keys = self._keys[prefix]
-        file = self.entries[prefix if prefix in self.entries else keys[0]].file
+        first = prefix if prefix in self.entries else keys[0]  # the codes may be missing, or tied
+        file = self.entries[first].file
         entries = {key: self._described(key) for key in keys}
         try:
             state = entry_keys.read_state(entries, prefix)
@@ -265,6 +284,7 @@ class Source:
         return dtype_of_config(self.config) or "float16"
 
     def _described(self, key: str) -> Described:
+        key = self.tied_entries.get(key, key)
         entry = self.entries[key]
         dtype = READABLE.get(entry.dtype, entry.dtype)
 
