@@ -88,6 +88,7 @@ def test_recorded_format_is_what_was_asked_for_and_not_one_layers_fallback(tmp_p
     assert read_quantization(tmp_path) == qkern.QuantFormat("nf4", double_quant=True)
 
 
+@pytest.mark.case("E5")
 @pytest.mark.parametrize("quant_type", ["nf4", "int8_row"])
 def test_merge_is_near_and_unmerge_restores_the_bytes(quant_type: str) -> None:
     model = adapted(quant_type=quant_type, lora_alpha=0.5)

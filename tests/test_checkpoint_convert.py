@@ -14,7 +14,7 @@ from file_trees import tree
 from peft_adapters import model, tensors_of, write_base
 from safetensors.torch import load_file
 from toys import token_ids
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
 import qkern
 from qkern.checkpoint.conversion_report import ConversionReport
@@ -128,6 +128,31 @@ def test_bitsandbytes_opens_what_is_converted_to_it(tmp_path: Path, quant_type: 
     torch.testing.assert_close(opened(ids).logits, expected(ids).logits, rtol=0.1, atol=0.1)
 
 
+def test_conv1d_is_dense_as_its_class_holds_it(tmp_path: Path) -> None:
+    """transformers transposes it for bitsandbytes; qkern, if asked to quantize it, does not."""
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=96, n_positions=32)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "dense")
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        opened = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "dense", quantization_config=quantization, dtype=torch.float32
+        )
+        opened.save_pretrained(tmp_path / "theirs")
+    names = "c_attn", "c_proj", "c_fc"
+    qkern.quantize_checkpoint(
+        tmp_path / "dense", tmp_path / "ours", double_quant=False, include=names
+    )
+    before = tensors_of(tmp_path / "dense")
+    for kind in ("theirs", "ours"):
+        qkern.convert_checkpoint(tmp_path / kind, tmp_path / f"{kind}-dense", "float32")
+        found = tensors_of(tmp_path / f"{kind}-dense")
+        for key, tensor in before.items():
+            assert found[key].shape == tensor.shape, key
+            assert float((found[key] - tensor).norm()) <= 0.12 * float(tensor.norm()), key
+
+
 def test_what_bitsandbytes_has_not_is_refused_with_the_way(tmp_path: Path) -> None:
     tensors = ends() | layer(0) | {"model.experts.up_proj": torch.randn(2, 64, 64).bfloat16()}
     src = write_model(tmp_path / "src", tensors)
@@ -201,6 +226,21 @@ def test_tied_tensors_stay_tied(tmp_path: Path) -> None:
     assert opened.lm_head.weight is opened.model.embed_tokens.weight
     ids = token_ids()
     torch.testing.assert_close(opened(ids).logits, tied(ids).logits, rtol=0.05, atol=0.05)
+
+
+def test_layers_that_share_codes_go_on_sharing_them(tmp_path: Path) -> None:
+    shared = model()
+    shared.model.layers[1].mlp = shared.model.layers[0].mlp
+    qkern.quantize_model(shared, "nf4")
+    qkern.save(shared, tmp_path / "q")
+    qkern.convert_checkpoint(tmp_path / "q", tmp_path / "again", "qkern")
+    before, after = read_tensors(tmp_path / "q"), read_tensors(tmp_path / "again")
+    assert set(before) == set(after)
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+    qkern.convert_checkpoint(tmp_path / "q", tmp_path / "dense", "bfloat16")
+    dense = read_tensors(tmp_path / "dense")
+    names = [f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 1)]
+    assert dense[names[0]].data_ptr() == dense[names[1]].data_ptr()
 
 
 def test_nested_configurations_get_the_dtype_too(tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ def test_peft_trains_saves_and_reloads(tmp_path: Path) -> None:
     assert torch.equal(logits(reloaded), expected)
 
 
+@pytest.mark.case("E5")
 def test_peft_merges_and_unmerges_to_the_same_bytes() -> None:
     model = get_peft_model(quantized(), copy.deepcopy(CONFIG)).train()
     train(model, steps=20)

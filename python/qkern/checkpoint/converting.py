@@ -37,6 +37,7 @@ from qkern.checkpoint.running import Progress, Run
 from qkern.checkpoint.selection import why_vocabulary
 from qkern.checkpoint.source import Source, StoredTensor
 from qkern.checkpoint.stream import Done
+from qkern.checkpoint.targets import is_conv1d
 from qkern.errors import FormatError
 from qkern.formats import DTYPES, QuantFormat, resolve_format
 
@@ -178,7 +179,7 @@ def _check_readable(source: Source, blocks: BlockWeights) -> None:
 
 def _as_dense(source: Source, dtype: str, blocks: BlockWeights) -> list[Outcome]:
     places, main = Places(source), main_dtype(source)
-    model_type = source.config.get("model_type")
+    transposed = _transposed(source)
     outcomes = []
     for tensor in in_file_order(source):
         if tensor.name in blocks.by_codes:
@@ -188,13 +189,35 @@ def _as_dense(source: Source, dtype: str, blocks: BlockWeights) -> list[Outcome]
         elif tensor.name in blocks.parts:
             continue
         elif tensor.format is not None:
-            transposed = holds_transposed(tensor, model_type)
-            outcomes.append(written_dense(tensor, dtype, places, transposed=transposed))
+            is_transposed = tensor.name in transposed
+            outcomes.append(written_dense(tensor, dtype, places, transposed=is_transposed))
         elif is_cast(tensor, main):
             outcomes.append(written_dense(tensor, dtype, places))
         else:
             outcomes.append(copied(tensor, places, why_kept(tensor)))
     return outcomes
+
+
+def _transposed(source: Source) -> set[str]:
+    """Quantized weights that are the transposes of what the model's class holds.
+
+    bitsandbytes' layers are linear ones: transformers transposes the weights of Conv1D for them.
+    Here they are quantized as they are. The shapes of layers that widen tell which it was.
+    """
+    quantized = [tensor for tensor in source.tensors.values() if tensor.format is not None]
+    model_type = source.config.get("model_type")
+    found = {tensor.name for tensor in quantized if holds_transposed(tensor, model_type)}
+    conv1d = [tensor for tensor in quantized if is_conv1d(tensor, source.config)]
+    wide = [tensor for tensor in conv1d if tensor.name.endswith(("c_attn.weight", "c_fc.weight"))]
+    if conv1d and not wide:
+        msg = (
+            f"{source.path}: {conv1d[0].name} is a quantized Conv1D, and nothing says whether it "
+            "is transposed: open the model with what wrote it, and save it dense there"
+        )
+        raise FormatError(msg)
+    if any(tensor.shape[0] > tensor.shape[1] for tensor in wide):
+        found |= {tensor.name for tensor in conv1d}
+    return found
 
 
 def is_cast(tensor: StoredTensor, main: str) -> bool:

@@ -197,7 +197,11 @@ def carried(tensor: StoredTensor, places: Places, reason: str = "") -> Outcome:
     steps = [Step(pieces.codes, source.codes), Step(pieces.scales, source.scales)]
     if pieces.nested is not None:
         steps.append(Step(pieces.nested, source.nested))
-    steps += [Step(table, None) for table in pieces.tables]
+    tables = list(pieces.tables)
+    for other in (key for key, owner in places.source.tied.items() if owner == name):
+        shared = weight_pieces(other, tensor.shape, tensor.dtype, source.format, offset)
+        tables += shared.tables  # codes and scales are those of ``name``
+    steps += [Step(table, None) for table in tables]
     return _outcome(tensor, tensor.dtype, source.format, CARRIED, steps, reason)
 
 

@@ -78,8 +78,10 @@ class OutputPlan:
             for file in source.files
         }
         metadata = {"format": "pt"} | _needed_version(outcomes)
-        if source.tied:
-            metadata[TIED_KEY] = json.dumps(source.tied)
+        written = {step.name for outcome in outcomes for step in outcome.steps}
+        tied = {key: owner for key, owner in source.tied_entries.items() if owner in written}
+        if tied:
+            metadata[TIED_KEY] = json.dumps(tied)
         self.layouts = tuple(
             ShardLayout(file.name, [step.item for step in steps[file]], metadata)
             for file in source.files

@@ -106,7 +106,7 @@ class _Rules:
             return self.quantized(tensor, self.fmt, reason)
         if not reason and self._is_router(tensor):
             return Target(tensor, None, "a router, by its name")
-        if not reason and self._is_conv1d(tensor):
+        if not reason and is_conv1d(tensor, self.config):
             return Target(tensor, None, "Conv1D, not nn.Linear", expected=False)
         return self.quantized(tensor, self.fmt, reason)
 
@@ -134,9 +134,11 @@ class _Rules:
             return any(name.startswith(prefix) for name in self.names)
         return last == "router" or parent.rpartition(".")[2] == "router"
 
-    def _is_conv1d(self, tensor: StoredTensor) -> bool:
-        model = self.config.get("model_type")
-        return model in _CONV1D_MODELS and _CONV1D.fullmatch(tensor.name) is not None
+
+def is_conv1d(tensor: StoredTensor, config: Mapping[str, Any]) -> bool:
+    """Whether a model's layer of this name is transformers' Conv1D, whose weight is (in, out)."""
+    model = config.get("model_type")
+    return model in _CONV1D_MODELS and _CONV1D.fullmatch(tensor.name) is not None
 
 
 def _of_vocabulary(
