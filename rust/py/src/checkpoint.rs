@@ -7,6 +7,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 use qkern_checkpoint::{Checkpoint, Header};
 
+use crate::detached::caught;
 use crate::errors;
 
 /// A tensor: name, dtype, shape, number of its file, first byte and end.
@@ -23,7 +24,7 @@ pub(crate) fn read_checkpoint(
     path: PathBuf,
 ) -> PyResult<(Vec<OsString>, Vec<Entry<'_>>, Vec<Metadata>, Vec<Stamp>)> {
     let Checkpoint { files, headers } =
-        py.detach(|| Checkpoint::read(&path)).map_err(|error| errors::checkpoint(py, &error))?;
+        caught(py, || Checkpoint::read(&path))?.map_err(|error| errors::checkpoint(py, &error))?;
     let stamps = headers.iter().map(|Header { stamp, .. }| (stamp.size, stamp.modified_ns));
     let stamps = stamps.collect();
     let (mut entries, mut metadata) = (Vec::new(), Vec::new());
