@@ -37,6 +37,7 @@ WEIGHTS = "model.safetensors"
 # Address space of the limited run: Python, NumPy and the extension take some 300 MiB of it.
 ADDRESS_SPACE = 1 * GIB
 VOCABULARY, HIDDEN, INTERMEDIATE, KEYS = 32000, 4096, 14336, 1024
+SEVEN_BILLION = 2 * 7_241_732_096  # bytes of Mistral-7B, whose shapes these are
 LAYER = {
     "self_attn.q_proj": (HIDDEN, HIDDEN),
     "self_attn.k_proj": (KEYS, HIDDEN),
@@ -49,13 +50,15 @@ LAYER = {
 
 
 def shapes(nbytes: int) -> dict[str, tuple[int, ...]]:
-    """Tensors of a Llama with as many layers as ``nbytes`` hold in bfloat16, at least one."""
-    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
+    """Tensors of a Mistral-7B cut to about ``nbytes`` in bfloat16: fewer layers, fewer words."""
+    words = max(VOCABULARY * nbytes // SEVEN_BILLION, 1)
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (words, HIDDEN)}
     layer = sum(2 * n * k for n, k in LAYER.values())
-    for i in range(max(1, (nbytes - 2 * VOCABULARY * HIDDEN) // layer)):
+    for i in range(max(1, round((nbytes - 4 * words * HIDDEN) / layer))):
         found |= {f"model.layers.{i}.{name}.weight": shape for name, shape in LAYER.items()}
         found[f"model.layers.{i}.input_layernorm.weight"] = (HIDDEN,)
-    return found
+        found[f"model.layers.{i}.post_attention_layernorm.weight"] = (HIDDEN,)
+    return found | {"model.norm.weight": (HIDDEN,), "lm_head.weight": (words, HIDDEN)}
 
 
 def make(folder: Path, tensors: dict[str, tuple[int, ...]]) -> Path:

@@ -7,8 +7,11 @@
 //! Dense values may be mapped instead, a chunk at a time, for whoever owns the files.
 
 mod blocks;
+mod check;
+mod coded;
 mod copy;
 mod delta;
+mod dense;
 mod errors;
 mod job;
 mod queue;

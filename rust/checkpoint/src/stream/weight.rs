@@ -12,58 +12,48 @@
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use bytemuck::{cast_slice, cast_slice_mut};
-use qkern_codec::{
-    dequantize_absmax, encode_4bit, quantize_4bit, quantize_absmax, quantize_int8,
-    quantize_int8_rows, search_scales, Codebook, CodecError, Engine, NonFinite, Values,
-};
+use qkern_codec::{Codebook, Engine, Values};
 
-use super::job::{num_groups, Coded, Done, Dtype, Errors, Source, Span, Target, Weight};
+use super::job::{Done, Dtype, Errors, Source, Target, Weight};
 use super::queue::Passes;
-use super::values::{
-    bytes_of, decode, has_infinite, is, round, widen, widened, CodeBuffer, Reader, ValueBuffer,
-};
+use super::values::{widened, CodeBuffer, Reader, ValueBuffer};
 use super::{Files, Place};
 use crate::error::CheckpointError;
 
 /// Values of a chunk, at least: what is read and written stays in a core's cache. A multiple of
 /// every block size.
-const CHUNK: usize = 1 << 18;
-/// Of a tensor of several chunks, the errors of so many values at the start of each are measured.
-const MEASURED: usize = 1 << 13;
-/// Bytes of a cache line.
-const LINE: usize = 64;
+pub(super) const CHUNK: usize = 1 << 18;
 
 /// What a thread keeps from chunk to chunk.
 #[derive(Default)]
 pub(super) struct Buffers {
     pub(super) bytes: Vec<u8>,
-    read: ReadBuffers,
-    rounded: ValueBuffer,
-    wide: Vec<f32>,
-    again: Vec<f32>,
-    codes: Vec<u8>,
-    scales: Vec<f32>,
+    pub(super) read: ReadBuffers,
+    pub(super) rounded: ValueBuffer,
+    pub(super) wide: Vec<f32>,
+    pub(super) again: Vec<f32>,
+    pub(super) codes: Vec<u8>,
+    pub(super) scales: Vec<f32>,
 }
 
 /// Where the values of a chunk are put.
 #[derive(Default)]
-struct ReadBuffers {
+pub(super) struct ReadBuffers {
     values: ValueBuffer,
     wide: Vec<f32>,
     scratch: CodeBuffer,
 }
 
 /// What was put there.
-struct Filled {
+pub(super) struct Filled {
     dtype: Dtype,
     range: Range<usize>,
     is_sum: bool,
-    squared_delta: f64,
+    pub(super) squared_delta: f64,
 }
 
 impl ReadBuffers {
-    fn values(&self, filled: &Filled) -> Values<'_> {
+    pub(super) fn values(&self, filled: &Filled) -> Values<'_> {
         let Filled { dtype, range, is_sum, .. } = filled;
         if *is_sum {
             Values::F32(&self.wide[range.clone()])
@@ -73,8 +63,9 @@ impl ReadBuffers {
     }
 }
 
+/// What is done to every chunk, one after the other.
 #[derive(Clone, Copy, PartialEq)]
-enum Pass {
+pub(super) enum Pass {
     Round,
     Encode,
     Search,
@@ -85,27 +76,27 @@ enum Pass {
 /// A weight at work.
 pub(super) struct WeightRun<'a> {
     job: usize,
-    weight: &'a Weight,
-    files: &'a Files<'a>,
-    engine: Engine,
+    pub(super) weight: &'a Weight,
+    pub(super) files: &'a Files<'a>,
+    pub(super) engine: Engine,
     passes: Vec<Pass>,
-    codebook: Option<Codebook>,
+    pub(super) codebook: Option<Codebook>,
     chunk: usize,
     state: Mutex<State>,
 }
 
 /// What chunks have found so far.
-struct State {
+pub(super) struct State {
     /// fp32 scales, as found; after the first pass, as they will be decoded.
-    scales: Vec<f32>,
+    pub(super) scales: Vec<f32>,
     /// First place and number of values that are not finite.
-    nonfinite: Option<(usize, usize)>,
+    pub(super) nonfinite: Option<(usize, usize)>,
     /// CRC-32 and length of what each chunk wrote.
     crcs: Vec<(u32, u64)>,
-    errors: Vec<Errors>,
-    double_quant: bool,
-    offset: f32,
-    crc_scales: u32,
+    pub(super) errors: Vec<Errors>,
+    pub(super) double_quant: bool,
+    pub(super) offset: f32,
+    pub(super) crc_scales: u32,
 }
 
 impl Passes for WeightRun<'_> {
@@ -159,12 +150,12 @@ impl<'a> WeightRun<'a> {
             || self.weight.delta.is_some() && self.passes.contains(&Pass::Round)
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The values of chunk number `chunk`.
-    fn places(&self, chunk: usize) -> Range<usize> {
+    pub(super) fn places(&self, chunk: usize) -> Range<usize> {
         let start = chunk * self.chunk;
         start..self.weight.numel.min(start + self.chunk)
     }
@@ -235,7 +226,7 @@ impl<'a> WeightRun<'a> {
 
     /// Reads values: as they are, or decoded to `dtype`, or widened with the adapter's part added.
     /// Returns the sum of that one's squares, too.
-    fn read<'b>(
+    pub(super) fn read<'b>(
         &self,
         places: &Range<usize>,
         dtype: Dtype,
@@ -246,7 +237,7 @@ impl<'a> WeightRun<'a> {
     }
 
     /// The same, to be looked at by [`ReadBuffers::values`].
-    fn fill(
+    pub(super) fn fill(
         &self,
         places: &Range<usize>,
         dtype: Dtype,
@@ -264,216 +255,7 @@ impl<'a> WeightRun<'a> {
         Ok(Filled { dtype: Dtype::F32, range: 0..places.len(), is_sum: true, squared_delta })
     }
 
-    /// Writes values as `to`.
-    fn round(
-        &self,
-        to: Dtype,
-        at: Span,
-        places: &Range<usize>,
-        chunk: usize,
-        buffers: &mut Buffers,
-    ) -> Result<(), CheckpointError> {
-        let Buffers { read, rounded, wide, again, .. } = buffers;
-        let (exact, result, squared_delta) = self.rounded(to, places, read, wide, rounded)?;
-        if let (Some(_), Values::F32(exact)) = (&self.weight.delta, exact) {
-            let errors = Errors::between(exact, widen(result, again));
-            self.state().errors[chunk] = Errors { squared_delta, ..errors };
-        }
-        let offset = at.offset + (places.start * to.size()) as u64;
-        self.write(&self.files.outputs[at.file], bytes_of(result), offset, chunk)
-    }
-
-    /// Values as they are, the same as `to`, and the sum of squares of what was added.
-    fn rounded<'b>(
-        &self,
-        to: Dtype,
-        places: &Range<usize>,
-        read: &'b mut ReadBuffers,
-        wide: &'b mut Vec<f32>,
-        rounded: &'b mut ValueBuffer,
-    ) -> Result<(Values<'b>, Values<'b>, f64), CheckpointError> {
-        let mut filled = self.fill(places, to, read)?;
-        if has_infinite(read.values(&filled)) {
-            // Codes were decoded to the target's dtype: where it was too small for them.
-            filled = self.fill(places, Dtype::F32, read)?;
-        }
-        let (exact, squared_delta) = (read.values(&filled), filled.squared_delta);
-        if is(exact, to) {
-            return Ok((exact, exact, squared_delta));
-        }
-        let (values, overflow) = round(widen(exact, wide), to, rounded);
-        if let Some(index) = overflow {
-            let (name, index) = (self.weight.name.clone(), places.start + index);
-            return Err(CheckpointError::Overflow { name, index, dtype: to.name() });
-        }
-        Ok((exact, values, squared_delta))
-    }
-
-    /// Writes one matrix as `to`, its columns as rows.
-    fn transpose(
-        &self,
-        to: Dtype,
-        at: Span,
-        rows: usize,
-        chunk: usize,
-        buffers: &mut Buffers,
-    ) -> Result<(), CheckpointError> {
-        let Buffers { bytes, read, rounded, wide, .. } = buffers;
-        let (row, size, places) = (self.weight.row, to.size(), self.places(chunk));
-        bytes.resize(places.len() * size, 0);
-        // As many rows at a time as fill a cache line of the result, or a chunk.
-        let most = (CHUNK / row).clamp(1, LINE / size);
-        for first in (0..rows).step_by(most) {
-            let count = most.min(rows - first);
-            let start = places.start + first * row;
-            let part = start..start + count * row;
-            let (_, values, _) = self.rounded(to, &part, read, wide, rounded)?;
-            let values = bytes_of(values);
-            for column in 0..row {
-                let to = &mut bytes[(column * rows + first) * size..][..count * size];
-                for (i, to) in to.chunks_exact_mut(size).enumerate() {
-                    to.copy_from_slice(&values[(i * row + column) * size..][..size]);
-                }
-            }
-        }
-        let offset = at.offset + (places.start * size) as u64;
-        self.write(&self.files.outputs[at.file], bytes, offset, chunk)
-    }
-
-    /// Codes and scales at once: a scale is its block's absmax.
-    fn encode(
-        &self,
-        coded: &Coded,
-        places: Range<usize>,
-        chunk: usize,
-        buffers: &mut Buffers,
-    ) -> Result<(), CheckpointError> {
-        let Buffers { read, codes, scales, .. } = buffers;
-        let (engine, format) = (self.engine, &coded.format);
-        let (values, _) = self.read(&places, Dtype::F32, read)?;
-        let blocksize = format.blocksize;
-        codes.resize(format.packed_size(places.len()), 0);
-        scales.resize(format.num_blocks(places.len()), 0.0);
-        let (signed, refuse) = (cast_slice_mut(codes), NonFinite::Error);
-        let result = match &self.codebook {
-            Some(code) => quantize_4bit(engine, values, code, blocksize, refuse, codes, scales),
-            None if format.per_row => {
-                quantize_int8_rows(engine, values, blocksize, refuse, signed, scales)
-            }
-            None => quantize_int8(engine, values, blocksize, refuse, signed, scales),
-        };
-        self.keep_scales(&places, blocksize, scales, result)?;
-        self.write_codes(coded, codes, &places, chunk)
-    }
-
-    /// Scales of least squared error.
-    fn search(
-        &self,
-        coded: &Coded,
-        places: Range<usize>,
-        buffers: &mut Buffers,
-    ) -> Result<(), CheckpointError> {
-        let Buffers { read, scales, .. } = buffers;
-        let Some(code) = &self.codebook else { return Ok(()) };
-        let (values, _) = self.read(&places, Dtype::F32, read)?;
-        let blocksize = coded.format.blocksize;
-        scales.resize(coded.format.num_blocks(places.len()), 0.0);
-        let refuse = NonFinite::Error;
-        let result = search_scales(self.engine, values, code, blocksize, None, refuse, scales);
-        self.keep_scales(&places, blocksize, scales, result)
-    }
-
-    /// Codes against the scales as they will be decoded.
-    fn code(
-        &self,
-        coded: &Coded,
-        places: Range<usize>,
-        chunk: usize,
-        buffers: &mut Buffers,
-    ) -> Result<(), CheckpointError> {
-        let Buffers { read, codes, scales, .. } = buffers;
-        let Some(code) = &self.codebook else { return Ok(()) };
-        let (format, (values, _)) = (&coded.format, self.read(&places, Dtype::F32, read)?);
-        self.scales_of(&places, format.blocksize, scales);
-        codes.resize(format.packed_size(places.len()), 0);
-        encode_4bit(self.engine, values, code, format.blocksize, scales, codes)
-            .map_err(|source| self.weight.refused(source))?;
-        self.write_codes(coded, codes, &places, chunk)
-    }
-
-    /// How far some of the values are from what will be decoded.
-    fn measure(
-        &self,
-        coded: &Coded,
-        places: Range<usize>,
-        chunk: usize,
-        buffers: &mut Buffers,
-    ) -> Result<(), CheckpointError> {
-        let Buffers { read, rounded, wide, again, codes, scales, .. } = buffers;
-        let (format, mut places) = (&coded.format, places);
-        if self.chunks(0) > 1 {
-            let most = (MEASURED / format.blocksize).max(1) * format.blocksize;
-            places.end = places.end.min(places.start + most);
-        }
-        let packed = format.packed_size(places.len());
-        codes.resize(packed, 0);
-        let at = coded.codes.offset + format.packed_size(places.start) as u64;
-        self.files.outputs[coded.codes.file].read(codes, at)?;
-        self.scales_of(&places, format.blocksize, scales);
-        let decoded = rounded.room(Dtype::F32, places.len());
-        decode(format, self.engine, codes, scales, decoded)
-            .map_err(|source| self.weight.refused(source))?;
-        let (values, squared_delta) = self.read(&places, Dtype::F32, read)?;
-        let decoded = rounded.values(Dtype::F32, 0..places.len());
-        let errors = Errors::between(widen(values, wide), widen(decoded, again));
-        self.state().errors[chunk] = Errors { squared_delta, ..errors };
-        Ok(())
-    }
-
-    /// Copies the scales of a chunk out of those of the tensor.
-    fn scales_of(&self, places: &Range<usize>, blocksize: usize, to: &mut Vec<f32>) {
-        let blocks = places.start / blocksize..places.end.div_ceil(blocksize);
-        to.clear();
-        to.extend_from_slice(&self.state().scales[blocks]);
-    }
-
-    /// Keeps a chunk's scales; values that are not finite are counted to the end of the tensor.
-    fn keep_scales(
-        &self,
-        places: &Range<usize>,
-        blocksize: usize,
-        scales: &[f32],
-        result: Result<(), CodecError>,
-    ) -> Result<(), CheckpointError> {
-        let mut state = self.state();
-        match result {
-            Ok(()) => {
-                let first = places.start / blocksize;
-                state.scales[first..first + scales.len()].copy_from_slice(scales);
-                Ok(())
-            }
-            Err(CodecError::NonFinite { index, count }) => {
-                let index = places.start + index;
-                let (first, before) = state.nonfinite.unwrap_or((index, 0));
-                state.nonfinite = Some((first.min(index), before + count));
-                Ok(())
-            }
-            Err(source) => Err(self.weight.refused(source)),
-        }
-    }
-
-    fn write_codes(
-        &self,
-        coded: &Coded,
-        codes: &[u8],
-        places: &Range<usize>,
-        chunk: usize,
-    ) -> Result<(), CheckpointError> {
-        let offset = coded.codes.offset + coded.format.packed_size(places.start) as u64;
-        self.write(&self.files.outputs[coded.codes.file], codes, offset, chunk)
-    }
-
-    fn write(
+    pub(super) fn write(
         &self,
         place: &Place<'_>,
         bytes: &[u8],
@@ -482,36 +264,6 @@ impl<'a> WeightRun<'a> {
     ) -> Result<(), CheckpointError> {
         place.write(bytes, offset)?;
         self.state().crcs[chunk] = (crc32fast::hash(bytes), bytes.len() as u64);
-        Ok(())
-    }
-
-    /// Stores the scales, in 8 bits if these hold them, and keeps what will be decoded.
-    fn settle(&self, coded: &Coded) -> Result<(), CheckpointError> {
-        let mut state = self.state();
-        if let Some((index, count)) = state.nonfinite {
-            return Err(self.weight.refused(CodecError::NonFinite { index, count }));
-        }
-        let place = &self.files.outputs[coded.scales.file];
-        if let Some(table) = &coded.format.nested_code {
-            let blocks = state.scales.len();
-            let (mut codes, mut nested) = (vec![0; blocks], vec![0.0; num_groups(blocks)]);
-            let coding =
-                quantize_absmax(self.engine, &state.scales, table, &mut codes, &mut nested)
-                    .map_err(|source| self.weight.refused(source))?;
-            if coding.safe {
-                let offset = coding.offset;
-                dequantize_absmax(self.engine, &codes, table, &nested, offset, &mut state.scales)
-                    .map_err(|source| self.weight.refused(source))?;
-                codes.extend_from_slice(cast_slice(&nested));
-                (state.double_quant, state.offset) = (true, offset);
-                state.crc_scales = crc32fast::hash(&codes);
-                return place.write(&codes, coded.scales.offset);
-            }
-        }
-        let bytes = cast_slice(&state.scales);
-        let crc = crc32fast::hash(bytes);
-        place.write(bytes, coded.scales.offset)?;
-        state.crc_scales = crc;
         Ok(())
     }
 }
@@ -527,17 +279,6 @@ impl State {
             offset: 0.0,
             crc_scales: 0,
         }
-    }
-}
-
-impl Coded {
-    fn passes(&self) -> Vec<Pass> {
-        let mut passes =
-            if self.search { vec![Pass::Search, Pass::Code] } else { vec![Pass::Encode] };
-        if self.measure {
-            passes.push(Pass::Measure);
-        }
-        passes
     }
 }
 
