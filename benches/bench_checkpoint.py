@@ -1,6 +1,6 @@
 """``quantize_checkpoint`` beside reading the files, and beside ``cp``: speed and peak memory.
 
-python benches/bench_checkpoint.py SOURCE_DIR TARGET_DIR [--gib 2] [--cold] [--save]
+python benches/bench_checkpoint.py SOURCE_DIR TARGET_DIR [--gib 2.2] [--cold] [--save NAME]
 
 Makes a checkpoint of Llama's shapes with random bfloat16 weights in SOURCE_DIR, and writes to
 TARGET_DIR (a tmpfs, to leave the disk out). Linux: it reads /proc and drops pages by posix_fadvise.
@@ -198,7 +198,9 @@ def forget(file: Path) -> None:
         os.close(handle)
 
 
-def warm_rows(file: Path, target: Path, threads: int, repeats: int) -> Iterator[dict[str, Any]]:
+def warm_rows(
+    file: Path, target: Path, threads: int, repeats: int, *, with_cp: bool
+) -> Iterator[dict[str, Any]]:
     """All cases in turn, the file in the page cache."""
     read_into_buffers(file, threads)
     size = file.stat().st_size
@@ -206,8 +208,9 @@ def warm_rows(file: Path, target: Path, threads: int, repeats: int) -> Iterator[
     cases: dict[str, Callable[[], float]] = {
         "read, mapped": lambda: read_mapped(file, threads),
         "read into buffers": lambda: read_into_buffers(file, threads),
-        "cp": lambda: copy(file, target),
     }
+    if with_cp:
+        cases["cp"] = lambda: copy(file, target)
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(repeats):
         runs.append(in_child(file.parent, target, threads))
@@ -251,12 +254,19 @@ def _summary(times: list[float]) -> dict[str, Any]:
 
 
 def run(
-    source: Path, target: Path, nbytes: int, *, threads: int, repeats: int, cold: bool
+    source: Path,
+    target: Path,
+    nbytes: int,
+    *,
+    threads: int,
+    repeats: int,
+    cold: bool,
+    with_cp: bool = True,
 ) -> list[dict[str, Any]]:
     """All rows; the checkpoint is removed again."""
     file = make(source, shapes(nbytes) if nbytes else {"a.weight": (256, 512)})
     try:
-        rows = list(warm_rows(file, target, threads, repeats))
+        rows = list(warm_rows(file, target, threads, repeats, with_cp=with_cp))
         if cold:
             rows += cold_rows(file, target, threads)
     finally:
@@ -295,10 +305,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("source", type=Path, help="folder that is made and removed: the input")
     parser.add_argument("target", type=Path, help="the same for the output: on a tmpfs")
-    parser.add_argument("--gib", type=float, default=2.1, help="size of the checkpoint")
+    parser.add_argument("--gib", type=float, default=2.2, help="size of the checkpoint")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--cold", action="store_true", help="from the disk, too")
+    parser.add_argument("--no-cp", action="store_true", help="there is no room for a copy")
     parser.add_argument("--save", metavar="NAME", help="write benches/results/NAME.json")
     parser.add_argument("--child", nargs=2, type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -315,6 +326,7 @@ def main() -> None:
         threads=options.threads,
         repeats=options.repeats,
         cold=options.cold,
+        with_cp=not options.no_cp,
     )
     print(table(rows))
     if options.save:
