@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from qkern.errors import CoverageError
 from qkern.text_table import format_bytes, format_table
@@ -58,6 +60,28 @@ class CoverageReport:
     def bytes_after(self) -> int:
         """Bytes of all weights now."""
         return sum(row.bytes_after for row in self.rows)
+
+    @classmethod
+    def of(cls, rows: Iterable[CoverageRow], tied: Mapping[str, str]) -> CoverageReport:
+        """Of rows, and of names that share another one's memory, which is counted there."""
+        counted = tuple(rows)
+        shapes = {row.name: row.shape for row in counted}
+        shared = (
+            CoverageRow(name, shapes[owner], "dense", f"shares its memory with {owner}", 0, 0, 0)
+            for name, owner in tied.items()
+        )
+        return cls((*counted, *shared))
+
+    def as_dict(self, rule: str | None) -> dict[str, Any]:
+        """The sums as JSON values; ``rule`` says how it was decided what is quantized."""
+        return {
+            "rule": rule,
+            "share": self.coverage,
+            "quantized": len(self.quantized),
+            "tensors": len(self.rows),
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+        }
 
     def check(self, least: float) -> None:
         """Refuse a coverage below ``least``, 0 to 1.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
+import math
 from typing import Any
 
 from qkern.checkpoint.outcomes import COPIED, ITEM_SIZES, LEFT_OUT, Outcome
+from qkern.checkpoint.run_report import RunReport
 from qkern.formats import QuantFormat
 from qkern.text_table import format_bytes, format_table
 
@@ -48,37 +49,17 @@ class ConvertedTensor:
         return content | {"shape": list(self.shape)}
 
 
-@dataclasses.dataclass(frozen=True)
-class ConversionReport:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConversionReport(RunReport):
     """What became of a checkpoint; ``print(report)`` is a text.
 
     Args:
-        source: the checkpoint that was read.
-        path: where the new one is.
         to: what was asked for.
         tensors: in the order of the files.
-        tied: names that share the memory of another tensor, which is the value.
-        files: names of all files that were written.
-        left_out: files of the source that were not copied, and why.
-        dry_run: whether nothing was written.
-        resumed: entries that a run before had finished.
-        nbytes_read: of the files that were read.
-        seconds: until the last byte was written; 0 in a dry run, as the next.
-        seconds_commit: for making the files durable and renaming them, after that.
     """
 
-    source: Path
-    path: Path
     to: str
     tensors: tuple[ConvertedTensor, ...]
-    tied: dict[str, str]
-    files: tuple[str, ...]
-    left_out: dict[str, str]
-    dry_run: bool
-    resumed: int = 0
-    nbytes_read: int = 0
-    seconds: float = 0.0
-    seconds_commit: float = 0.0
 
     @property
     def nbytes_before(self) -> int:
@@ -92,21 +73,11 @@ class ConversionReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as JSON values."""
-        return {
-            "source": str(self.source),
-            "path": str(self.path),
+        return super().as_dict() | {
             "to": self.to,
-            "dry_run": self.dry_run,
             "nbytes_before": self.nbytes_before,
             "nbytes": self.nbytes,
-            "resumed": self.resumed,
-            "nbytes_read": self.nbytes_read,
-            "seconds": self.seconds,
-            "seconds_commit": self.seconds_commit,
             "tensors": [row.as_dict() for row in self.tensors],
-            "tied": self.tied,
-            "files": list(self.files),
-            "left_out": self.left_out,
         }
 
     def __str__(self) -> str:
@@ -119,9 +90,8 @@ class ConversionReport:
         if reasons:
             rows = [(_some(names), reason) for reason, names in reasons.items()]
             parts.append(format_table(rows, ("tensors", "why")))
-        if self.left_out:
-            parts.append(format_table(list(self.left_out.items()), ("not copied", "why")))
-        return "\n\n".join([*parts, last_line(self)])
+        result = f", {format_bytes(self.nbytes)} of tensors"
+        return "\n\n".join([*parts, *self.ending(result)])
 
     def summary(self) -> list[tuple[str, str, str, int, str, str]]:
         """Rows: what was done, from what, to what, how many tensors, bytes before and after."""
@@ -143,9 +113,7 @@ class ConversionReport:
 def converted(outcome: Outcome) -> ConvertedTensor:
     """The row of an outcome."""
     tensor, fmt = outcome.tensor, outcome.format
-    numel = 1
-    for size in outcome.shape:
-        numel *= size
+    numel = math.prod(outcome.shape)
     if fmt is not None:
         nbytes = fmt.nbytes(numel)
     elif outcome.action in (COPIED, LEFT_OUT):
@@ -164,19 +132,6 @@ def converted(outcome: Outcome) -> ConvertedTensor:
         nbytes_before=tensor.nbytes,
         nbytes=nbytes,
     )
-
-
-def last_line(report: ConversionReport) -> str:
-    """Where it is, how long it took."""
-    if report.dry_run:
-        return f"nothing was written: {len(report.files)} files would be, to {report.path}"
-    last = f"{report.path}: {len(report.files)} files, {format_bytes(report.nbytes)} of tensors"
-    if report.seconds > 0 and report.nbytes_read:
-        last += (
-            f"; read {format_bytes(report.nbytes_read)} in {report.seconds:.1f} s, and "
-            f"{report.seconds_commit:.1f} s to make the files durable"
-        )
-    return last
 
 
 def _some(names: list[str]) -> str:

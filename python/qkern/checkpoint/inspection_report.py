@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from qkern.checkpoint.measure import HISTOGRAM_LIMIT
+from qkern.checkpoint.run_report import plain
 from qkern.checkpoint.tensor_report import TensorReport
 from qkern.checkpoint.weight_statistics import BlockError, total_error
 from qkern.coverage import CoverageReport, CoverageRow
@@ -80,7 +81,7 @@ class InspectionReport:
     @property
     def coverage(self) -> CoverageReport:
         """What is, or would be, quantized, and why the rest is not."""
-        rows = [
+        rows = (
             CoverageRow(
                 name=row.name,
                 shape=row.shape,
@@ -91,13 +92,8 @@ class InspectionReport:
                 bytes_after=row.nbytes,
             )
             for row in self.tensors
-        ]
-        shapes = {row.name: row.shape for row in self.tensors}
-        rows += [
-            CoverageRow(name, shapes[owner], "dense", f"shares its memory with {owner}", 0, 0, 0)
-            for name, owner in self.tied
-        ]
-        return CoverageReport(tuple(rows))
+        )
+        return CoverageReport.of(rows, dict(self.tied))
 
     @property
     def relative_rms(self) -> float | None:
@@ -197,7 +193,6 @@ class InspectionReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as JSON values; NaN and infinity, which JSON has not, become None."""
-        coverage = self.coverage
         content: dict[str, Any] = {
             "path": str(self.path),
             "kind": "quantized" if self.is_quantized else "dense",
@@ -207,14 +202,7 @@ class InspectionReport:
             "quantized_relative_rms": self.quantized_relative_rms,
             "bits_per_weight": self.bits_per_weight,
             "quantized_bits_per_weight": self.quantized_bits_per_weight,
-            "coverage": {
-                "rule": self.rule,
-                "share": coverage.coverage,
-                "quantized": len(coverage.quantized),
-                "tensors": len(coverage.rows),
-                "bytes_before": coverage.bytes_before,
-                "bytes_after": coverage.bytes_after,
-            },
+            "coverage": self.coverage.as_dict(self.rule),
             "outlier_rms": self.outlier_rms,
             "worst": [row.name for row in self.worst],
             "findings": [{"tensor": name, "finding": text} for name, text in self.findings()],
@@ -235,8 +223,8 @@ class InspectionReport:
                 "below": below,
                 "above": above,
             }
-        plain: dict[str, Any] = _plain(content)
-        return plain
+        values: dict[str, Any] = plain(content)
+        return values
 
     def __str__(self) -> str:
         from qkern.checkpoint.inspection_text import render
@@ -247,14 +235,3 @@ class InspectionReport:
 def _nan_last(error: float) -> float:
     """For sorting: what is not a number is as bad as infinite."""
     return math.inf if math.isnan(error) else error
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists, and None for numbers that are not finite."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

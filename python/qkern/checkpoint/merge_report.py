@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qkern.checkpoint.conversion_report import ConversionReport
+from qkern.checkpoint.run_report import plain
 from qkern.checkpoint.stream import Errors
 from qkern.checkpoint.weight_statistics import relative
 from qkern.text_table import format_table
@@ -48,12 +49,15 @@ class MergedTensor:
 
     def as_dict(self) -> dict[str, Any]:
         """All fields as JSON values."""
-        errors = None if self.errors is None else self.errors._asdict()
-        return dataclasses.asdict(self) | {
-            "errors": errors and {key: _finite(value) for key, value in errors.items()},
-            "kept": _finite(self.kept),
-            "relative_delta": _finite(self.relative_delta),
-        }
+        values: dict[str, Any] = plain(
+            dataclasses.asdict(self)
+            | {
+                "errors": None if self.errors is None else self.errors._asdict(),
+                "kept": self.kept,
+                "relative_delta": self.relative_delta,
+            }
+        )
+        return values
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,7 +95,7 @@ class MergeReport(ConversionReport):
         return super().as_dict() | {
             "adapter": str(self.adapter),
             "base_check": self.base_check,
-            "kept": _finite(self.kept),
+            "kept": plain(self.kept),
             "merged": [row.as_dict() for row in self.merged],
         }
 
@@ -123,7 +127,3 @@ def _kept(rows: Iterable[MergedTensor]) -> float | None:
     if not delta:
         return None
     return 1 - math.sqrt(math.fsum(error.squared_error for error in errors) / delta)
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
 from typing import Any
 
+from qkern.checkpoint.run_report import RunReport, plain
 from qkern.checkpoint.stream import Errors
 from qkern.checkpoint.weight_statistics import relative
 from qkern.coverage import CoverageReport, CoverageRow
 from qkern.formats import QuantFormat
-from qkern.text_table import format_bytes, format_table
+from qkern.text_table import format_table
 
 _SHOWN = 5  # worst tensors of a text
 
@@ -58,8 +58,7 @@ class TensorResult:
 
     def as_dict(self) -> dict[str, Any]:
         """All fields as JSON values."""
-        errors = None if self.errors is None else self.errors._asdict()
-        return {
+        values: dict[str, Any] = {
             "name": self.name,
             "file": self.file,
             "shape": list(self.shape),
@@ -68,51 +67,32 @@ class TensorResult:
             "reason": self.reason,
             "nbytes_before": self.nbytes_before,
             "nbytes": self.nbytes,
-            "relative_rms": _finite(self.relative_rms),
-            "errors": errors and {key: _finite(value) for key, value in errors.items()},
+            "relative_rms": self.relative_rms,
+            "errors": None if self.errors is None else self.errors._asdict(),
         }
+        return {key: plain(value) for key, value in values.items()}
 
 
-@dataclasses.dataclass(frozen=True)
-class QuantizationReport:
-    """What became of a checkpoint; ``print(report)`` is a text.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantizationReport(RunReport):
+    """What became of a dense checkpoint; ``print(report)`` is a text.
 
     Args:
-        source: the dense checkpoint.
-        path: where the quantized one is.
         format: that was asked for.
         method: how codes were chosen.
         rule: how it was decided what is quantized.
         tensors: in natural order of the names.
-        tied: names that share the memory of another tensor, which is the value.
-        files: names of all files that were written.
-        left_out: files of the source that were not copied, and why.
-        dry_run: whether nothing was written.
-        resumed: tensors that a run before had finished.
-        nbytes_read: of the files that were read.
-        seconds: until the last byte was written; 0 in a dry run, as the next.
-        seconds_commit: for making the files durable and renaming them, after that.
     """
 
-    source: Path
-    path: Path
     format: QuantFormat
     method: str
     rule: str
     tensors: tuple[TensorResult, ...]
-    tied: dict[str, str]
-    files: tuple[str, ...]
-    left_out: dict[str, str]
-    dry_run: bool
-    resumed: int = 0
-    nbytes_read: int = 0
-    seconds: float = 0.0
-    seconds_commit: float = 0.0
 
     @property
     def coverage(self) -> CoverageReport:
         """What is quantized, and why the rest is not."""
-        rows = [
+        rows = (
             CoverageRow(
                 name=row.name,
                 shape=row.shape,
@@ -123,13 +103,8 @@ class QuantizationReport:
                 bytes_after=row.nbytes,
             )
             for row in self.tensors
-        ]
-        shapes = {row.name: row.shape for row in self.tensors}
-        rows += [
-            CoverageRow(name, shapes[owner], "dense", f"shares its memory with {owner}", 0, 0, 0)
-            for name, owner in self.tied.items()
-        ]
-        return CoverageReport(tuple(rows))
+        )
+        return CoverageReport.of(rows, self.tied)
 
     @property
     def relative_rms(self) -> float | None:
@@ -168,56 +143,27 @@ class QuantizationReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as JSON values; NaN and infinity, which JSON has not, become None."""
-        coverage = self.coverage
-        return {
-            "source": str(self.source),
-            "path": str(self.path),
-            "dry_run": self.dry_run,
-            "format": dataclasses.asdict(self.format),
-            "method": self.method,
-            "relative_rms": _finite(self.relative_rms),
-            "bits_per_weight": self.bits_per_weight,
-            "coverage": {
-                "rule": self.rule,
-                "share": coverage.coverage,
-                "quantized": len(coverage.quantized),
-                "tensors": len(coverage.rows),
-                "bytes_before": coverage.bytes_before,
-                "bytes_after": coverage.bytes_after,
-            },
-            "resumed": self.resumed,
-            "nbytes_read": self.nbytes_read,
-            "seconds": self.seconds,
-            "seconds_commit": self.seconds_commit,
-            "worst": [row.name for row in self.worst],
-            "tensors": [row.as_dict() for row in self.tensors],
-            "tied": self.tied,
-            "files": list(self.files),
-            "left_out": self.left_out,
-        }
+        values: dict[str, Any] = plain(
+            {
+                **super().as_dict(),
+                "format": dataclasses.asdict(self.format),
+                "method": self.method,
+                "relative_rms": self.relative_rms,
+                "bits_per_weight": self.bits_per_weight,
+                "coverage": self.coverage.as_dict(self.rule),
+                "worst": [row.name for row in self.worst],
+                "tensors": [row.as_dict() for row in self.tensors],
+            }
+        )
+        return values
 
     def __str__(self) -> str:
         parts = [f"coverage, {self.rule}\n{self.coverage}"]
         if self.worst:
             parts.append(f"worst of {len(self.worst)}, by rel rms\n{error_table(self)}")
-        if self.left_out:
-            lines = format_table(list(self.left_out.items()), ("not copied", "why"))
-            parts.append(lines)
-        return "\n\n".join([*parts, *self._last_lines()])
-
-    def _last_lines(self) -> list[str]:
-        if self.dry_run:
-            return [f"nothing was written: {len(self.files)} files would be, to {self.path}"]
-        last = f"{self.path}: {len(self.files)} files"
-        if self.relative_rms is not None:
-            last += f", relative rms error {self.relative_rms:.4g}"
-        if self.seconds > 0 and self.nbytes_read:
-            last += (
-                f"; read {format_bytes(self.nbytes_read)} in {self.seconds:.1f} s, "
-                f"{self.nbytes_read / self.seconds / 1e9:.2f} GB/s, and "
-                f"{self.seconds_commit:.1f} s to make the files durable"
-            )
-        return [last]
+        error = self.relative_rms
+        result = "" if error is None else f", relative rms error {error:.4g}"
+        return "\n\n".join([*parts, *self.ending(result)])
 
 
 def error_table(report: QuantizationReport) -> str:
@@ -228,7 +174,3 @@ def error_table(report: QuantizationReport) -> str:
         if row.errors is not None
     ]
     return format_table(rows, ("tensor", "rel rms", "max error"))
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None

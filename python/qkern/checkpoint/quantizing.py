@@ -65,7 +65,9 @@ def quantize_checkpoint(
     force: bool = False,
     progress: Progress | None = None,
 ) -> QuantizationReport:
-    """Quantize a checkpoint's weights from file to file, in a few MiB of memory, without torch.
+    """Quantize a checkpoint's weights from file to file, without torch.
+
+    Memory does not grow with the model, but with its largest weight: 4 bytes for each scale.
 
     Quantized are the weights that ``quantize_model`` would quantize, by names and shapes, and the
     experts that a layer holds as one 3-D tensor, each by itself. ``DST`` gets files of the same

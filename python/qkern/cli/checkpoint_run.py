@@ -1,4 +1,4 @@
-"""What the commands share that write a checkpoint from file to file."""
+"""What the commands share that read and write checkpoints."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from qkern.cli.terminal import byte_progress
-from qkern.formats import BLOCKSIZES
+from qkern.formats import BLOCKSIZES, QUANT_TYPES
 
 
 class Report(Protocol):
@@ -21,8 +21,20 @@ class Report(Protocol):
         """As JSON values."""
 
 
-def add_format_arguments(what: argparse._ArgumentGroup) -> None:
-    """Declare what a format has beside its name."""
+def add_format_arguments(
+    what: argparse._ArgumentGroup, *, purpose: str = "", default: str | None = "nf4"
+) -> None:
+    """Declare a format: its name, for some ``purpose``, and what it has beside that."""
+    names = ", ".join(QUANT_TYPES)
+    what.add_argument(
+        "--format",
+        "--quant-type",
+        dest="quant_type",
+        choices=QUANT_TYPES,
+        default=default,
+        metavar="TYPE",
+        help=purpose + (names if default is None else f"{names} (default {default})"),
+    )
     what.add_argument(
         "--blocksize",
         type=int,
@@ -49,6 +61,15 @@ def format_arguments(args: argparse.Namespace) -> dict[str, Any]:
         "double_quant": not args.no_double_quant,
         "method": args.method,
     }
+
+
+def add_name_arguments(which: argparse._ArgumentGroup) -> None:
+    """Declare which tensors are quantized."""
+    names: dict[str, Any] = {"action": "append", "default": [], "metavar": "NAME"}
+    which.add_argument(
+        "--include", **names, help="name, end or glob of tensors to quantize too; repeatable"
+    )
+    which.add_argument("--exclude", **names, help="the same of tensors to leave dense")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:

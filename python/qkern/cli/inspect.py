@@ -6,12 +6,11 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from qkern.cli import exit_codes
+from qkern.cli.checkpoint_run import add_format_arguments, add_name_arguments
 from qkern.cli.terminal import byte_progress, say
 from qkern.errors import FormatError
-from qkern.formats import BLOCKSIZES, QUANT_TYPES
 from qkern.training.requirements import require
 
 HELP = "show errors, outliers and coverage of a checkpoint, or how two of them differ"
@@ -48,37 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     trial = parser.add_argument_group(
         "dense checkpoints", "what to try on them; not used with --compare"
     )
-    trial.add_argument(
-        "--format",
-        "--quant-type",
-        dest="quant_type",
-        choices=QUANT_TYPES,
-        default="nf4",
-        metavar="TYPE",
-        help=f"{', '.join(QUANT_TYPES)} (default nf4)",
-    )
-    trial.add_argument(
-        "--blocksize",
-        type=int,
-        choices=BLOCKSIZES,
-        default=64,
-        metavar="N",
-        help=f"values that share a scale: {', '.join(map(str, BLOCKSIZES))} (default 64); "
-        "of int8_row a row does",
-    )
-    trial.add_argument("--no-double-quant", action="store_true", help="scales in fp32, not 8 bits")
-    trial.add_argument(
-        "--method",
-        default="absmax",
-        metavar="NAME",
-        help="how codes are chosen: absmax, or search for less error (4-bit types only) "
-        "(default absmax)",
-    )
-    names: dict[str, Any] = {"action": "append", "default": [], "metavar": "NAME"}
-    trial.add_argument(
-        "--include", **names, help="name, end or glob of tensors to quantize too; repeatable"
-    )
-    trial.add_argument("--exclude", **names, help="the same of tensors to leave dense")
+    add_format_arguments(trial)
+    add_name_arguments(trial)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ from qkern.cli.checkpoint_run import (
     share,
     tell,
 )
-from qkern.formats import DTYPES, QUANT_TYPES
+from qkern.formats import DTYPES
 
 HELP = "add an adapter to its base, and write one checkpoint, without torch"
 EXAMPLE = "qkern merge ./SmolLM2-nf4 ./adapter ./SmolLM2-merged"
@@ -35,15 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DTYPE",
         help=f"of a dense result: {', '.join(reversed(DTYPES))} (default bfloat16)",
     )
-    what.add_argument(
-        "--format",
-        "--quant-type",
-        dest="quant_type",
-        choices=QUANT_TYPES,
-        metavar="TYPE",
-        help=f"quantize the result again: {', '.join(QUANT_TYPES)}",
-    )
-    add_format_arguments(what)
+    add_format_arguments(what, purpose="quantize the result again: ", default=None)
     what.add_argument(
         "--min-kept",
         type=share,

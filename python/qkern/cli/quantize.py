@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from qkern.cli import exit_codes
 from qkern.cli.checkpoint_run import (
     add_format_arguments,
+    add_name_arguments,
     add_run_arguments,
     format_arguments,
     run_arguments,
@@ -15,7 +15,6 @@ from qkern.cli.checkpoint_run import (
     share,
     tell,
 )
-from qkern.formats import QUANT_TYPES
 
 HELP = "quantize a checkpoint from file to file, in little memory, without torch"
 EXAMPLE = "qkern quantize ./SmolLM2-135M-Instruct ./SmolLM2-nf4 --format nf4"
@@ -26,22 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("src", metavar="SRC", help="directory with safetensors, dense; or a file")
     parser.add_argument("dst", metavar="DST", help="directory to write")
     what = parser.add_argument_group("format")
-    what.add_argument(
-        "--format",
-        "--quant-type",
-        dest="quant_type",
-        choices=QUANT_TYPES,
-        default="nf4",
-        metavar="TYPE",
-        help=f"{', '.join(QUANT_TYPES)} (default nf4)",
-    )
     add_format_arguments(what)
     which = parser.add_argument_group("which tensors")
-    names: dict[str, Any] = {"action": "append", "default": [], "metavar": "NAME"}
-    which.add_argument(
-        "--include", **names, help="name, end or glob of tensors to quantize too; repeatable"
-    )
-    which.add_argument("--exclude", **names, help="the same of tensors to leave dense")
+    add_name_arguments(which)
     which.add_argument(
         "--embeddings",
         choices=("int8_row",),
