@@ -1,5 +1,7 @@
 //! Files that give and take little, that are cut or full; jobs without sense; runs that are ended.
 
+use std::io::ErrorKind;
+
 use super::*;
 
 fn three_jobs(numel: usize) -> (Vec<Job>, Memory, usize) {
