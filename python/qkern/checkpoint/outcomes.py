@@ -7,6 +7,7 @@ places, ``running`` writes them.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol
@@ -212,10 +213,7 @@ def piece_of(entry: Entry) -> Piece:
 
 def dense_piece(name: str, dtype: str, shape: tuple[int, ...]) -> Piece:
     """The entry of a dense tensor."""
-    numel = 1
-    for size in shape:
-        numel *= size
-    return Piece(name, DTYPE_NAMES[dtype], shape, ITEM_SIZES[dtype] * numel)
+    return Piece(name, DTYPE_NAMES[dtype], shape, ITEM_SIZES[dtype] * math.prod(shape))
 
 
 def _outcome(
