@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import json
 import os
 import resource
@@ -30,6 +29,7 @@ import qkern
 from qkern.text_table import format_table
 
 sys.path.insert(0, str(Path(__file__).parent))
+import checkpoint_limits
 import harness
 
 GIB = 1 << 30
@@ -87,7 +87,7 @@ def make(folder: Path, tensors: dict[str, tuple[int, ...]]) -> Path:
     return folder / WEIGHTS
 
 
-def child(source: Path, target: Path, threads: int, limit: int) -> dict[str, Any]:
+def child(source: Path, target: Path, threads: int, limit: int, mmap: int) -> dict[str, Any]:
     """Quantize in this process: seconds, and the most anonymous memory it had at a time."""
     if limit:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -96,7 +96,9 @@ def child(source: Path, target: Path, threads: int, limit: int) -> dict[str, Any
     watcher.start()
     before, started = _anonymous(), time.perf_counter()
     try:
-        report = qkern.quantize_checkpoint(source, target, "nf4", threads=threads, force=True)
+        report = qkern.quantize_checkpoint(
+            source, target, "nf4", threads=threads, mmap=bool(mmap), force=True
+        )
     finally:
         ended.set()
         watcher.join()
@@ -125,10 +127,12 @@ def _watch(peak: list[int], ended: threading.Event) -> None:
         peak[0] = max(peak[0], _anonymous())
 
 
-def in_child(source: Path, target: Path, threads: int, limit: int = 0) -> dict[str, Any]:
+def in_child(
+    source: Path, target: Path, threads: int, *, limit: int = 0, mmap: bool = True
+) -> dict[str, Any]:
     """``child`` in a process of its own; what was written is removed again."""
     command = [sys.executable, __file__, str(source), str(target)]
-    command += ["--child", str(threads), str(limit)]
+    command += ["--child", str(threads), str(limit), str(int(mmap))]
     run = subprocess.run(command, check=True, capture_output=True, text=True)
     result: dict[str, Any] = json.loads(run.stdout)
     result["nbytes_written"] = sum(file.stat().st_size for file in target.glob("*"))
@@ -136,101 +140,46 @@ def in_child(source: Path, target: Path, threads: int, limit: int = 0) -> dict[s
     return result
 
 
-def read_mapped(file: Path, threads: int) -> float:
-    """Seconds in which the loop of ``limits.c`` reads a mapped file."""
-    import limits
-
-    loops, whole = limits.library(), np.memmap(file, np.uint8, "r")
-    places = np.linspace(0, whole.size // 64 * 64, threads + 1).astype(np.int64) // 64 * 64
-    address = whole.ctypes.data
-
-    def part(i: int) -> None:
-        begin, end = int(places[i]), int(places[i + 1])
-        loops.read_bytes(ctypes.c_void_p(address + begin), end - begin, limits.AHEAD)
-
-    return _on_threads(part, threads)
-
-
-def read_into_buffers(file: Path, threads: int) -> float:
-    """Seconds in which threads read a file into a buffer of 512 KiB each, over and over."""
-    size = file.stat().st_size
-    handle = os.open(file, os.O_RDONLY)
-
-    def part(i: int) -> None:
-        at, end = size * i // threads, size * (i + 1) // threads
-        buffer = memoryview(bytearray(1 << 19))
-        while at < end:
-            at += os.preadv(handle, [buffer], at)
-
-    try:
-        return _on_threads(part, threads)
-    finally:
-        os.close(handle)
-
-
-def _on_threads(part: Callable[[int], None], threads: int) -> float:
-    workers = [threading.Thread(target=part, args=(i,)) for i in range(threads)]
-    started = time.perf_counter()
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    return time.perf_counter() - started
-
-
-def copy(file: Path, target: Path) -> float:
-    """Seconds of ``cp`` to the folder ``target``."""
-    target.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
-    subprocess.run(["cp", str(file), str(target)], check=True)
-    seconds = time.perf_counter() - started
-    shutil.rmtree(target)
-    return seconds
-
-
-def forget(file: Path) -> None:
-    """Drop a file's pages from the page cache."""
-    handle = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(handle)
-
-
 def warm_rows(
     file: Path, target: Path, threads: int, repeats: int, *, with_cp: bool
 ) -> Iterator[dict[str, Any]]:
     """All cases in turn, the file in the page cache."""
-    read_into_buffers(file, threads)
+    checkpoint_limits.read_into_buffers(file, threads)
     size = file.stat().st_size
-    runs: list[dict[str, Any]] = []
+    mapped: list[dict[str, Any]] = []
+    copied: list[dict[str, Any]] = []
     cases: dict[str, Callable[[], float]] = {
-        "read, mapped": lambda: read_mapped(file, threads),
-        "read into buffers": lambda: read_into_buffers(file, threads),
+        "read, mapped": lambda: checkpoint_limits.read_mapped(file, threads),
+        "read into buffers": lambda: checkpoint_limits.read_into_buffers(file, threads),
+        "write what is written": lambda: checkpoint_limits.write(
+            target, mapped[0]["nbytes_written"], threads
+        ),
+        "quantize values in L2": lambda: checkpoint_limits.quantize_in_l2(size // 2, threads),
     }
     if with_cp:
-        cases["cp"] = lambda: copy(file, target)
+        cases["cp"] = lambda: checkpoint_limits.copy(file, target)
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(repeats):
-        runs.append(in_child(file.parent, target, threads))
+        mapped.append(in_child(file.parent, target, threads))
+        copied.append(in_child(file.parent, target, threads, mmap=False))
         for name, run in cases.items():
             seconds[name].append(run())
-    yield quantize_row("quantize, in page cache", size, runs)
+    yield quantize_row("quantize, in page cache", size, mapped)
+    yield quantize_row("quantize, in page cache, copied", size, copied)
     for name, times in seconds.items():
         yield {"case": name, "nbytes": size, **_summary(times)}
-    limited = in_child(file.parent, target, threads, ADDRESS_SPACE)
-    row = quantize_row("quantize, address space limited", size, [limited])
+    limited = [in_child(file.parent, target, threads, limit=ADDRESS_SPACE) for _ in range(repeats)]
+    row = quantize_row("quantize, address space limited", size, limited)
     yield row | {"address_space": ADDRESS_SPACE}
 
 
 def cold_rows(file: Path, target: Path, threads: int) -> Iterator[dict[str, Any]]:
     """From the disk, beside reading alone."""
     size = file.stat().st_size
-    forget(file)
+    checkpoint_limits.forget(file)
     yield quantize_row("quantize, cold", size, [in_child(file.parent, target, threads)])
-    forget(file)
-    seconds = [read_into_buffers(file, threads)]
+    checkpoint_limits.forget(file)
+    seconds = [checkpoint_limits.read_into_buffers(file, threads)]
     yield {"case": "read into buffers, cold", "nbytes": size, **_summary(seconds)}
 
 
@@ -280,7 +229,10 @@ def run(
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as a text."""
-    read = next(row["median"] for row in rows if row["case"] == "read, mapped")
+    mapped, buffers = (
+        next(row["median"] for row in rows if row["case"] == case)
+        for case in ("read, mapped", "read into buffers")
+    )
     cells = []
     for row in rows:
         speed = row["nbytes"] / row["median"] / 1e9
@@ -291,12 +243,14 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
                 f"{row['nbytes'] / 1e9:.2f} GB",
                 f"{row['median']:.3f} s",
                 f"{speed:.2f} GB/s",
-                f"{read / row['median']:.2f}",
+                f"{mapped / row['median']:.2f}",
+                f"{buffers / row['median']:.2f}",
                 "" if peak is None else f"{peak / 1e6:.0f} MB",
                 f"{row['seconds_commit']:.3f} s" if "seconds_commit" in row else "",
             )
         )
-    headers = ("case", "file", "time", "speed", "of read", "anonymous, peak", "fsync, rename")
+    headers = ("case", "file", "time", "speed", "of read, mapped", "of read into buffers")
+    headers += ("anonymous, peak", "fsync, rename")
     return format_table(cells, headers)
 
 
@@ -311,7 +265,7 @@ def main() -> None:
     parser.add_argument("--cold", action="store_true", help="from the disk, too")
     parser.add_argument("--no-cp", action="store_true", help="there is no room for a copy")
     parser.add_argument("--save", metavar="NAME", help="write benches/results/NAME.json")
-    parser.add_argument("--child", nargs=2, type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=3, type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         print(json.dumps(child(options.source, options.target, *options.child)))

@@ -83,13 +83,14 @@ def test_files_hold_what_quantize_makes(
             assert reader.read(name).shape == dense[name].shape
 
 
-def test_any_number_of_threads_writes_the_same_bytes(tmp_path: Path) -> None:
+def test_any_number_of_threads_writes_the_same_bytes_mapped_or_copied(tmp_path: Path) -> None:
     src = write_sharded(tmp_path / "src")
     trees = []
-    for threads in (1, 2, 7):
-        qkern.quantize_checkpoint(src, tmp_path / str(threads), threads=threads)
-        trees.append(tree(tmp_path / str(threads)))
-    assert trees[0] == trees[1] == trees[2]
+    for threads, mmap in ((1, True), (2, True), (7, True), (2, False)):
+        dst = tmp_path / f"{threads}-{mmap}"
+        qkern.quantize_checkpoint(src, dst, threads=threads, mmap=mmap)
+        trees.append(tree(dst))
+    assert all(written == trees[0] for written in trees)
 
 
 def test_shards_and_index_are_as_before(tmp_path: Path) -> None:

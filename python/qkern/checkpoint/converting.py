@@ -51,7 +51,7 @@ def convert_checkpoint(
     *,
     quant_type: str | QuantFormat | None = None,
     threads: int = 0,
-    mmap: bool = False,
+    mmap: bool = True,
     dry_run: bool = False,
     force: bool = False,
     progress: Progress | None = None,
@@ -81,8 +81,9 @@ def convert_checkpoint(
         quant_type: for a dense source that becomes a quantized one: see ``quantize_checkpoint``,
             whose report is returned then.
         threads: how many, 0 for one per core.
-        mmap: map dense weights in place of copying them: some 10 % faster, but a file that is cut
-            while it is read then ends the process.
+        mmap: map dense weights in place of copying them, which is faster. A file that is cut, or
+            cannot be read, while it is mapped ends the process, and the next call goes on; with
+            False it is an error.
         dry_run: only check and report what would be done; nothing is written.
         force: replace a checkpoint that is in ``dst``, and an unfinished one of other settings.
         progress: called with (bytes read since the last call, bytes of all).

@@ -49,7 +49,7 @@ def merge_checkpoint(
     method: str = "absmax",
     min_kept: float = 0.5,
     threads: int = 0,
-    mmap: bool = False,
+    mmap: bool = True,
     dry_run: bool = False,
     force: bool = False,
     progress: Progress | None = None,
@@ -81,8 +81,9 @@ def merge_checkpoint(
         method: how codes are chosen.
         min_kept: a quantized result must keep so much of what is added, over all weights.
         threads: how many, 0 for one per core.
-        mmap: map dense weights in place of copying them: some 10 % faster, but a file that is cut
-            while it is read then ends the process.
+        mmap: map dense weights in place of copying them, which is faster. A file that is cut, or
+            cannot be read, while it is mapped ends the process, and the next call goes on; with
+            False it is an error.
         dry_run: only check and report what would be done; nothing is written.
         force: merge into another base than the adapter names, whatever is kept; and replace a
             checkpoint that is in ``dst``, and an unfinished one of other settings.

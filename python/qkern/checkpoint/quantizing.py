@@ -60,7 +60,7 @@ def quantize_checkpoint(
     strict: bool = False,
     embeddings: str | None = None,
     threads: int = 0,
-    mmap: bool = False,
+    mmap: bool = True,
     dry_run: bool = False,
     force: bool = False,
     progress: Progress | None = None,
@@ -95,8 +95,9 @@ def quantize_checkpoint(
         embeddings: "int8_row" quantizes embeddings and output heads so. Such files, and stacked
             experts, cannot be opened by transformers with bitsandbytes.
         threads: how many, 0 for one per core.
-        mmap: map dense weights in place of copying them: some 10 % faster, but a file that is cut
-            while it is read then ends the process.
+        mmap: map dense weights in place of copying them, which is faster. A file that is cut, or
+            cannot be read, while it is mapped ends the process, and the next call goes on; with
+            False it is an error.
         dry_run: only check and report what would be done; nothing is written.
         force: replace a checkpoint that is in ``dst``, and an unfinished one of other settings.
         progress: called with (bytes read since the last call, bytes of all).

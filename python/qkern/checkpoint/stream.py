@@ -189,7 +189,7 @@ def run(
     inputs: Sequence[Path],
     outputs: Sequence[Path],
     *,
-    mmap: bool = False,
+    mmap: bool = True,
     threads: int = 0,
     done: Callable[[Done], Any] = lambda _: None,
     progress: Callable[[int], Any] = lambda _: None,
@@ -200,7 +200,7 @@ def run(
         jobs: what to do.
         inputs: files that are read.
         outputs: files that exist already, and are written at the places that jobs name.
-        mmap: map dense values, a chunk at a time, which saves a copy. A file that is cut meanwhile
+        mmap: map dense values, a window at a time, which saves a copy. A file that is cut meanwhile
             ends the process then; if they are copied, that is a ``CorruptFileError``.
         threads: how many work, 0 for one per core.
         done: called on this thread after each job, when all its bytes are written (not fsynced).

@@ -79,9 +79,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads", type=_count, default=0, metavar="N", help="0 for one per core (default)"
     )
     how.add_argument(
-        "--mmap",
+        "--no-mmap",
         action="store_true",
-        help="map weights: faster, but a file that is cut while it is read ends the process",
+        help="copy weights, not map them: slower, but a file that cannot be read is an error",
     )
     how.add_argument("--dry-run", action="store_true", help="check and report, write nothing")
     how.add_argument(
@@ -96,7 +96,7 @@ def run_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The same for the call."""
     return {
         "threads": args.threads,
-        "mmap": args.mmap,
+        "mmap": not args.no_mmap,
         "dry_run": args.dry_run,
         "force": args.force,
     }

@@ -53,8 +53,8 @@ pub(crate) trait Storage: Sync {
     fn read_some(&self, bytes: &mut [u8], offset: u64) -> io::Result<usize>;
     /// Writes some of the bytes at `offset`.
     fn write_some(&self, bytes: &[u8], offset: u64) -> io::Result<usize>;
-    /// Maps the bytes at `offset`; none where they cannot be.
-    fn map(&self, _offset: u64, _len: usize) -> Option<Mmap> {
+    /// Maps the bytes at `offset`, at least `least` and at most `most`; none where they cannot be.
+    fn map(&self, _offset: u64, _least: usize, _most: usize) -> Option<Mmap> {
         None
     }
 }
@@ -69,8 +69,8 @@ impl Storage for File {
         std::os::unix::fs::FileExt::write_at(self, bytes, offset)
     }
 
-    fn map(&self, offset: u64, len: usize) -> Option<Mmap> {
-        map(self, offset, len)
+    fn map(&self, offset: u64, least: usize, most: usize) -> Option<Mmap> {
+        map(self, offset, least, most)
     }
 }
 
@@ -85,17 +85,18 @@ impl Storage for File {
         std::os::windows::fs::FileExt::seek_write(self, bytes, offset)
     }
 
-    fn map(&self, offset: u64, len: usize) -> Option<Mmap> {
-        map(self, offset, len)
+    fn map(&self, offset: u64, least: usize, most: usize) -> Option<Mmap> {
+        map(self, offset, least, most)
     }
 }
 
 /// Maps bytes that the file has at this moment. Whoever cuts it while they are used ends the process
 /// by a signal: that is why it is a caller's choice.
 #[allow(unsafe_code)]
-fn map(file: &File, offset: u64, len: usize) -> Option<Mmap> {
-    let end = offset.checked_add(len as u64)?;
-    if len == 0 || file.metadata().ok()?.len() < end {
+fn map(file: &File, offset: u64, least: usize, most: usize) -> Option<Mmap> {
+    let left = usize::try_from(file.metadata().ok()?.len().checked_sub(offset)?);
+    let len = most.max(least).min(left.unwrap_or(usize::MAX));
+    if len == 0 || len < least {
         return None; // reading says what is wrong
     }
     let mut options = MmapOptions::new();

@@ -15,7 +15,7 @@ use super::weight::{Buffers, Pass, WeightRun};
 use crate::error::CheckpointError;
 
 /// Of a tensor of several chunks, the errors of so many values at the start of each are measured.
-const MEASURED: usize = 1 << 13;
+const MEASURED: usize = 1 << 11;
 
 impl Coded {
     pub(super) fn passes(&self) -> Vec<Pass> {

@@ -2,9 +2,9 @@
 //!
 //! Every job says where its bytes lie and where the result goes, so jobs and chunks need not wait
 //! for each other, and the bytes do not depend on the number of threads. Memory is some MB a
-//! thread, and 4 bytes for each scale of the weights at work. Files are read by place: one that
-//! shrinks meanwhile is an error and not a signal, and the address space does not limit its size.
-//! Dense values may be mapped instead, a chunk at a time, for whoever owns the files.
+//! thread, and 4 bytes for each scale of the weights at work. Dense values are mapped, a window at a
+//! time, or read by place: a file that shrinks meanwhile is an error then, and not a signal. The
+//! address space does not limit the size of a file.
 
 mod blocks;
 mod check;

@@ -12,7 +12,7 @@ use qkern_codec::{
 };
 
 use super::blocks::BlockBuffer;
-use super::job::{num_groups, Dtype, Format, Source, Stored, Weight};
+use super::job::{num_groups, Dtype, Format, Source, Span, Stored, Weight};
 use super::{Access, Place};
 use crate::error::CheckpointError;
 
@@ -22,15 +22,48 @@ pub(super) struct ValueBuffer {
     f32: Vec<f32>,
     f16: Vec<f16>,
     bf16: Vec<bf16>,
-    mapped: Option<Mmap>,
+    window: Option<Window>,
+    /// The bytes of the window that stand in for a copy.
+    mapped: Option<Range<usize>>,
+}
+
+/// A part of a file in memory.
+struct Window {
+    file: usize,
+    start: u64,
+    bytes: Mmap,
+}
+
+impl Window {
+    /// Bytes that are mapped at a time: many chunks, since taking a mapping back stops all threads.
+    const LEN: usize = if cfg!(test) { 3 << 19 } else { 1 << 26 };
+
+    fn range(&self, file: usize, offset: u64, nbytes: usize) -> Option<Range<usize>> {
+        let first = usize::try_from(offset.checked_sub(self.start)?).ok()?;
+        let range = first..first.checked_add(nbytes)?;
+        (file == self.file && range.end <= self.bytes.len()).then_some(range)
+    }
 }
 
 impl ValueBuffer {
     /// Takes bytes of a file in place of a copy, if they lie as values do in memory.
-    fn map(&mut self, dtype: Dtype, bytes: Mmap) -> bool {
-        let aligned = bytes.as_ptr().addr().is_multiple_of(dtype.size());
-        self.mapped = aligned.then_some(bytes);
-        aligned
+    fn map(&mut self, place: &Place<'_>, at: Span, nbytes: usize, dtype: Dtype) -> bool {
+        let covered = |window: &Window| window.range(at.file, at.offset, nbytes);
+        let mut found = self.window.as_ref().and_then(covered);
+        if found.is_none() {
+            self.window = place.storage.map(at.offset, nbytes, Window::LEN).map(|bytes| Window {
+                file: at.file,
+                start: at.offset,
+                bytes,
+            });
+            found = self.window.as_ref().and_then(covered);
+        }
+        let aligned = |bytes: &[u8]| bytes.as_ptr().addr().is_multiple_of(dtype.size());
+        self.mapped = match (&self.window, found) {
+            (Some(window), Some(range)) => aligned(&window.bytes[range.clone()]).then_some(range),
+            _ => None,
+        };
+        self.mapped.is_some()
     }
 
     /// Room for `len` values; what they hold is left over.
@@ -45,7 +78,8 @@ impl ValueBuffer {
 
     /// Values that were put into this room, or mapped.
     pub(super) fn values(&self, dtype: Dtype, places: Range<usize>) -> Values<'_> {
-        if let Some(bytes) = &self.mapped {
+        if let (Some(window), Some(range)) = (&self.window, &self.mapped) {
+            let bytes = &window.bytes[range.clone()];
             return match dtype {
                 Dtype::F32 => Values::F32(&cast_slice(bytes)[places]),
                 Dtype::F16 => Values::F16(&cast_slice(bytes)[places]),
@@ -118,11 +152,8 @@ impl Reader<'_> {
             Source::Dense { dtype, at } => {
                 let (file, nbytes) = (&self.inputs[at.file], places.len() * dtype.size());
                 let offset = at.offset + (places.start * dtype.size()) as u64;
-                let mapped = match self.access {
-                    Access::Mapped => file.storage.map(offset, nbytes),
-                    Access::Copied => None,
-                };
-                if !mapped.is_some_and(|bytes| buffer.map(*dtype, bytes)) {
+                let from = Span { file: at.file, offset };
+                if self.access == Access::Copied || !buffer.map(file, from, nbytes, *dtype) {
                     file.read(bytes_of_mut(buffer.room(*dtype, places.len())), offset)?;
                 }
                 Ok((*dtype, 0..places.len()))
