@@ -154,7 +154,7 @@ def warm_rows(
         "write what is written": lambda: checkpoint_limits.write(
             target, mapped[0]["nbytes_written"], threads
         ),
-        "quantize values in L2": lambda: checkpoint_limits.quantize_in_l2(size // 2, threads),
+        "code values in L2": lambda: checkpoint_limits.quantize_in_l2(size // 2, threads),
     }
     if with_cp:
         cases["cp"] = lambda: checkpoint_limits.copy(file, target)
