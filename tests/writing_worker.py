@@ -1,6 +1,7 @@
-"""Quantizes checkpoints in a process of its own, under limits (run by tests of what is written).
+"""Writes checkpoints in a process of its own, under limits (run by tests of what is written).
 
     python writing_worker.py '{"src": ..., "dst": ..., "settings": {...}}'
+    python writing_worker.py '{"command": "merge", "src": ..., "adapter": ..., "dst": ...}'
 
 Prints one JSON object a line: what became of each call. Does not import torch.
 """
@@ -19,7 +20,13 @@ from typing import Any
 from file_trees import tree
 
 import qkern
-from qkern.checkpoint import quantizing  # noqa: F401 - what it imports is no part of a call
+
+# What these import is no part of a call.
+COMMANDS = {
+    "quantize": qkern.quantize_checkpoint,
+    "convert": qkern.convert_checkpoint,
+    "merge": qkern.merge_checkpoint,
+}
 
 _FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"}
 
@@ -52,8 +59,9 @@ def call(task: dict[str, Any]) -> dict[str, Any]:
     if "file_size" in task:
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
         resource.setrlimit(resource.RLIMIT_FSIZE, (task["file_size"], hard))
+    places = [task[place] for place in ("src", "adapter", "dst") if place in task]
     try:
-        qkern.quantize_checkpoint(task["src"], task["dst"], **task.get("settings", {}))
+        COMMANDS[task.get("command", "quantize")](*places, **task.get("settings", {}))
     except (qkern.QkernError, OSError, MemoryError) as error:
         return {"error": type(error).__name__, "message": str(error)}
     finally:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
-import random
 import re
 import shutil
 import signal
-import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +21,6 @@ import qkern
 from qkern.checkpoint.journal import Journal
 from qkern.checkpoint.staging import FOLDER
 from qkern.checkpoint.stream import Done
-
-KILLS = int(os.environ.get("QKERN_TEST_KILLS", "8"))
 
 
 @pytest.fixture(scope="module")
@@ -190,41 +184,6 @@ def test_room_is_looked_for_before_the_start(
         with pytest.raises(qkern.OutOfSpaceError, match=r"MiB are needed, .* are free"):
             qkern.quantize_checkpoint(src, tmp_path / "dst", dry_run=dry_run)
     assert not (tmp_path / "dst").exists()
-
-
-@pytest.mark.case("C13")
-def test_killed_at_any_moment_files_are_old_or_new_and_the_next_run_goes_on(
-    older: Path, src: Path, expected: dict[str, str]
-) -> None:
-    """``kill -9`` by turns at a file operation and at a time, over and over."""
-    chance = random.Random(0)
-    old, kept = tree(older), older.parent / "kept"
-    shutil.copytree(older, kept)
-    task: dict[str, Any] = {"src": src, "dst": older, "settings": {"force": True, "threads": 2}}
-    started = time.perf_counter()
-    events = answers({**task, "dst": older.parent / "counted", "count": True})[0]["events"]
-    seconds = time.perf_counter() - started
-    resumed = 0
-    for i in range(KILLS):
-        if i % 2:
-            process = start(task)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(chance.uniform(0, seconds))
-            process.kill()
-        else:
-            process = start({**task, "kill_at": chance.randint(1, events)})
-        process.communicate(timeout=120)
-        assert process.returncode in (0, -signal.SIGKILL)
-        final = {name: sha for name, sha in tree(older).items() if not name.startswith(FOLDER)}
-        assert all(sha in (old.get(name), expected.get(name)) for name, sha in final.items())
-        assert final.keys() >= old.keys() & expected.keys()
-        resumed += (older / FOLDER / "journal.jsonl").exists()
-        if final.items() >= expected.items():  # begin once more, from the older files
-            shutil.rmtree(older)
-            shutil.copytree(kept, older)
-    assert resumed, "no run was killed with something to go on with"
-    assert answers(task)[0]["error"] is None
-    assert tree(older) == expected | {"notes.txt": old["notes.txt"]}
 
 
 @pytest.mark.case("C13")
