@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from qkern import operands, shards
 from qkern.adapter_holder import AdapterHolder
 from qkern.codec import COMPUTE, check_choice
+from qkern.dora import RowNorms
 from qkern.errors import AdapterMismatchError, FormatError, ShapeError
 from qkern.flat_weight import FlatWeight
 from qkern.formats import QuantFormat, resolve_format
@@ -167,6 +168,7 @@ class QLoRALinear(AdapterHolder, QuantizedLinear):
         lora_dropout: probability of zeroing an input of the adapter's part, in training.
         use_rslora: multiply by ``lora_alpha / sqrt(r)`` instead
             (https://arxiv.org/abs/2312.03732).
+        use_dora: train the lengths of the sum's rows too, see ``qkern.dora``.
         init_lora_weights: True: A as ``nn.Linear`` is, B zero, so that training starts at the
             base; "gaussian": A normal of deviation 1/r; False: B random too.
         dtype: of the adapter; fp32 unless given.
@@ -180,11 +182,12 @@ class QLoRALinear(AdapterHolder, QuantizedLinear):
         active_adapter: name of the active one; None, or a name that the layer does not hold, for
             the base alone.
         merged: whether the active adapter is in the weight.
+        merged_lengths: of a merged DoRA adapter, see ``undelta``.
         rows: set by ``qkern.adapter_rows``: the adapter of each row of a batch.
     """
 
     lora_mode: str = "separate"
-    merged: bool = False
+    merged_lengths: Tensor | None = None
 
     def __init__(
         self,
@@ -200,6 +203,7 @@ class QLoRALinear(AdapterHolder, QuantizedLinear):
         check_choice("lora_mode", lora_mode, operands.LORA_MODES)
         self.lora_mode = lora_mode
         self.adapters = nn.ModuleDict()
+        self.row_norms = RowNorms()
         self.active_adapter = adapter_name
         self.add_adapter(adapter_name, self.make_adapter(**lora))
 
@@ -261,8 +265,15 @@ class QLoRALinear(AdapterHolder, QuantizedLinear):
         if self.lora_mode == "merged" and lora_dropout > 0.0:
             msg = f"lora_mode='merged' has no dropout of the adapter's own, got {lora_dropout}"
             raise FormatError(msg)
-        device = self.quantized_weight.device
-        return LoRAAdapter(self.out_features, self.in_features, device=device, **lora)
+        if self.lora_mode == "merged" and lora.get("use_dora"):
+            msg = "lora_mode='merged' has no DoRA: it scales what the weight and the adapter make"
+            raise FormatError(msg)
+        weight = self.quantized_weight
+        adapter = LoRAAdapter(self.out_features, self.in_features, device=weight.device, **lora)
+        if adapter.lora_magnitude is not None and not weight.is_meta:
+            with torch.no_grad():
+                adapter.lora_magnitude.copy_(self.row_norms.of(weight, adapter))
+        return adapter
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
@@ -283,6 +294,8 @@ class QLoRALinear(AdapterHolder, QuantizedLinear):
         """The product with one of the adapters, or with none."""
         if adapter is None:
             return linear(x, self.quantized_weight, self.bias, compute=self.compute, layer=self)
+        if adapter.use_dora:
+            return self._multiply_dora(x, adapter)
         return linear(
             x,
             self.quantized_weight,
@@ -296,6 +309,33 @@ class QLoRALinear(AdapterHolder, QuantizedLinear):
             layer=self,
         )
 
+    def _multiply_dora(self, x: Tensor, adapter: LoRAAdapter) -> Tensor:
+        """``(m / |V|) x V^T + bias``; what dropout takes from x is multiplied by W alone."""
+        lengths = self.lengths(adapter)
+        rate = adapter.lora_dropout if self.training else 0.0
+        dropped = nn.functional.dropout(x, rate) if rate > 0.0 else x
+        how: dict[str, Any] = {"compute": self.compute, "layer": self}
+        factors: dict[str, Any] = {"lora_A": adapter.lora_A, "lora_B": adapter.lora_B}
+        weight = self.quantized_weight
+        y = linear(dropped, weight, **factors, scaling=adapter.scaling, **how)
+        scaled = (y * lengths).to(y.dtype)
+        if rate > 0.0:
+            return scaled + linear(x - dropped, weight, self.bias, **how)
+        bias: Tensor | None = self.bias
+        return scaled if bias is None else scaled + bias.to(y.dtype)
+
+    def lengths(self, adapter: LoRAAdapter) -> Tensor:
+        """``m / |V|``, fp32 (out_features,)."""
+        keep = not (self.training or torch.is_grad_enabled())
+        norms = self.row_norms.of(self.quantized_weight, adapter, keep=keep)
+        magnitude: Tensor = adapter.lora_magnitude  # type: ignore[assignment]
+        return magnitude.float() / norms
+
+    def train(self, mode: bool = True) -> QLoRALinear:  # noqa: FBT001 - torch's signature
+        """As in every module; what is kept for evaluation is computed again."""
+        self.row_norms.forget()
+        return super().train(mode)
+
     def _check_merged(self) -> None:
         adapter = self.adapter
         trained = adapter is not None and adapter.lora_B.requires_grad
@@ -308,7 +348,24 @@ class QLoRALinear(AdapterHolder, QuantizedLinear):
 
     def delta(self) -> Tensor:
         """What the active adapter adds to the weight, fp32 (out_features, in_features)."""
-        return self._active().product()
+        adapter = self._active()
+        if not adapter.use_dora:
+            return adapter.product()
+        with torch.no_grad():
+            lengths, dense = self.lengths(adapter), self.quantized_weight.dequantize(torch.float32)
+            return lengths[:, None] * (dense + adapter.product()) - dense
+
+    def undelta(self, lengths: Tensor | None) -> Tensor:
+        """What ``delta`` was, of the weight that holds it now.
+
+        Args:
+            lengths: with DoRA, the ``m / |V|`` of before.
+        """
+        product = self._active().product()
+        if lengths is None:
+            return product
+        merged = self.quantized_weight.dequantize(torch.float32)
+        return merged - (merged / lengths.to(merged.device)[:, None] - product)
 
     def extra_repr(self) -> str:
         """Sizes, format and the active adapter, for ``print(model)``."""

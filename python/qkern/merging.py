@@ -29,6 +29,10 @@ def merge_adapter(model: nn.Module) -> None:
     """
     done: list[QLoRALinear] = []
     for name, layer in _in_state(model, merged=False).items():
+        adapter = layer.adapter
+        lengths = None
+        if adapter is not None and adapter.use_dora:
+            lengths = layer.lengths(adapter).detach()
         try:
             layer.weight.data.add_(layer.delta().to(layer.weight.dtype))
             layer.quantized_weight.undo.label = _MERGED
@@ -37,7 +41,7 @@ def merge_adapter(model: nn.Module) -> None:
                 _take_out(merged)
             msg = f"{name}: {error}; nothing was merged"
             raise type(error)(msg) from error
-        layer.merged = True
+        layer.merged, layer.merged_lengths = True, lengths
         done.append(layer)
 
 
@@ -56,8 +60,9 @@ def unmerge_adapter(model: nn.Module) -> None:
 
 def _take_out(layer: QLoRALinear) -> None:
     if not take_back(layer.quantized_weight, _MERGED):
-        layer.weight.data.sub_(layer.delta().to(layer.weight.dtype))
-    layer.merged = False
+        delta = layer.undelta(layer.merged_lengths)
+        layer.weight.data.sub_(delta.to(layer.weight.dtype))
+    layer.merged, layer.merged_lengths = False, None
 
 
 def _in_state(model: nn.Module, *, merged: bool) -> dict[str, QLoRALinear]:

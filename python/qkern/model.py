@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from qkern import saved_modules
+from qkern.adapter_config import by_pattern
+from qkern.adapter_holder import NamedAdapters
 from qkern.codec import COMPUTE, check_choice
 from qkern.coverage import CoverageReport, CoverageRow
 from qkern.errors import AdapterMismatchError, FormatError, QkernError
@@ -104,10 +107,14 @@ def add_lora(
     target_modules: str | Sequence[str] = "all-linear",
     lora_dropout: float = 0.0,
     use_rslora: bool = False,
+    use_dora: bool = False,
     init_lora_weights: bool | str = True,
     dtype: torch.dtype = torch.float32,
     lora_mode: str = "separate",
     adapter_name: str = DEFAULT,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    modules_to_save: str | Sequence[str] = (),
 ) -> list[str]:
     """Give quantized layers a trainable adapter, in place, and freeze everything else.
 
@@ -123,32 +130,50 @@ def add_lora(
             regular expression for whole paths, as in PEFT.
         lora_dropout: probability of zeroing an input of the adapter's part, in training.
         use_rslora: multiply by ``lora_alpha / sqrt(r)`` instead.
+        use_dora: train the lengths of the rows of the sum too, see ``qkern.dora``.
         init_lora_weights: True or "gaussian" to start at the base model, False for a random
             adapter.
         dtype: of the adapters.
         lora_mode: "separate", or "merged" for GPUs, see ``qkern.linear``; layers that have an
             adapter keep theirs.
         adapter_name: several adapters of a model have different ones.
+        rank_pattern: ranks of layers whose paths end in a match of a regular expression, as in
+            PEFT; the first that matches counts.
+        alpha_pattern: the same for ``lora_alpha``.
+        modules_to_save: ends of paths of dense modules that are trained as a whole, as in PEFT:
+            embeddings, norms ("norm" is the end of "input_layernorm" too), heads. What shares a
+            weight with one is trained with it. They keep their dtype.
 
     Returns:
         The paths of the layers that got one.
 
     Raises:
-        AdapterMismatchError: if a target matches no quantized layer, one has an adapter of that
-            name already, or an adapter is merged.
-        FormatError: for another ``lora_mode``, "merged" with dropout, or a name with a dot.
+        AdapterMismatchError: if a target, a pattern or one of ``modules_to_save`` matches nothing,
+            a module to save is quantized, a layer has an adapter of that name already, or an
+            adapter is merged.
+        FormatError: for another ``lora_mode``, "merged" with dropout or DoRA, or a name with a
+            dot.
         ShapeError: for a rank below 1, or a dropout outside of [0, 1).
     """
     layers = _quantized_layers(model)
     names = [name for name in layers if _is_target(name, target_modules)]
     _check_targets(target_modules, list(layers))
+    ranks, alphas = (
+        _numbers(names, default, patterns or {}, what)
+        for default, patterns, what in (
+            (r, rank_pattern, "rank_pattern"),
+            (lora_alpha, alpha_pattern, "alpha_pattern"),
+        )
+    )
+    targets = [modules_to_save] if isinstance(modules_to_save, str) else modules_to_save
+    saved = saved_modules.with_tied(model, saved_modules.check_modules(model, targets))
     attach_adapters(
         model,
-        names,
-        r=r,
-        lora_alpha=lora_alpha,
+        {name: {"r": int(ranks[name]), "lora_alpha": alphas[name]} for name in names},
+        copies=lambda: saved_modules.make_copies(model, saved, tied=True),
         lora_dropout=lora_dropout,
         use_rslora=use_rslora,
+        use_dora=use_dora,
         init_lora_weights=init_lora_weights,
         dtype=dtype,
         lora_mode=lora_mode,
@@ -157,15 +182,32 @@ def add_lora(
     return names
 
 
+def _numbers(
+    names: Sequence[str], default: float, patterns: Mapping[str, float], what: str
+) -> dict[str, float]:
+    """The number of each layer; every pattern must be of use."""
+    for pattern in patterns:
+        if 1 not in by_pattern(names, 0, {pattern: 1}, what).values():
+            msg = f"{what} {pattern!r} matches none of the {len(names)} layers with an adapter"
+            raise AdapterMismatchError(msg)
+    return by_pattern(names, default, patterns, what)
+
+
 def attach_adapters(
-    model: nn.Module, names: Sequence[str], *, adapter_name: str = DEFAULT, **lora: Any
+    model: nn.Module,
+    names: Sequence[str] | Mapping[str, Mapping[str, Any]],
+    *,
+    adapter_name: str = DEFAULT,
+    copies: Callable[[], dict[str, nn.Module]] = dict,
+    **lora: Any,
 ) -> None:
     """Give exactly these quantized layers an adapter each, and freeze everything else.
 
     Args:
         model: after ``quantize_model``.
-        names: paths as ``named_modules`` has them.
+        names: paths as ``named_modules`` has them; with settings of each layer's own, if given.
         adapter_name: of the adapter; it becomes the active one if the model has none.
+        copies: makes the modules that are trained as a whole, by their paths.
         **lora: other arguments of ``QLoRALinear``.
 
     Raises:
@@ -181,33 +223,38 @@ def attach_adapters(
         )
         raise AdapterMismatchError(msg)
     check_unmerged(model)
-    trained = [
-        parameter
-        for _, layer in adapted_layers(model)
-        for parameter in layer.adapters.parameters()
-        if parameter.requires_grad
-    ]
+    trained = [p for h in holders(model) for p in h.adapters.parameters() if p.requires_grad]
     leave_inference_mode(model)
-    active = next((layer.active_adapter for _, layer in adapted_layers(model)), adapter_name)
-    own = {key: value for key, value in lora.items() if key != "lora_mode"}
+    active = next((h.active_adapter for h in holders(model) if h.adapters), adapter_name)
+    common = {key: value for key, value in lora.items() if key != "lora_mode"}
+    own = names if isinstance(names, Mapping) else {name: {} for name in names}
     # Before anything is frozen: if one cannot be made, the model stays as it was.
     made: list[QLoRALinear | LoRAAdapter] = [
-        adapted[name].make_adapter(**own)
+        adapted[name].make_adapter(**{**common, **own[name]})
         if name in adapted
-        else QLoRALinear.from_linear(layers[name][0], adapter_name=adapter_name, **lora)
+        else QLoRALinear.from_linear(
+            layers[name][0], adapter_name=adapter_name, **{**lora, **own[name]}
+        )
         for name in names
     ]
+    copied = copies()
     model.requires_grad_(False)
     for parameter in trained:  # adapters that were there before stay trainable
         parameter.requires_grad_(True)
     for name, new in zip(names, made, strict=True):
         if isinstance(new, QLoRALinear):
-            new.active_adapter = active
             new.adapters.requires_grad_(adapter_name == active)
             replace_module(model, layers[name][1], new)
         else:
             adapted[name].add_adapter(adapter_name, new.requires_grad_(adapter_name == active))
-            adapted[name].active_adapter = active
+    saved_modules.attach_copies(model, copied, adapter_name, active)
+    for holder in holders(model):
+        holder.active_adapter = active
+
+
+def holders(model: nn.Module) -> list[NamedAdapters]:
+    """What holds adapters: layers, and modules that are trained as a whole."""
+    return [module for module in model.modules() if isinstance(module, NamedAdapters)]
 
 
 def check_unmerged(model: nn.Module) -> None:
