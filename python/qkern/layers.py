@@ -23,7 +23,8 @@ from qkern.dora import RowNorms
 from qkern.errors import AdapterMismatchError, FormatError, ShapeError
 from qkern.flat_weight import FlatWeight
 from qkern.formats import QuantFormat, resolve_format
-from qkern.lora_adapter import DEFAULT, LoRAAdapter
+from qkern.lora_adapter import DEFAULT, PLAIN_INITS, LoRAAdapter
+from qkern.lora_init import Start, start_from_weight
 from qkern.tensor import QuantizedTensor, linear
 
 _Layer = TypeVar("_Layer", bound=nn.Linear)
@@ -170,7 +171,12 @@ class QLoRALinear(AdapterHolder, QuantizedLinear):
             (https://arxiv.org/abs/2312.03732).
         use_dora: train the lengths of the sum's rows too, see ``qkern.dora``.
         init_lora_weights: True: A as ``nn.Linear`` is, B zero, so that training starts at the
-            base; "gaussian": A normal of deviation 1/r; False: B random too.
+            base; "gaussian": A normal of deviation 1/r; False: B random too; "loftq", "pissa",
+            "pissa_niter_N" or "olora": from the weight, see ``qkern.lora_init``.
+        dense: (out_features, in_features), what the weight was quantized from, for those: LoftQ
+            needs it. The others take ``weight`` itself if it is None.
+        loftq_iterations: of LoftQ; the best one counts. From 2 on they change the base.
+        method: "absmax" or "search", for a base that the initialization changes.
         dtype: of the adapter; fp32 unless given.
         lora_mode: "separate", or "merged" for GPUs, see ``qkern.linear``. Like ``compute`` it is an
             attribute that may be set at any time, and no part of a file.
@@ -247,19 +253,30 @@ class QLoRALinear(AdapterHolder, QuantizedLinear):
         operands.check_layer(layer)
         if not isinstance(layer, QuantizedLinear):
             fmt = resolve_format(quant_type, blocksize=blocksize, double_quant=double_quant)
+            lora = {"dense": layer.weight, **lora}
             layer = QuantizedLinear.from_linear(
                 layer, quant_type=fmt, method=method, importance=importance, nonfinite=nonfinite
             )
-        made = _take_over(cls(layer.quantized_weight, layer.bias, **lora), layer)
+        made = _take_over(cls(layer.quantized_weight, layer.bias, method=method, **lora), layer)
         made.compute = made.compute if compute is None else compute
         return made
 
-    def make_adapter(self, **lora: Any) -> LoRAAdapter:
-        """An adapter that fits the layer, with the arguments of ``LoRAAdapter``.
+    def make_adapter(
+        self,
+        *,
+        init_lora_weights: bool | str = True,
+        dense: Tensor | None = None,
+        loftq_iterations: int = 1,
+        method: str = "absmax",
+        **lora: Any,
+    ) -> LoRAAdapter:
+        """An adapter that fits the layer, see there for the arguments.
 
         Raises:
             ShapeError: for a rank below 1, or a dropout outside of [0, 1).
-            FormatError: for an unknown setting, or dropout with ``lora_mode="merged"``.
+            FormatError: for an unknown setting, or what ``lora_mode="merged"`` has not.
+            AdapterMismatchError: for another layer's dense weight, or if the base would change
+                under other adapters.
         """
         lora_dropout = lora.get("lora_dropout", 0.0)
         if self.lora_mode == "merged" and lora_dropout > 0.0:
@@ -269,11 +286,41 @@ class QLoRALinear(AdapterHolder, QuantizedLinear):
             msg = "lora_mode='merged' has no DoRA: it scales what the weight and the adapter make"
             raise FormatError(msg)
         weight = self.quantized_weight
-        adapter = LoRAAdapter(self.out_features, self.in_features, device=weight.device, **lora)
+        sizes = (self.out_features, self.in_features)
+        is_plain = init_lora_weights in PLAIN_INITS
+        lora["init_lora_weights"] = init_lora_weights if is_plain else True
+        adapter = LoRAAdapter(*sizes, device=weight.device, **lora)
+        if isinstance(init_lora_weights, str) and not is_plain:
+            start = start_from_weight(
+                init_lora_weights,
+                weight,
+                dense,
+                r=adapter.r,
+                scaling=adapter.scaling,
+                iterations=loftq_iterations,
+                method=method,
+            )
+            if start is not None:
+                self._start(adapter, start, init_lora_weights)
+                weight = self.quantized_weight
         if adapter.lora_magnitude is not None and not weight.is_meta:
             with torch.no_grad():
                 adapter.lora_magnitude.copy_(self.row_norms.of(weight, adapter))
         return adapter
+
+    def _start(self, adapter: LoRAAdapter, start: Start, init_lora_weights: str) -> None:
+        if start.weight is not None and self.adapters:
+            msg = (
+                f"{self._name()} has adapters {sorted(self.adapters)}, whose base "
+                f"init_lora_weights={init_lora_weights!r} would change: delete them first"
+            )
+            raise AdapterMismatchError(msg)
+        with torch.no_grad():
+            adapter.lora_A.copy_(start.A)
+            adapter.lora_B.copy_(start.B)
+        if start.weight is not None:
+            adapter.changed_base = init_lora_weights
+            self.weight = nn.Parameter(start.weight, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""

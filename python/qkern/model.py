@@ -16,6 +16,7 @@ from qkern.adapter_config import by_pattern
 from qkern.adapter_holder import NamedAdapters
 from qkern.codec import COMPUTE, check_choice
 from qkern.coverage import CoverageReport, CoverageRow
+from qkern.dense_weights import DenseSource, dense_weight
 from qkern.errors import AdapterMismatchError, FormatError, QkernError
 from qkern.formats import QuantFormat, resolve_format
 from qkern.layers import QLoRALinear, QuantizedLinear
@@ -115,6 +116,9 @@ def add_lora(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     modules_to_save: str | Sequence[str] = (),
+    dense: DenseSource | None = None,
+    loftq_iterations: int = 1,
+    method: str = "absmax",
 ) -> list[str]:
     """Give quantized layers a trainable adapter, in place, and freeze everything else.
 
@@ -132,7 +136,8 @@ def add_lora(
         use_rslora: multiply by ``lora_alpha / sqrt(r)`` instead.
         use_dora: train the lengths of the rows of the sum too, see ``qkern.dora``.
         init_lora_weights: True or "gaussian" to start at the base model, False for a random
-            adapter.
+            adapter. "loftq" to make up for what quantizing lost; "pissa", "pissa_niter_N" or
+            "olora" to take the largest part of each weight out of the base and train that.
         dtype: of the adapters.
         lora_mode: "separate", or "merged" for GPUs, see ``qkern.linear``; layers that have an
             adapter keep theirs.
@@ -143,14 +148,21 @@ def add_lora(
         modules_to_save: ends of paths of dense modules that are trained as a whole, as in PEFT:
             embeddings, norms ("norm" is the end of "input_layernorm" too), heads. What shares a
             weight with one is trained with it. They keep their dtype.
+        dense: the weights of before quantization, for "loftq", "pissa" and "olora": the dense
+            model, its state dict, or a safetensors file or directory, read layer by layer. LoftQ
+            needs it, the others take the quantized weights without it.
+        loftq_iterations: 0 for a plain start, 1 for factors over the base as it is; more change
+            the base too. The best one of each layer counts.
+        method: "absmax" or "search", see ``qkern.quantize``, for a base that an initialization
+            changes.
 
     Returns:
         The paths of the layers that got one.
 
     Raises:
         AdapterMismatchError: if a target, a pattern or one of ``modules_to_save`` matches nothing,
-            a module to save is quantized, a layer has an adapter of that name already, or an
-            adapter is merged.
+            a module to save is quantized, a layer has an adapter of that name already, an adapter
+            is merged, or ``dense`` is of another model.
         FormatError: for another ``lora_mode``, "merged" with dropout or DoRA, or a name with a
             dot.
         ShapeError: for a rank below 1, or a dropout outside of [0, 1).
@@ -178,6 +190,9 @@ def add_lora(
         dtype=dtype,
         lora_mode=lora_mode,
         adapter_name=adapter_name,
+        dense=dense,
+        loftq_iterations=loftq_iterations,
+        method=method,
     )
     return names
 
@@ -199,6 +214,7 @@ def attach_adapters(
     *,
     adapter_name: str = DEFAULT,
     copies: Callable[[], dict[str, nn.Module]] = dict,
+    dense: DenseSource | None = None,
     **lora: Any,
 ) -> None:
     """Give exactly these quantized layers an adapter each, and freeze everything else.
@@ -207,6 +223,7 @@ def attach_adapters(
         model: after ``quantize_model``.
         names: paths as ``named_modules`` has them; with settings of each layer's own, if given.
         adapter_name: of the adapter; it becomes the active one if the model has none.
+        dense: what the layers were quantized from.
         copies: makes the modules that are trained as a whole, by their paths.
         **lora: other arguments of ``QLoRALinear``.
 
@@ -226,17 +243,24 @@ def attach_adapters(
     trained = [p for h in holders(model) for p in h.adapters.parameters() if p.requires_grad]
     leave_inference_mode(model)
     active = next((h.active_adapter for h in holders(model) if h.adapters), adapter_name)
-    common = {key: value for key, value in lora.items() if key != "lora_mode"}
     own = names if isinstance(names, Mapping) else {name: {} for name in names}
+
+    def make(name: str) -> QLoRALinear | LoRAAdapter:
+        settings = {**lora, **own[name]}
+        try:
+            if dense is not None:
+                settings["dense"] = dense_weight(dense, name)
+            if name not in adapted:
+                layer = layers[name][0]
+                return QLoRALinear.from_linear(layer, adapter_name=adapter_name, **settings)
+            settings.pop("lora_mode", None)
+            return adapted[name].make_adapter(**settings)
+        except QkernError as error:
+            msg = f"{name}: {error}"
+            raise type(error)(msg) from error
+
     # Before anything is frozen: if one cannot be made, the model stays as it was.
-    made: list[QLoRALinear | LoRAAdapter] = [
-        adapted[name].make_adapter(**{**common, **own[name]})
-        if name in adapted
-        else QLoRALinear.from_linear(
-            layers[name][0], adapter_name=adapter_name, **{**lora, **own[name]}
-        )
-        for name in names
-    ]
+    made = [make(name) for name in names]
     copied = copies()
     model.requires_grad_(False)
     for parameter in trained:  # adapters that were there before stay trainable
