@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from qkern import shards
+from qkern.adapted import adapted_layers, attach_adapters, check_unmerged
 from qkern.adapter_config import (
     BASE_KEY,
     CHANGED_KEY,
@@ -45,7 +46,6 @@ from qkern.fingerprint import base_fingerprint
 from qkern.formats import QuantFormat
 from qkern.layers import QLoRALinear, QuantizedLinear
 from qkern.lora_adapter import DEFAULT, LoRAAdapter, check_name
-from qkern.model import adapted_layers, attach_adapters, check_unmerged
 from qkern.saved_modules import (
     check_modules,
     find_modules,

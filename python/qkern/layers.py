@@ -188,12 +188,11 @@ class QLoRALinear(AdapterHolder, QuantizedLinear):
         active_adapter: name of the active one; None, or a name that the layer does not hold, for
             the base alone.
         merged: whether the active adapter is in the weight.
-        merged_lengths: of a merged DoRA adapter, see ``undelta``.
         rows: set by ``qkern.adapter_rows``: the adapter of each row of a batch.
     """
 
     lora_mode: str = "separate"
-    merged_lengths: Tensor | None = None
+    _merged_lengths: Tensor | None = None
 
     def __init__(
         self,
@@ -394,25 +393,20 @@ class QLoRALinear(AdapterHolder, QuantizedLinear):
             raise AdapterMismatchError(msg)
 
     def delta(self) -> Tensor:
-        """What the active adapter adds to the weight, fp32 (out_features, in_features)."""
+        """What the active adapter adds to the weight, fp32 (out_features, in_features).
+
+        Of a merged one: what it has added, but for the rounding of the sum.
+        """
         adapter = self._active()
         if not adapter.use_dora:
             return adapter.product()
         with torch.no_grad():
-            lengths, dense = self.lengths(adapter), self.quantized_weight.dequantize(torch.float32)
-            return lengths[:, None] * (dense + adapter.product()) - dense
-
-    def undelta(self, lengths: Tensor | None) -> Tensor:
-        """What ``delta`` was, of the weight that holds it now.
-
-        Args:
-            lengths: with DoRA, the ``m / |V|`` of before.
-        """
-        product = self._active().product()
-        if lengths is None:
-            return product
-        merged = self.quantized_weight.dequantize(torch.float32)
-        return merged - (merged / lengths.to(merged.device)[:, None] - product)
+            dense, product = self.quantized_weight.dequantize(torch.float32), adapter.product()
+            if self.merged and self._merged_lengths is not None:
+                lengths = self._merged_lengths.to(dense.device)[:, None]
+                return dense - (dense / lengths - product)
+            self._merged_lengths = self.lengths(adapter)
+            return self._merged_lengths[:, None] * (dense + product) - dense
 
     def extra_repr(self) -> str:
         """Sizes, format and the active adapter, for ``print(model)``."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from qkern import shards
+from qkern.adapted import adapted_layers
 from qkern.errors import AdapterMismatchError, QkernError
 from qkern.layers import QLoRALinear, QuantizedLinear
-from qkern.model import adapted_layers
 from qkern.ops import has_data
 from qkern.tensor_dispatch import take_back
 
@@ -29,10 +29,6 @@ def merge_adapter(model: nn.Module) -> None:
     """
     done: list[QLoRALinear] = []
     for name, layer in _in_state(model, merged=False).items():
-        adapter = layer.adapter
-        lengths = None
-        if adapter is not None and adapter.use_dora:
-            lengths = layer.lengths(adapter).detach()
         try:
             layer.weight.data.add_(layer.delta().to(layer.weight.dtype))
             layer.quantized_weight.undo.label = _MERGED
@@ -41,7 +37,7 @@ def merge_adapter(model: nn.Module) -> None:
                 _take_out(merged)
             msg = f"{name}: {error}; nothing was merged"
             raise type(error)(msg) from error
-        layer.merged, layer.merged_lengths = True, lengths
+        layer.merged = True
         done.append(layer)
 
 
@@ -60,9 +56,8 @@ def unmerge_adapter(model: nn.Module) -> None:
 
 def _take_out(layer: QLoRALinear) -> None:
     if not take_back(layer.quantized_weight, _MERGED):
-        delta = layer.undelta(layer.merged_lengths)
-        layer.weight.data.sub_(delta.to(layer.weight.dtype))
-    layer.merged, layer.merged_lengths = False, None
+        layer.weight.data.sub_(layer.delta().to(layer.weight.dtype))
+    layer.merged = False
 
 
 def _in_state(model: nn.Module, *, merged: bool) -> dict[str, QLoRALinear]:

@@ -7,10 +7,10 @@ from collections.abc import Collection, Iterator, Sequence
 
 from torch import nn
 
+from qkern.adapted import check_unmerged, holders
 from qkern.adapter_config import nearest
 from qkern.adapter_holder import NamedAdapters
 from qkern.errors import AdapterMismatchError, ShapeError
-from qkern.model import check_unmerged, holders
 
 
 def set_adapter(model: nn.Module, name: str, *, trainable: bool | Collection[str] = True) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qkern.adapted import adapted_layers, check_unmerged
 from qkern.adapter_config import CONFIG_NAME as ADAPTER_CONFIG
 from qkern.adapter_config import WEIGHTS_NAME as ADAPTER_WEIGHTS
 from qkern.adapter_holder import NamedAdapters
@@ -18,7 +19,6 @@ from qkern.checkpoint.source import INDEX_NAME, TIED_KEY, WEIGHTS_NAME
 from qkern.errors import AdapterMismatchError, FormatError
 from qkern.files import replacing, write_json
 from qkern.layers import QuantizedLinear
-from qkern.model import adapted_layers, check_unmerged
 from qkern.saved_modules import base_name
 
 
