@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -364,6 +365,20 @@ def test_embeddings_that_are_the_head_train_with_it(tmp_path: Path) -> None:
     assert torch.equal(logits(own), expected)
     stock = PeftModel.from_pretrained(dense_of(quantized(tie_word_embeddings=True)), tmp_path)
     torch.testing.assert_close(logits(stock), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_second_adapter_trains_tied_modules_too_and_copies_are_whole() -> None:
+    model = quantized(tie_word_embeddings=True)
+    for name in "ab":
+        qkern.add_lora(model, r=2, modules_to_save=["embed_tokens"], adapter_name=name)
+    qkern.set_adapter(model, "b")
+    assert set(model.lm_head.adapters) == set(model.model.embed_tokens.adapters) == {"a", "b"}
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    train(model)
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits(twin), logits(model))
+    assert twin.lm_head.weight is twin.model.embed_tokens.weight
+    assert twin.lm_head.weight is not model.lm_head.weight
 
 
 def test_embeddings_that_peft_trained_apart_from_the_head_stay_apart(tmp_path: Path) -> None:

@@ -258,10 +258,14 @@ def test_an_adapter_that_changed_its_base_is_loaded_over_that_base_alone(
     qkern.save_adapter(mine, tmp_path / "adapter")
     with pytest.raises(qkern.AdapterMismatchError, match=f"initialized by {name}, which took"):
         qkern.load_adapter(model(), tmp_path / "adapter")
+    tiny_llama().save_pretrained(tmp_path / "dense")
+    with pytest.raises(qkern.AdapterMismatchError, match=f"initialized by {name}, which took"):
+        qkern.merge_checkpoint(tmp_path / "dense", tmp_path / "adapter", tmp_path / "merged")
     again = model(init_lora_weights=name)  # made by the same call
     qkern.load_adapter(again, tmp_path / "adapter")
     assert torch.equal(again(token_ids()).logits, expected)
     qkern.save(mine, tmp_path / "model")  # or kept
     assert torch.equal(qkern.load(tmp_path / "model")(token_ids()).logits, expected)
+    qkern.merge_checkpoint(tmp_path / "model", tmp_path / "adapter", tmp_path / "merged")
     loaded = qkern.load(tmp_path / "model")
     assert {layer.adapter.changed_base for layer in layers_of(loaded).values()} == {name}

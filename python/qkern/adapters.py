@@ -243,22 +243,24 @@ def read_quantization(path: str | PathLike[str]) -> QuantFormat | None:
 
 def _check_base(layers: Mapping[str, QuantizedLinear], directory: Path) -> None:
     """Refuse an adapter that says it was trained over other bytes than these layers have."""
-    trained_on = _read_metadata(directory / WEIGHTS_NAME).get(BASE_KEY)
-    here = base_fingerprint(layers)
-    if trained_on in (None, here) or here is None:
+    metadata, here = _read_metadata(directory / WEIGHTS_NAME), base_fingerprint(layers)
+    trained_on, changed = metadata.get(BASE_KEY), metadata.get(CHANGED_KEY)
+    unknown = trained_on is None or here is None
+    if trained_on == here or (unknown and not changed):
         return
-    changed = _read_metadata(directory / WEIGHTS_NAME).get(CHANGED_KEY)
     fmt = next(iter(layers.values())).quantized_weight.format
     msg = (
         f"{directory}: the adapter was trained over other quantized weights than the model has: "
-        f"fingerprint {trained_on[:12]}, {read_quantization(directory)}; here {here[:12]}, {fmt}. "
+        f"fingerprint {str(trained_on)[:12]}, {read_quantization(directory)}; here "
+        f"{str(here)[:12]}, {fmt}. "
         "Load it over its own base, quantized as it was, or pass force=True"
     )
     if changed:
         msg = (
             f"{directory}: the adapter was initialized by {changed}, which took a part out of the "
-            f"base: fingerprint {trained_on[:12]}, here {here[:12]}. It is right over that base "
-            "alone: save both by qkern.save, or make the base again by the same add_lora"
+            f"base: fingerprint {str(trained_on)[:12]}, here {str(here)[:12]}. It is right over "
+            "that base alone: save both by qkern.save, or make the base again by the same "
+            "add_lora; force=True loads it all the same"
         )
     raise AdapterMismatchError(msg)
 

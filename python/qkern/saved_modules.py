@@ -99,11 +99,11 @@ def with_tied(model: nn.Module, names: Sequence[str]) -> list[str]:
     shared = {id(p) for module in chosen for p in _original(module).parameters()}
     inside = {id(part) for module in chosen for part in module.modules()}
     tied = [
-        paths[0]
+        paths[0].partition(".original_module")[0]  # of another adapter's module, too
         for module, paths in module_paths(model)
         if id(module) not in inside and any(id(p) in shared for p in module._parameters.values())
     ]
-    return [*names, *tied]
+    return [*names, *dict.fromkeys(tied)]
 
 
 def check_modules(model: nn.Module, targets: Sequence[str]) -> list[str]:
