@@ -18,7 +18,6 @@ from transformers.core_model_loading import (
     ConversionOps,
     WeightConverter,
     WeightRenaming,
-    apply_renamings,
     rename_source_key,
 )
 
@@ -117,7 +116,8 @@ def place_layers(model: PreTrainedModel, source: Source) -> dict[str, bool]:
     names = {}
     for stored in source.tensors.values():
         key, _ = rename_source_key(stored.name, renamings, [], model.base_model_prefix, state)
-        names[apply_renamings(stored.name, renamings)] = stored.format is not None
+        renamed, _ = rename_source_key(stored.name, renamings, [])
+        names[renamed] = stored.format is not None
         if stored.format is None:
             _check_dense(source, stored.name, key, state)
             continue
@@ -171,8 +171,9 @@ def converter(quantizer: QkernQuantizer, names: Mapping[str, bool]) -> WeightCon
         stems[quantized].append(name.removesuffix(".weight"))
     # Its patterns: "(a|b).weight" is what all sources become, "\\1" the group in each of them.
     group = "|".join(_alternatives(stems[True], stems[False]))
-    suffixes = [r"\.weight", *(rf"\.weight\.{re.escape(name)}" for name in _COMPANIONS)]
-    suffixes += [rf"\.{name}" for name in (entry_keys.SCALES, entry_keys.LAYOUT)]
+    # Of two that match, transformers takes the longer one, or in older versions the first.
+    suffixes = [rf"\.weight\.{re.escape(name)}" for name in _COMPANIONS]
+    suffixes += [rf"\.{name}" for name in (entry_keys.LAYOUT, entry_keys.SCALES, entry_keys.WEIGHT)]
     # Else a layer "vision.a" would be taken for "a".
     sources = [rf"^\1{suffix}" for suffix in suffixes]
     return WeightConverter(sources, f"({group}).weight", [Unflatten(quantizer)])

@@ -100,7 +100,9 @@ class QkernQuantizer(HfQuantizer):
 
     # -- what it asks while it reads ----------------------------------------------------------
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], model: Any = None
+    ) -> list[Any]:
         """The model's own conversions, and that of a quantized file's entries."""
         mine = [hf_loading.converter(self, self._names)] if self._names else []
         return [*mine, *weight_conversions]

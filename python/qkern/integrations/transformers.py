@@ -8,33 +8,33 @@ model = AutoModelForCausalLM.from_pretrained(path, quantization_config=QkernConf
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Final
 
 from qkern.errors import MissingDependencyError
 
-# The first whose loader asks quantizers as it is done here.
-_NEEDED: Final = "5.0"
+# The first whose loader asks quantizers for all that is asked of them here.
+_NEEDED: Final = "5.10"
+
+_ADVICE: Final = (
+    f'transformers {_NEEDED} or newer is needed: pip install "transformers>={_NEEDED}"; without it '
+    "qkern.load(path, quant_type=...) and qkern.quantize_model do the same to a model"
+)
 
 try:
     import transformers
-except ModuleNotFoundError as error:
-    _msg = f'this needs transformers {_NEEDED} or newer: pip install "transformers>={_NEEDED}"'
+    from transformers.quantizers.auto import (
+        AUTO_QUANTIZATION_CONFIG_MAPPING,
+        register_quantization_config,
+        register_quantizer,
+    )
+    from transformers.quantizers.base import HfQuantizer
+except ImportError as error:
+    _msg = f"{_ADVICE}; found: {error}"
     raise MissingDependencyError(_msg) from error
 
-if importlib.util.find_spec("transformers.core_model_loading") is None:
-    _msg = (
-        f"transformers {transformers.__version__} is installed, whose loader cannot be extended as "
-        f'qkern needs: pip install "transformers>={_NEEDED}"; with the installed one, '
-        "qkern.load(path, quant_type=...) and qkern.quantize_model work"
-    )
+if not hasattr(HfQuantizer, "update_weight_conversions"):
+    _msg = f"{_ADVICE}; found: {transformers.__version__}"
     raise MissingDependencyError(_msg)
-
-from transformers.quantizers.auto import (  # noqa: E402 - after the check
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
 
 from qkern.integrations.hf_config import METHOD, QkernConfig, model_config  # noqa: E402
 from qkern.integrations.hf_quantizer import QkernQuantizer  # noqa: E402
