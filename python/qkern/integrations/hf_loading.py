@@ -13,19 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from torch import Tensor, nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    ConversionOps,
-    WeightConverter,
-    WeightRenaming,
-    rename_source_key,
-)
+from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from qkern import entry_keys, flat_keys
 from qkern.checkpoint.source import Source
 from qkern.errors import CorruptFileError
 from qkern.flat_weight import FlatWeight
 from qkern.formats import KINDS, QuantFormat
+from qkern.integrations.hf_names import Renaming
 from qkern.layers import QuantizedLinear
 from qkern.module_tree import module_at, module_paths, replace_module
 from qkern.tensor import QuantizedTensor
@@ -110,16 +105,12 @@ def place_layers(model: PreTrainedModel, source: Source) -> dict[str, bool]:
         CorruptFileError: if the file does not fit the model.
     """
     paths = {name: names for _, names in module_paths(model) for name in names}
-    conversions = get_model_conversion_mapping(model)
-    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-    state = model.state_dict()
-    names = {}
+    renaming, names = Renaming(model), {}
     for stored in source.tensors.values():
-        key, _ = rename_source_key(stored.name, renamings, [], model.base_model_prefix, state)
-        renamed, _ = rename_source_key(stored.name, renamings, [])
-        names[renamed] = stored.format is not None
+        key = renaming.parameter(stored.name)
+        names[renaming.renamed(stored.name)] = stored.format is not None
         if stored.format is None:
-            _check_dense(source, stored.name, key, state)
+            _check_dense(source, stored.name, key, renaming.state)
             continue
         name, _, parameter = key.rpartition(".")
         layer = module_at(model, name) if name in paths else None

@@ -86,14 +86,15 @@ class QkernQuantizer(HfQuantizer):
         return isinstance(getattr(model.get_submodule(module), name, None), QuantizedTensor)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        files = kwargs.get("checkpoint_files")
         if self.pre_quantized:
-            source = hf_loading.open_source(kwargs.get("checkpoint_files"))
+            source = hf_loading.open_source(files)
             self._names = hf_loading.place_layers(model, source)
             self.quantization_config.describe(hf_loading.main_format(source), (), "float32")
         else:
             config = self.quantization_config
             names = config.modules_to_not_convert
-            self.coverage = quantize_empty(model, config.format, names)
+            self.coverage = quantize_empty(model, config.format, names, files)
             if config.min_coverage is not None:
                 self.coverage.check(config.min_coverage)
         hf_loading.begin_filling(model)

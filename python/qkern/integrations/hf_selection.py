@@ -13,6 +13,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from qkern.coverage import CoverageReport
 from qkern.errors import FormatError
 from qkern.formats import QuantFormat
+from qkern.integrations.hf_names import stored_names
 from qkern.model import quantize_model
 from qkern.name_patterns import matches
 
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
 
 
 def quantize_empty(
-    model: PreTrainedModel, fmt: QuantFormat, patterns: Sequence[str]
+    model: PreTrainedModel,
+    fmt: QuantFormat,
+    patterns: Sequence[str],
+    files: Sequence[str] | None = None,
 ) -> CoverageReport:
     """Replace the layers of a model on meta as ``qkern.quantize_model`` does.
 
@@ -29,6 +33,7 @@ def quantize_empty(
         model: on meta.
         fmt: of the quantized layers.
         patterns: of the user, see ``QkernConfig``.
+        files: of the checkpoint; None where weights come from elsewhere.
 
     Returns:
         What will be quantized, and why the rest will not.
@@ -36,7 +41,8 @@ def quantize_empty(
     Raises:
         FormatError: if a pattern matches no module.
     """
-    reasons = _tied(model) | _kept_in_float32(model) | _chosen(model, patterns)
+    reasons = _new(model, files) | _tied(model) | _kept_in_float32(model)
+    reasons |= _chosen(model, patterns)
     exclude = {_exactly(name): reason for name, reason in reasons.items()}
     report = quantize_model(model, fmt, exclude=list(exclude))
     rows = (
@@ -50,6 +56,15 @@ def quantize_empty(
 
 def _linear(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def _new(model: PreTrainedModel, files: Sequence[str] | None) -> dict[str, str]:
+    """Layers whose weights the checkpoint lacks: transformers initializes them, to be trained."""
+    if not files or not all(file.endswith(".safetensors") for file in files):
+        return {}
+    found = stored_names(model, files)
+    reason = "the checkpoint has no such weight: it is new, to be trained"
+    return {name: reason for name in _linear(model) if f"{name}.weight" not in found}
 
 
 def _tied(model: PreTrainedModel) -> dict[str, str]:
@@ -68,7 +83,7 @@ def _tied(model: PreTrainedModel) -> dict[str, str]:
 def _kept_in_float32(model: PreTrainedModel) -> dict[str, str]:
     """Layers that the model's class computes in float32, whatever the others have."""
     patterns = list(getattr(model, "_keep_in_fp32_modules", None) or ())
-    reason = "the model's class keeps it in float32"
+    reason = "its class computes it in float32 where the rest is float16"
     return {name: reason for name in _linear(model) if not should_convert_module(name, patterns)}
 
 
