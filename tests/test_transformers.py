@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +12,10 @@ import torch
 import transformers
 from hf_models import load, logits, quantized_names, write_dense
 from torch import nn
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 import qkern
 import qkern.integrations.transformers as door
+from qkern import flat_keys
 from qkern.integrations.transformers import QkernConfig, model_config
 from qkern.layers import QuantizedLinear
 
@@ -137,6 +134,24 @@ def test_offloading_is_refused(tmp_path: Path, dense: Path, other: str) -> None:
         load(dense, quantization_config=QkernConfig(), **settings)
 
 
+def test_a_map_that_runs_over_to_disk_is_refused(tmp_path: Path, dense: Path) -> None:
+    settings = {"max_memory": {"cpu": "60KB"}, "offload_folder": tmp_path}
+    with pytest.raises(qkern.DeviceError, match=r"disk.*one kind of device"):
+        load(dense, quantization_config=QkernConfig(), device_map="auto", **settings)
+
+
+def test_maps_and_caches_count_the_bytes_of_4_bits(dense: Path) -> None:
+    with torch.device("meta"):
+        empty = hf_models.llama().bfloat16()
+    quantizer = door.QkernQuantizer(QkernConfig(), pre_quantized=False)
+    quantizer.preprocess_model(empty, checkpoint_files=None)
+    places = dict.fromkeys(empty.state_dict(), "cuda:0")
+    count = transformers.modeling_utils.get_total_byte_count(empty, places, quantizer)
+    loaded = load(dense, quantization_config=QkernConfig())
+    weights = {id(p): p.nbytes for p in loaded.parameters()}
+    assert count["cuda:0"] == sum(weights.values())
+
+
 def test_a_dict_does_for_the_config(dense: Path) -> None:
     model = load(dense, quantization_config={"quant_method": "qkern", "quant_type": "fp4"})
     assert model.model.layers[0].mlp.up_proj.quantized_weight.format.quant_type == "fp4"
@@ -227,6 +242,20 @@ def test_a_file_that_lost_an_entry_is_a_typed_error(tmp_path: Path, dense: Path)
         load(tmp_path)
 
 
+def test_an_error_while_entries_become_a_weight_keeps_its_type(
+    tmp_path: Path, dense: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(dense, quantization_config=QkernConfig()).save_pretrained(tmp_path)
+
+    def refuse(*args: object) -> None:
+        msg = "written to meanwhile"
+        raise qkern.CorruptFileError(msg)
+
+    monkeypatch.setattr(flat_keys, "unflatten", refuse)
+    with pytest.raises(qkern.CorruptFileError, match="written to meanwhile"):
+        load(tmp_path)
+
+
 def test_files_of_another_model_are_a_typed_error(tmp_path: Path, dense: Path) -> None:
     load(dense, quantization_config=QkernConfig()).save_pretrained(tmp_path)
     config = transformers.AutoConfig.from_pretrained(tmp_path)
@@ -235,89 +264,3 @@ def test_files_of_another_model_are_a_typed_error(tmp_path: Path, dense: Path) -
         qkern.CorruptFileError, match=r"down_proj.*\(64, 128\), the model needs \(64, 192\)"
     ):
         load(tmp_path, config=config)
-
-
-# -- configurations --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"quant_type": "nf5"}, "nf5"),
-        ({"blocksize": 48}, "48"),
-        ({"method": "best"}, "best"),
-        ({"save_as": "gguf"}, "save_as"),
-        ({"quant_type": "int8", "save_as": "bitsandbytes"}, "has no int8"),
-    ],
-)
-def test_settings_are_refused_before_anything_is_read(settings: dict[str, Any], words: str) -> None:
-    with pytest.raises(qkern.FormatError, match=words):
-        QkernConfig(**settings)
-
-
-def test_an_unknown_argument_is_no_silent_default() -> None:
-    with pytest.raises(TypeError, match="exclude"):
-        QkernConfig("nf4", exclude=["lm_head"])  # type: ignore[call-arg]
-
-
-@pytest.mark.parametrize(
-    ("given", "quant_type", "double_quant"),
-    [
-        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "nf4", False),
-        ({"load_in_4bit": True, "bnb_4bit_use_double_quant": True}, "fp4", True),
-        ({"load_in_8bit": True}, "int8_row", False),
-    ],
-)
-def test_a_bitsandbytes_config_becomes_one_of_the_same_format(
-    dense: Path, given: dict[str, Any], quant_type: str, double_quant: bool
-) -> None:
-    theirs = transformers.BitsAndBytesConfig(**given, llm_int8_skip_modules=["down_proj"])
-    config = QkernConfig.from_bitsandbytes(theirs)
-    assert config.format.quant_type == quant_type
-    assert config.format.double_quant == double_quant
-    assert QkernConfig.from_bitsandbytes(theirs.to_dict()).to_dict() == config.to_dict()
-    model = load(dense, quantization_config=config)
-    assert len(quantized_names(model)) == 12
-
-
-@pytest.mark.parametrize("given", [{}, {"load_in_8bit": True, "llm_int8_has_fp16_weight": True}])
-def test_a_bitsandbytes_config_that_quantizes_nothing_is_refused(given: dict[str, Any]) -> None:
-    with pytest.raises(qkern.FormatError, match="one of the first two is needed"):
-        QkernConfig.from_bitsandbytes(transformers.BitsAndBytesConfig(**given))
-
-
-def test_model_config_refuses_what_is_not_quantized(dense: Path) -> None:
-    with pytest.raises(qkern.FormatError, match="is not quantized"):
-        model_config(dense)
-
-
-def test_importing_qkern_registers_nothing_and_the_one_line_does() -> None:
-    modules = "qkern, qkern.model, qkern.checkpoint.load, qkern.integrations.pretrained"
-    code = f"import sys, {modules}; assert 'transformers' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
-    assert AUTO_QUANTIZER_MAPPING["qkern"] is door.QkernQuantizer
-    importlib.reload(door)
-    assert AUTO_QUANTIZER_MAPPING["qkern"] is door.QkernQuantizer
-
-
-@pytest.mark.parametrize("stub", ["raise ImportError('too old a tokenizer')", "x = 1"])
-def test_another_transformers_is_a_typed_error_that_names_the_version(
-    tmp_path: Path, stub: str
-) -> None:
-    for name in ("transformers", "transformers/quantizers"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "__init__.py").write_text("__version__ = '4.57.6'\n")
-    (tmp_path / "transformers/quantizers/auto.py").write_text(
-        f"{stub}\nAUTO_QUANTIZATION_CONFIG_MAPPING = {{}}\n"
-        "register_quantization_config = register_quantizer = None\n"
-    )
-    (tmp_path / "transformers/quantizers/base.py").write_text("class HfQuantizer: pass\n")
-    code = (
-        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import qkern\n"
-        "try: import qkern.integrations.transformers\n"
-        "except qkern.MissingDependencyError as error: print(error)\n"
-    )
-    run = [sys.executable, "-c", code]
-    out = subprocess.run(run, check=True, capture_output=True, text=True, timeout=120).stdout
-    assert "transformers 5.10 or newer is needed" in out
-    assert ("too old a tokenizer" if "raise" in stub else "found: 4.57.6") in out

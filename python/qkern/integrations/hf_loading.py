@@ -196,15 +196,23 @@ def _kind(name: str) -> str:
 # -- operations ------------------------------------------------------------------------------
 
 
-class Unflatten(ConversionOps):
-    """A file's entries of a quantized weight, as the weight.
+class _Operation(ConversionOps):
+    """What a weight goes through.
 
     Args:
-        hf_quantizer: whose errors are kept; its presence also says that no entry is to be cast.
+        hf_quantizer: whose errors are kept; transformers looks for it, and casts no entry then.
     """
 
     def __init__(self, hf_quantizer: QkernQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
+
+    def __deepcopy__(self, memo: Any) -> _Operation:
+        """Itself: copies are made for each entry, and all are to have the same quantizer."""
+        return self
+
+
+class Unflatten(_Operation):
+    """A file's entries of a quantized weight, as the weight."""
 
     def convert(
         self,
@@ -246,15 +254,8 @@ class _Unchanged(ConversionOps):
         return dict.fromkeys([kwargs["full_layer_name"]], *input_dict.values())
 
 
-class Quantize(ConversionOps):
-    """A dense weight, quantized on the device where it is; on a CPU by all threads.
-
-    Args:
-        hf_quantizer: that knows the method, and keeps errors.
-    """
-
-    def __init__(self, hf_quantizer: QkernQuantizer) -> None:
-        self.hf_quantizer = hf_quantizer
+class Quantize(_Operation):
+    """A dense weight, quantized on the device where it is; on a CPU by all threads."""
 
     def convert(
         self,
