@@ -53,6 +53,11 @@ def with_added_adapter(path: Path) -> Any:
     return model
 
 
+def with_preparation(path: Path) -> Any:
+    model = peft.prepare_model_for_kbit_training(load(path, quantization_config=QkernConfig()))
+    return peft.get_peft_model(model, peft.LoraConfig(**LORA, task_type="CAUSAL_LM"))
+
+
 MODELS = [with_own_adapters, with_peft, with_added_adapter]
 
 
@@ -88,7 +93,7 @@ def losses(run: transformers.Trainer) -> list[float]:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("build", MODELS)
+@pytest.mark.parametrize("build", [*MODELS, with_preparation])
 def test_it_trains_adapters_and_nothing_else(
     tmp_path: Path, dense: Path, build: Any, checkpointing: bool
 ) -> None:
@@ -113,7 +118,7 @@ def test_both_kinds_of_adapter_have_the_same_losses(tmp_path: Path, dense: Path)
     assert losses(runs[2]) == pytest.approx(losses(runs[1]), rel=2e-2)
 
 
-@pytest.mark.parametrize("build", MODELS[:2])
+@pytest.mark.parametrize("build", MODELS[:2])  # the third no Trainer resumes, dense or not
 def test_a_run_that_is_resumed_ends_where_an_uninterrupted_one_does(
     tmp_path: Path, dense: Path, build: Any
 ) -> None:
@@ -129,16 +134,20 @@ def test_a_run_that_is_resumed_ends_where_an_uninterrupted_one_does(
     assert losses(resumed) == losses(whole)
 
 
+@pytest.mark.parametrize("build", MODELS[1:])
 def test_a_checkpoint_with_pefts_adapter_holds_the_adapter_only(
-    tmp_path: Path, dense: Path
+    tmp_path: Path, dense: Path, build: Any
 ) -> None:
-    run = trainer(with_peft(dense), tmp_path, save_strategy="steps", save_steps=STEPS)
+    run = trainer(build(dense), tmp_path, save_strategy="steps", save_steps=STEPS)
     run.train()
-    entries = load_file(tmp_path / f"checkpoint-{STEPS}" / "adapter_model.safetensors")
+    path = tmp_path / f"checkpoint-{STEPS}"
+    assert [file.name for file in path.glob("*.safetensors")] == ["adapter_model.safetensors"]
+    entries = load_file(path / "adapter_model.safetensors")
     assert all(".lora_" in key for key in entries)
     base = load(dense, quantization_config=QkernConfig())
-    again = peft.PeftModel.from_pretrained(base, tmp_path / f"checkpoint-{STEPS}")
-    assert torch.equal(logits(again), logits(run.model))
+    again = peft.PeftModel.from_pretrained(base, path)
+    difference = (logits(again) - logits(run.model)).norm()
+    assert difference < 1e-2 * logits(run.model).norm()  # bfloat16
 
 
 def test_a_checkpoint_with_an_own_adapter_opens_as_no_other_model(
