@@ -14,6 +14,7 @@ from chat_model import save_chat_model
 import qkern
 from qkern.layers import QLoRALinear
 
+pytestmark = pytest.mark.usefixtures("without_gpu")
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 

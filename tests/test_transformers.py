@@ -19,6 +19,7 @@ from qkern import flat_keys
 from qkern.integrations.transformers import QkernConfig, model_config
 from qkern.layers import QuantizedLinear
 
+pytestmark = pytest.mark.usefixtures("without_gpu")
 FORMATS: list[tuple[str, dict[str, Any]]] = [
     ("nf4", {}),
     ("nf4", {"double_quant": False, "method": "search"}),
@@ -118,11 +119,23 @@ def test_a_weight_that_is_not_finite_is_a_typed_error_with_its_name(tmp_path: Pa
 
 
 @pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}])
-def test_device_maps_of_one_device(dense: Path, device_map: Any) -> None:
+def test_device_maps_of_one_device(tmp_path: Path, dense: Path, device_map: Any) -> None:
     model = load(dense, quantization_config=QkernConfig(), device_map=device_map)
     assert len(quantized_names(model)) == 14
     assert {p.device.type for p in model.parameters()} == {"cpu"}
     assert torch.equal(logits(model), logits(load(dense, quantization_config=QkernConfig())))
+    model.save_pretrained(tmp_path, max_shard_size="20KB")  # "offloaded" to the CPU: another way
+    again = load(tmp_path, device_map=device_map)
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_a_gpu_is_the_place_where_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    quantizer = door.QkernQuantizer(QkernConfig())
+    assert quantizer.update_device_map(None) is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert quantizer.update_device_map(None) == {"": 3}
+    assert quantizer.update_device_map("cpu") == "cpu"
 
 
 @pytest.mark.parametrize("other", ["disk", "cuda:0"])

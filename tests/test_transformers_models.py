@@ -19,6 +19,7 @@ import qkern
 from qkern.integrations.transformers import QkernConfig, model_config
 from qkern.layers import QuantizedLinear
 
+pytestmark = pytest.mark.usefixtures("without_gpu")
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 96, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 

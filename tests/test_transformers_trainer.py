@@ -17,6 +17,7 @@ import qkern
 from qkern.integrations.transformers import QkernConfig
 from qkern.layers import QuantizedLinear
 
+pytestmark = pytest.mark.usefixtures("without_gpu")
 STEPS = 4
 LORA = {"r": 4, "lora_alpha": 16, "target_modules": "all-linear"}
 
