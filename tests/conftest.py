@@ -82,6 +82,12 @@ def _seed() -> None:
 
 
 @pytest.fixture
+def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine that has none: else quantized models are loaded onto it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
 def shared_data() -> Path:
     """The folder of small real models and texts beside the checkout."""
     if not SHARED.is_dir():
