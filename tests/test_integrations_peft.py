@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -253,3 +254,14 @@ def test_checkpointing_trains_the_adapter() -> None:
     torch.utils.checkpoint.checkpoint(fused, x, use_reentrant=False).square().sum().backward()
     got = [p.grad for p in fused.parameters() if p.grad is not None]
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("arguments", [["--steps", "8"], ["--steps", "8", "--fused"]])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_example_trains_reloads_and_unmerges(arguments: list[str]) -> None:
+    path = Path(__file__).parents[1] / "examples" / "peft_train.py"
+    example = runpy.run_path(str(path))
+    result = example["main"](arguments)
+    assert result["last"] < result["first"] - 0.5
+    assert result["reload_error"] < 1e-5
+    assert result["changed"] == 0
