@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from toys import Stack, tiny_llama, token_ids
 
 import qkern
-from qkern import reference
+from qkern import reference, tensor_dispatch
 from qkern.layers import QLoRALinear, QuantizedLinear
 from qkern.tensor import QuantizedTensor
 
@@ -354,3 +354,57 @@ def test_autocast_casts_x_and_adapter_but_never_scales() -> None:
 def test_wrong_in_features_names_what_was_expected() -> None:
     with pytest.raises(qkern.ShapeError, match=r"128.*\(3, 64\)"):
         layer()(torch.randn(3, 64))
+
+
+@pytest.mark.case("E5")
+def test_several_additions_are_taken_back_in_their_order() -> None:
+    q = qkern.quantize(torch.randn(16, 64))
+    deltas = [torch.randn(16, 64) * 0.1 for _ in range(3)]
+    states = []
+    for delta in deltas:
+        states.append([p.clone() for p in q.parts if p is not None])
+        q.data += delta
+    for delta, state in zip(reversed(deltas), reversed(states), strict=True):
+        q.data -= delta
+        assert all(torch.equal(a, b) for a, b in zip(q.parts, state, strict=True))
+
+
+def test_a_sum_with_a_copy_is_dense_and_has_a_gradient() -> None:
+    q = qkern.quantize(torch.randn(8, 64))
+    delta = (torch.randn(8, 64) * 1e-3).requires_grad_()
+    for sign in (1, -1):
+        total = q.clone()
+        if sign > 0:
+            total += delta
+        else:
+            total -= delta
+        assert torch.equal(total.detach(), q.dequantize() + sign * delta.detach())
+        nn.functional.linear(torch.ones(1, 64), total).sum().backward()
+        assert torch.equal(delta.grad, torch.full((8, 64), float(sign)))
+        delta.grad = None
+    total = q.clone()
+    total.add_(delta)  # a method's result may be dropped: the copy itself changes
+    assert isinstance(total, qkern.QuantizedTensor)
+    nn.functional.linear(torch.ones(1, 64), total).sum().backward()
+    assert torch.equal(delta.grad, torch.ones(8, 64))
+
+
+def test_a_safe_merge_is_taken_back_to_the_byte() -> None:
+    q = qkern.quantize(torch.randn(8, 64))
+    before = [p.clone() for p in q.parts if p is not None]
+    delta = torch.randn(8, 64) * 0.1
+    merged = q.data.clone()
+    merged += delta
+    q.data = merged
+    assert not torch.equal(q.packed, before[0])
+    q.data -= delta
+    assert all(torch.equal(a, b) for a, b in zip(q.parts, before, strict=True))
+
+
+def test_a_merge_that_was_overwritten_is_not_taken_back() -> None:
+    q = qkern.quantize(torch.randn(8, 64))
+    q.data += torch.ones(8, 64)
+    q.undo.label = "adapter"
+    q.data = torch.zeros(8, 64)
+    assert not tensor_dispatch.take_back(q, "adapter")
+    assert not q.dequantize().any()

@@ -27,6 +27,7 @@ from qkern.errors import DTypeError, ShapeError
 from qkern.formats import QuantFormat
 from qkern.ops import host
 from qkern.reference import Parts
+from qkern.undo import Undo
 
 # Method wrappers are new objects at each access: compare them with ==, never with `is`.
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
@@ -58,7 +59,8 @@ class QuantizedTensor(torch.Tensor):
     format: QuantFormat
     whole_shape: torch.Size
     start: int
-    undo: tensor_dispatch.Undo
+    undo: Undo
+    is_copy: bool = False  # made by clone()
 
     @staticmethod
     def __new__(  # noqa: PYI034 - typing.Self needs Python 3.11
@@ -72,7 +74,7 @@ class QuantizedTensor(torch.Tensor):
         dtype: torch.dtype,
         whole_shape: Sequence[int] | None = None,
         start: int = 0,
-        undo: tensor_dispatch.Undo | None = None,
+        undo: Undo | None = None,
     ) -> QuantizedTensor:
         """The wrapper, without memory of its own."""
         return torch.Tensor._make_wrapper_subclass(
@@ -90,7 +92,7 @@ class QuantizedTensor(torch.Tensor):
         dtype: torch.dtype,
         whole_shape: Sequence[int] | None = None,
         start: int = 0,
-        undo: tensor_dispatch.Undo | None = None,
+        undo: Undo | None = None,
     ) -> None:
         self.packed = packed
         self.absmax = absmax
@@ -99,7 +101,7 @@ class QuantizedTensor(torch.Tensor):
         self.format = fmt
         self.whole_shape = torch.Size(shape if whole_shape is None else whole_shape)
         self.start = start
-        self.undo = tensor_dispatch.Undo() if undo is None else undo
+        self.undo = Undo() if undo is None else undo
 
     @classmethod
     def from_dense(
@@ -162,7 +164,7 @@ class QuantizedTensor(torch.Tensor):
         shape: Sequence[int] | None = None,
         dtype: torch.dtype | None = None,
         start: int | None = None,
-        undo: tensor_dispatch.Undo | None = None,
+        undo: Undo | None = None,
     ) -> QuantizedTensor:
         """This tensor with some of its fields changed; parts are shared unless given."""
         packed, absmax, nested_absmax, offset = self.parts if parts is None else parts
@@ -202,6 +204,21 @@ class QuantizedTensor(torch.Tensor):
             )
         flat = ops.decoded(self.parts, fmt, self.whole_shape, dtype).reshape(-1)
         return flat[self.start : self.start + self.numel()].reshape(self.shape)
+
+    def __iadd__(self, other: Any) -> Tensor:  # type: ignore[misc]
+        """``q += other``: of a ``clone()`` a dense sum, as SHiRA's forward needs; else quantized.
+
+        A copy is made to compute with. ``add_`` quantizes its result always.
+        """
+        if self.is_copy:
+            return tensor_dispatch.dense_sum(self, lambda total: total.add_(other))
+        return self.add_(other)
+
+    def __isub__(self, other: Any) -> Tensor:  # type: ignore[misc]
+        """``q -= other``, as ``+=``."""
+        if self.is_copy:
+            return tensor_dispatch.dense_sum(self, lambda total: total.sub_(other))
+        return self.sub_(other)
 
     def assign(self, values: Tensor) -> QuantizedTensor:
         """Quantize dense ``values`` into this tensor's own bytes.
@@ -357,7 +374,11 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     if isinstance(input, QuantizedTensor):
         input = input.dequantize()  # noqa: A001
     if isinstance(weight, QuantizedTensor):
-        return linear(input, weight, bias)
+        with torch._C.DisableTorchFunctionSubclass():
+            is_trained = weight.requires_grad
+        if not is_trained:
+            return linear(input, weight, bias)
+        weight = weight + 0  # something trained was added in place: its gradient goes on
     return torch.nn.functional.linear(input, weight, bias)
 
 

@@ -7,7 +7,6 @@ rows is a dense copy.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from torch.utils import _pytree as pytree
 from qkern import ops
 from qkern.errors import DTypeError, FormatError, FrozenWeightError, ShapeError
 from qkern.operands import FLOATS
+from qkern.undo import Kept
 
 if TYPE_CHECKING:
     from qkern.tensor import QuantizedTensor
@@ -26,29 +26,8 @@ aten = torch.ops.aten
 _RULES: dict[Any, Callable[..., Any]] = {}
 # Of rows that were made empty and filled from elsewhere, as FSDP2 makes its padded shards.
 UNKNOWN_START = -1
-
-
-@dataclasses.dataclass
-class Undo:
-    """Parts that the last in-place addition replaced, shared by all aliases of a tensor.
-
-    PEFT merges an adapter by ``weight.data += delta`` and takes it back by ``-=``. Quantizing
-    twice would change a good part of the bytes, so the inverse addition puts these back.
-
-    Args:
-        parts: what was there before; None after any other write.
-        label: what the adder calls its addition, to ask for ``take_back`` instead of subtracting.
-        writes: how often the tensor was written to: torch counts no writes into its parts.
-    """
-
-    parts: tuple[Tensor | None, ...] | None = None
-    label: str = ""
-    writes: int = 0
-
-    def map(self, fn: Callable[[Tensor], Tensor]) -> Undo:
-        """The same on other parts, for a copy of the tensor."""
-        parts = self.parts and tuple(None if part is None else fn(part) for part in self.parts)
-        return Undo(parts, self.label)
+# On a dense sum that took the place of a copy: what the copy was. See dense_sum.
+_SUM_OF = "_qkern_sum_of"
 
 
 def dispatch(cls: type[QuantizedTensor], func: Any, args: Any, kwargs: Any) -> Any:
@@ -78,6 +57,11 @@ def dispatch(cls: type[QuantizedTensor], func: Any, args: Any, kwargs: Any) -> A
 
 def assign(q: QuantizedTensor, values: Tensor) -> None:
     """Quantize dense ``values`` into the bytes of ``q``; nothing is written on an error."""
+    _write(q, values)
+    q.undo.clear()
+
+
+def _write(q: QuantizedTensor, values: Tensor) -> None:
     if values.shape != q.shape or not q.is_whole:
         msg = f"cannot assign {tuple(values.shape)} to a quantized tensor of {tuple(q.shape)}"
         raise ShapeError(msg)
@@ -90,7 +74,14 @@ def assign(q: QuantizedTensor, values: Tensor) -> None:
 def set_data(q: QuantizedTensor, value: Tensor) -> None:
     """``q.data = value``: take over quantized parts, quantize dense ones."""
     if type(value) is not type(q):
-        assign(q, value)
+        before: Kept | None = getattr(value, _SUM_OF, None)
+        if before is not None and not _same_bytes(q, before):
+            before = None
+        _write(q, value)
+        if before is None:
+            q.undo.clear()
+        else:
+            q.undo.push(before)
         return
     if value.shape != q.shape:
         msg = f"cannot set data of {tuple(value.shape)} on a quantized {tuple(q.shape)}"
@@ -133,8 +124,11 @@ def _in_place(func: Any, args: Any, kwargs: Any) -> QuantizedTensor:
             return q  # type: ignore[no-any-return]
     kept = tuple(None if p is None else p.clone() for p in q.parts)
     if not torch.equal(after, before):  # quantizing the same values again would change bytes
-        assign(q, after)
-    q.undo.parts, q.undo.label = (kept if inverse is not None else None), ""
+        _write(q, after)
+    if inverse is None:
+        q.undo.clear()
+    else:
+        q.undo.push(kept)
     return q  # type: ignore[no-any-return]
 
 
@@ -150,16 +144,16 @@ def _put_back(q: QuantizedTensor) -> None:
     for part, kept in zip(q.parts, q.undo.parts or (), strict=True):
         if part is not None and kept is not None:
             part.copy_(kept)
-    q.undo.parts, q.undo.label = None, ""
+    q.undo.pop()
     q.undo.writes += 1
 
 
 _INVERSE = {aten.add_.Tensor: aten.sub_.Tensor, aten.sub_.Tensor: aten.add_.Tensor}
 
 
-def _same_bytes(q: QuantizedTensor, parts: tuple[Tensor, ...]) -> bool:
+def _same_bytes(q: QuantizedTensor, parts: Kept) -> bool:
     return all(
-        old is None or torch.equal(old.reshape(-1), new.reshape(-1))
+        old is None or new is None or torch.equal(old.reshape(-1), new.reshape(-1))
         for old, new in zip(q.parts, parts, strict=True)
     )
 
@@ -183,7 +177,9 @@ def _(func: Any, q: QuantizedTensor) -> Any:
 
 @_rule(aten.clone.default)
 def _(func: Any, q: QuantizedTensor, *, memory_format: Any = None) -> Any:
-    return q.like(_map(q, torch.clone), undo=q.undo.map(lambda part: part))
+    copy = q.like(_map(q, torch.clone), undo=q.undo.map(lambda part: part))
+    copy.is_copy = True
+    return copy
 
 
 @_rule(aten._to_copy.default)
@@ -274,7 +270,6 @@ def _(
     # DDP spreads rank 0's parameters as dense values: bytes that already say so stay.
     if not torch.equal(q.dequantize(), dense):
         assign(q, dense)
-        q.undo.parts = None
     return q
 
 
@@ -302,9 +297,8 @@ def refuse_grad(
 
 
 def _share_memory(q: Any) -> Any:
-    for part in (*q.parts, *(q.undo.parts or ())):
-        if part is not None:
-            part.share_memory_()
+    for part in (*(part for part in q.parts if part is not None), *q.undo.tensors()):
+        part.share_memory_()
     return q
 
 
@@ -322,6 +316,14 @@ def _set_item(q: QuantizedTensor, index: Any, value: Any) -> None:
     dense = q.dequantize()
     dense[index] = value
     q.copy_(dense)
+
+
+def dense_sum(q: QuantizedTensor, add: Callable[[Tensor], Any]) -> Tensor:
+    """What ``+=`` makes of a clone: the dense sum, with its gradient, not rounded again."""
+    total = q.dequantize()
+    add(total)
+    setattr(total, _SUM_OF, q.parts)
+    return total
 
 
 # Methods that go to a tensor's memory without asking an operator.
