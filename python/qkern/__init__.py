@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from qkern.checkpoint.quantizing import quantize_checkpoint
     from qkern.checkpoint.save import save
     from qkern.formats import QuantFormat
+    from qkern.functional import grouped_linear
     from qkern.integrations.pretrained import load
     from qkern.layers import QLoRALinear, QuantizedLinear
     from qkern.merging import merge_adapter, unmerge_adapter
@@ -82,6 +83,7 @@ __all__ = [
     "convert_checkpoint",
     "dequantize",
     "fuse_projections",
+    "grouped_linear",
     "inspect_checkpoint",
     "linear",
     "load",
@@ -109,6 +111,7 @@ _HOMES = {
     "add_lora": "qkern.model",
     "convert_checkpoint": "qkern.checkpoint.converting",
     "fuse_projections": "qkern.projections",
+    "grouped_linear": "qkern.functional",
     "inspect_checkpoint": "qkern.checkpoint.inspection",
     "linear": "qkern.tensor",
     "load": "qkern.integrations.pretrained",
