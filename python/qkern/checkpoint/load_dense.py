@@ -118,10 +118,12 @@ def _put(
     """Put a tensor of the file where it belongs, quantized if that is a quantized layer's."""
     place = places[0]
     old = place.value
+    if key.endswith("weight") and getattr(place.module, "fan_in_fan_out", False):
+        value = value.mT
     if value.shape != old.shape:
         msg = f"{key}: the file holds {tuple(value.shape)}, {tuple(old.shape)} needed"
         raise CorruptFileError(msg)
-    new: Tensor = value
+    new = value
     if isinstance(old, QuantizedTensor):
         try:
             new = QuantizedTensor.from_dense(value, old.format.template, method=method)
