@@ -154,7 +154,7 @@ ARCHITECTURES = (
         "Mixtral",
         "MixtralForCausalLM",
         "MixtralConfig",
-        {**_DECODER, "intermediate_size": 96, "num_local_experts": 4},
+        {**_DECODER, "intermediate_size": 160, "num_local_experts": 4},
         {**_LLAMA, "model.layers.*.mlp.gate": "MixtralTopKRouter, not nn.Linear"},
         8,
     ),

@@ -127,8 +127,8 @@ def test_the_choice_of_an_implementation_does_not_matter(
 def test_experts_that_would_share_blocks_stay_dense_and_say_why() -> None:
     model = BY_NAME["Mixtral"].small()
     report = qkern.quantize_model(model, blocksize=4096)
-    # 192 x 64 values are three blocks, 64 x 96 are one and a half
-    reason = "blocks would straddle experts: 6144 values each, no multiple of the blocksize 4096"
+    # 320 x 64 values are five blocks, 64 x 160 are two and a half
+    reason = "blocks would straddle experts: 10240 values each, no multiple of the blocksize 4096"
     left = left_dense(report)
     assert left["model.layers.*.mlp.experts.down_proj"] == reason
     assert left["model.layers.*.mlp.experts.gate_up_proj"] == reason

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Iterable
 from os import PathLike
 from pathlib import Path
 
@@ -15,11 +16,17 @@ from qkern.adapters import load_adapter
 from qkern.checkpoint.placing import place
 from qkern.checkpoint.reader import open_maps
 from qkern.checkpoint.source import Source, dtype_of_config
+from qkern.checkpoint.stacking import Pieces, restack
 from qkern.errors import CorruptFileError
 from qkern.module_tree import module_paths
 
 
-def load_into(model: nn.Module, path: str | PathLike[str]) -> None:
+def load_into(
+    model: nn.Module,
+    path: str | PathLike[str],
+    *,
+    names: Callable[[nn.Module, Iterable[str]], Pieces] | None = None,
+) -> None:
     """Load a quantized checkpoint into a model, in place and strictly.
 
     Linear layers that the file holds quantized become ``QuantizedLinear``, modules of experts
@@ -32,6 +39,7 @@ def load_into(model: nn.Module, path: str | PathLike[str]) -> None:
     Args:
         model: dense, of the checkpoint's architecture; on meta to save memory.
         path: a directory that ``save`` or transformers with bitsandbytes wrote.
+        names: for files with names that are not the model's: where the dense tensors go.
 
     Raises:
         FileNotFoundError: if the directory holds no safetensors weights.
@@ -40,6 +48,9 @@ def load_into(model: nn.Module, path: str | PathLike[str]) -> None:
     directory = Path(path)
     source = Source(directory)
     tensors = _map_tensors(source)
+    pieces = {} if names is None else names(model, source.tensors)
+    if pieces:
+        tensors = restack(tensors, pieces)
     paths = {name: names for _, names in module_paths(model) for name in names}
     prefixes = flat_keys.prefixes(tensors)
     _check_scales(model, tensors, prefixes)
