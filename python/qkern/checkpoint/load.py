@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qkern import flat_keys
 from qkern.adapter_config import CONFIG_NAME as ADAPTER_NAME
 from qkern.adapters import load_adapter
-from qkern.checkpoint.placing import place
+from qkern.checkpoint.placing import place, place_tied
 from qkern.checkpoint.reader import open_maps
 from qkern.checkpoint.source import Source, dtype_of_config
 from qkern.checkpoint.stacking import Pieces, restack
@@ -70,6 +70,7 @@ def load_into(
     tie = getattr(model, "tie_weights", None)
     if callable(tie):
         tie()
+        place_tied(model, paths)
     # A parameter that is tied to a loaded one needs no entry of its own.
     parameters = dict(model.named_parameters(remove_duplicate=False))
     held = {id(parameters[key]) for key in tensors if key in parameters}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkern import experts, flat_keys
+from qkern import embeddings, experts, flat_keys
 from qkern.errors import CorruptFileError
 from qkern.formats import QuantFormat
 from qkern.layers import QuantizedLinear
@@ -38,6 +38,7 @@ def place(
 
     Raises:
         CorruptFileError: if there is no such module, or none that takes quantized weights.
+        FormatError: for an embedding in another format than int8_row.
     """
     name, _, parameter = prefix.rpartition(".")
     try:
@@ -63,18 +64,39 @@ def place(
     if experts.is_experts(module):
         experts.hold_quantized(module, parameter, empty, name)
         return
-    bias: Any = module.bias
-    if bias is not None:
-        bias.requires_grad_(False)
-    layer = QuantizedLinear(empty, bias).train(module.training)
+    if isinstance(module, nn.Embedding):
+        embeddings.hold_quantized(module, empty)
+        return
+    _replace_linear(model, paths[name], module, empty)
+
+
+def place_tied(model: nn.Module, paths: Mapping[str, list[str]]) -> None:
+    """Make layers quantized ones that were tied to a quantized embedding: heads, embeddings."""
+    for name, module in list(model.named_modules()):
+        weight = module._parameters.get("weight")
+        if not isinstance(weight, QuantizedTensor):
+            continue
+        if type(module) is nn.Linear:
+            _replace_linear(model, paths[name], module, weight)
+        elif isinstance(module, nn.Embedding):
+            embeddings.hold_quantized(module, weight)
+
+
+def _replace_linear(model: nn.Module, paths: list[str], module: Any, weight: Any) -> None:
+    if module.bias is not None:
+        module.bias.requires_grad_(False)
+    layer = QuantizedLinear(weight, module.bias).train(module.training)
+    if isinstance(weight, nn.Parameter):
+        layer.weight = weight  # the same one, not another of the same values
     layer.fan_in_fan_out = is_conv1d(module)
-    replace_module(model, paths[name], layer)
+    replace_module(model, paths, layer)
 
 
 def _takes(module: nn.Module, parameter: str) -> bool:
     if experts.is_experts(module):
         return parameter in experts.weight_names(module)
-    return parameter == "weight" and (type(module) is nn.Linear or is_conv1d(module))
+    linear = type(module) is nn.Linear or is_conv1d(module)
+    return parameter == "weight" and (linear or isinstance(module, nn.Embedding))
 
 
 def _is_swapped(module: nn.Module, fmt: QuantFormat) -> bool:
