@@ -1,10 +1,11 @@
-"""Products of rows that are sorted by expert, expert after expert: on a CPU, and without a kernel.
+"""Products of rows that are sorted by expert: expert after expert, or on a GPU in one launch.
 
     y_e = x_e W_e^T + s (x_e A_e^T) B_e^T + bias_e        x_e: the rows of expert e
 
 Each expert is an ordinary weight in the same bytes, so each product is that of ``qkern::linear``,
 or for weights that are stored (in, out) that of its backward, ``x W``. No dense copy of a weight is
-made where those make none.
+made where those make none. A GPU's kernel takes no adapters: with them each expert has launches of
+its own, and the host waits for the offsets.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qkern import kernels
 from qkern.errors import ShapeError
 from qkern.formats import QuantFormat
 from qkern.ops import device, host
@@ -83,6 +85,8 @@ def multiply(
         bias: (E, N) in x's dtype, or None.
         adapters: what is added, or None.
     """
+    if adapters is None and _has_kernel(x, stack):
+        return _launch(x, offsets, stack, bias)
     y = torch.zeros((x.shape[0], stack.out_features), dtype=x.dtype, device=x.device)
     x = x.contiguous()
     one = _on_host if x.is_cpu else _on_device
@@ -91,6 +95,32 @@ def multiply(
         added = None if bias is None else bias[expert]
         one(x[first:last], stack, expert, added, of_expert, y[first:last])
     return y
+
+
+def _has_kernel(x: Tensor, stack: Stack) -> bool:
+    """Whether one launch multiplies all experts: on a GPU, as long as they have not many rows each.
+
+    Those with many are multiplied one by one: of each, torch multiplies a dense copy.
+    """
+    if not kernels.is_supported(x.device) or x.shape[0] == 0:
+        return False
+    from qkern.kernels import launch
+    from qkern.kernels.linear import config_for
+
+    experts, rows, columns = stack.shape
+    if not launch.fits(stack.fmt, (experts * rows, columns)):
+        return False
+    tokens = -(-x.shape[0] // experts)
+    return config_for(x.device, x.dtype, tokens, rows, columns) is not None
+
+
+def _launch(x: Tensor, offsets: Tensor, stack: Stack, bias: Tensor | None) -> Tensor:
+    from qkern.kernels import launch
+    from qkern.kernels.grouped import grouped
+
+    experts, rows, columns = stack.shape
+    weight = launch.weight(*stack.parts, stack.fmt, (experts * rows, columns))
+    return grouped(x, offsets, weight, experts, bias, transposed=stack.transposed)
 
 
 def _of_expert(adapters: Adapters, expert: int, transposed: bool) -> device.Adapter:  # noqa: FBT001
