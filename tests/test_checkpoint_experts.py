@@ -1,4 +1,4 @@
-"""Experts in files: stacked or one by one, NF4 or MXFP4; read into models that stack them."""
+"""Experts in files: stacked or one by one, NF4 or MXFP4; and Conv1D, which is stored transposed."""
 
 from __future__ import annotations
 
@@ -141,3 +141,26 @@ def test_experts_that_cannot_be_stacked_are_refused_with_what_was_found(tmp_path
     )
     with pytest.raises(CorruptFileError, match="some of its experts quantized and others dense"):
         qkern.load(tmp_path / "some")
+
+
+def test_conv1d_that_says_its_shape_is_read_and_one_that_does_not_is_refused(
+    tmp_path: Path,
+) -> None:
+    """What this package saves is (out, in); what it is told to quantize in files is not."""
+    model = written("GPT-2", tmp_path / "dense")
+    everywhere = ("c_attn", "c_proj", "c_fc")
+    for kind, include, message in (
+        ("all", everywhere, r"holds \(64, 192\), \(192, 64\) needed"),
+        ("square", "attn.c_proj", "nothing says whether it is transposed"),
+    ):
+        qkern.quantize_checkpoint(tmp_path / "dense", tmp_path / kind, include=include)
+        with pytest.raises(CorruptFileError, match=message):
+            qkern.load(tmp_path / kind)
+    qkern.quantize_model(model)
+    qkern.save(model, tmp_path / "ours")
+    with torch.no_grad():
+        assert torch.equal(output(qkern.load(tmp_path / "ours")), output(model))
+    qkern.convert_checkpoint(tmp_path / "ours", tmp_path / "again", "float32")
+    loaded = qkern.load(tmp_path / "again", quant_type="nf4")
+    with torch.no_grad():
+        assert (output(loaded) - output(model)).norm() < 0.1 * output(model).norm()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qkern import flat_keys
 from qkern.adapter_config import CONFIG_NAME as ADAPTER_NAME
 from qkern.adapters import load_adapter
-from qkern.checkpoint.placing import place, place_tied
+from qkern.checkpoint.placing import check_transposed, place, place_tied
 from qkern.checkpoint.reader import open_maps
 from qkern.checkpoint.source import Source, dtype_of_config
 from qkern.checkpoint.stacking import Pieces, restack
@@ -58,6 +58,7 @@ def load_into(
     dtype = None if named is None else getattr(torch, named)
     for prefix in prefixes:
         place(model, tensors, prefix, dtype, paths)
+    check_transposed(model, prefixes)
     assign = any(parameter.is_meta for parameter in model.parameters())
     try:
         missing, unexpected = model.load_state_dict(tensors, strict=False, assign=assign)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -80,6 +80,26 @@ def place_tied(model: nn.Module, paths: Mapping[str, list[str]]) -> None:
             _replace_linear(model, paths[name], module, weight)
         elif isinstance(module, nn.Embedding):
             embeddings.hold_quantized(module, weight)
+
+
+def check_transposed(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse quantized ``Conv1D``s that may be stored (in, out): the shapes of others would tell.
+
+    Args:
+        model: with everything in its place.
+        names: of the quantized tensors.
+
+    Raises:
+        CorruptFileError: if there are such, and all of them are square.
+    """
+    modules = (module_at(model, name.rpartition(".")[0]) for name in names)
+    layers = [m for m in modules if isinstance(m, QuantizedLinear) and m.fan_in_fan_out]
+    if layers and all(layer.in_features == layer.out_features for layer in layers):
+        msg = (
+            f"{layers[0].path} is a quantized Conv1D, and nothing says whether it is transposed: "
+            "quantize wider ones too, or none"
+        )
+        raise CorruptFileError(msg)
 
 
 def _replace_linear(model: nn.Module, paths: list[str], module: Any, weight: Any) -> None:
