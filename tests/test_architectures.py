@@ -136,11 +136,58 @@ def test_experts_that_would_share_blocks_stay_dense_and_say_why() -> None:
     assert "named weight alone" in rows["model.layers.*.mlp.experts.down_proj"]
 
 
-def test_experts_are_excluded_by_name() -> None:
+@pytest.mark.parametrize("pattern", ["experts", "experts.down_proj", "*.gate_up_proj"])
+def test_experts_are_excluded_by_their_name_or_that_of_a_weight(pattern: str) -> None:
     model = BY_NAME["Mixtral"].small()
-    report = qkern.quantize_model(model, exclude="experts")
-    assert left_dense(report)["model.layers.*.mlp.experts.down_proj"] == "excluded by 'experts'"
+    left = left_dense(qkern.quantize_model(model, exclude=pattern))
+    for name in ("gate_up_proj", "down_proj"):
+        assert left[f"model.layers.*.mlp.experts.{name}"] == f"excluded by {pattern!r}"
     assert not any(isinstance(module, QuantizedExperts) for module in model.modules())
+
+
+def test_an_error_names_the_experts_and_leaves_them_dense() -> None:
+    model = BY_NAME["Mixtral"].small()
+    experts = model.model.layers[1].mlp.experts
+    with torch.no_grad():
+        experts.down_proj[2, 3, 4] = torch.inf
+    with pytest.raises(qkern.NonFiniteError, match=r"layers\.1\.mlp\.experts\.down_proj: "):
+        qkern.quantize_model(model)
+    assert not isinstance(experts.down_proj, QuantizedTensor)
+
+
+def test_searched_scales_serve_experts_too() -> None:
+    errors = []
+    for method in ("absmax", "search"):
+        model = BY_NAME["Mixtral"].small()
+        dense = model.model.layers[0].mlp.experts.down_proj.detach().clone()
+        qkern.quantize_model(model, method=method)
+        found = model.model.layers[0].mlp.experts.down_proj.dequantize()
+        errors.append(float((found - dense).norm()))
+    assert errors[1] < 0.95 * errors[0]
+
+
+def test_adapters_beside_experts_are_saved_with_them(tmp_path: Path) -> None:
+    model = BY_NAME["gpt-oss"].small()
+    qkern.quantize_model(model)
+    qkern.add_lora(model, r=4, init_lora_weights=False)
+    qkern.save(model, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(output(qkern.load(tmp_path)), output(model))
+
+
+def test_a_compiled_model_of_experts_gives_the_same() -> None:
+    model = BY_NAME["Mixtral"].small()
+    qkern.quantize_model(model)
+    experts = model.model.layers[0].mlp.experts
+    x = torch.randn(6, 64, requires_grad=True)
+    index, weights = torch.tensor([[0, 1], [3, 1], [0, 2]] * 2), torch.rand(6, 2)
+    compiled = torch.compile(experts, backend="aot_eager", fullgraph=True)
+    results = []
+    for each_module in (experts, compiled):
+        y = each_module(x, index, weights)
+        results.append((y, *torch.autograd.grad(y.square().sum(), x)))
+    for got, right in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(got, right)
 
 
 def test_experts_in_the_state_dict_load_strictly() -> None:

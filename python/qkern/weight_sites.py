@@ -60,8 +60,14 @@ def sites(model: nn.Module, exclude: str | Sequence[str], fmt: QuantFormat) -> l
     heads, listed = _output_heads(model), []
     for module, names, key, shared in found:
         reason = ""
-        if isinstance(module, nn.Linear) or is_conv1d(module) or experts.is_experts(module):
-            hits = [p for p in patterns if any(matches(name, p) for name in names)]
+        stacked = experts.is_experts(module)
+        if isinstance(module, nn.Linear) or is_conv1d(module) or stacked:
+            called = list(names)
+            if stacked:  # both weights or none, by the name of either
+                called += [
+                    f"{n}.{weight}" for n in names for weight in experts.weight_names(module)
+                ]
+            hits = [p for p in patterns if any(matches(name, p) for name in called)]
             matched.update(hits)
             others = [other for other in shared if other != names[0]]
             if hits:
