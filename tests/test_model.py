@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 from toys import tiny_llama, token_ids
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForSequenceClassification
+from transformers import LlamaForSequenceClassification
 
 import qkern
 import qkern.model as model_module
@@ -80,9 +80,9 @@ def test_exclude_takes_names_and_globs(pattern: str) -> None:
 
 
 def test_other_layer_classes_are_named() -> None:
-    model = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=32))
+    model = nn.Sequential(nn.Conv2d(3, 4, 8), nn.Bilinear(8, 8, 4))
     report = qkern.quantize_model(model)
-    assert "Conv1D" in reasons(report)["transformer.h.0.attn.c_attn"]
+    assert reasons(report) == {"0": "Conv2d, not nn.Linear", "1": "Bilinear, not nn.Linear"}
     with pytest.raises(qkern.CoverageError, match=r"0\.0%"):
         qkern.quantize_model(model, min_coverage=0.5)
 
@@ -102,13 +102,13 @@ def test_each_dense_layer_is_freed_before_the_next_is_quantized(
     model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
     alive = [weakref.ref(layer.weight) for layer in model]
     counts = []
-    quantize = model_module._quantize_layer
+    quantize = model_module._quantize_site
 
     def counting(*args: object) -> object:
         counts.append(sum(ref() is not None for ref in alive))
         return quantize(*args)
 
-    monkeypatch.setattr(model_module, "_quantize_layer", counting)
+    monkeypatch.setattr(model_module, "_quantize_site", counting)
     qkern.quantize_model(model)
     assert counts == [4, 3, 2, 1]
     assert not any(ref() is not None for ref in alive)

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from qkern.checkpoint.quantizing import quantize_checkpoint
     from qkern.checkpoint.save import save
     from qkern.formats import QuantFormat
+    from qkern.functional import grouped_linear
     from qkern.integrations.pretrained import load
     from qkern.layers import QLoRALinear, QuantizedLinear
     from qkern.lora_plus import lora_plus_groups
@@ -94,6 +95,7 @@ __all__ = [
     "dequantize",
     "disable_adapter",
     "fuse_projections",
+    "grouped_linear",
     "inspect_checkpoint",
     "linear",
     "load",
@@ -127,6 +129,7 @@ _HOMES = {
     "delete_adapter": "qkern.named_adapters",
     "disable_adapter": "qkern.named_adapters",
     "fuse_projections": "qkern.projections",
+    "grouped_linear": "qkern.functional",
     "inspect_checkpoint": "qkern.checkpoint.inspection",
     "linear": "qkern.tensor",
     "load": "qkern.integrations.pretrained",

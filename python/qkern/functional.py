@@ -1,4 +1,4 @@
-"""``qkern.quantize`` and ``qkern.dequantize`` for torch tensors."""
+"""``quantize``, ``dequantize`` and ``grouped_linear`` of torch tensors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkern import ops
+from qkern import operands, ops, reference
 from qkern.arrays import QuantizedArray
 from qkern.codec import NONFINITE, check_choice
 from qkern.errors import DTypeError, FrozenWeightError, ShapeError
@@ -53,6 +53,62 @@ def dequantize(
     if q.is_whole and out.dtype != torch.float64 and ops.decoded_into(q.parts, q.format, out):
         return out
     return out.copy_(q.dequantize(out.dtype))
+
+
+def grouped_linear(
+    x: Tensor,
+    weight: QuantizedTensor,
+    offsets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    scaling: float = 1.0,
+    transposed: bool = False,
+    layer: torch.nn.Module | None = None,
+) -> Tensor:
+    """``qkern.linear`` by the expert of each row, on the packed bytes of stacked weights.
+
+    For expert e and its rows of x: ``x W[e]^T + bias[e] + scaling (x A[e]^T) B[e]^T``. Each expert
+    is an ordinary weight; where blocks cross experts, and where ``qkern.linear`` does, a dense copy
+    is multiplied. Sums are fp32, rounded once; the bias of ``transposed`` weights is added to what
+    was rounded.
+
+    Args:
+        x: (M, in_features), rows sorted by expert; float32, float16, bfloat16 or float64.
+        weight: (experts, out_features, in_features).
+        offsets: (experts,) int32 or int64: where each expert's rows end, as in
+            ``torch.nn.functional.grouped_mm``. Rows behind the last one give zeros.
+        bias: (experts, out_features) or None.
+        lora_A: (experts, r, in_features) or None.
+        lora_B: (experts, out_features, r) or None.
+        scaling: factor of the adapters' part.
+        transposed: the weight is (experts, in_features, out_features), as gpt-oss holds it.
+        layer: what errors name.
+
+    Returns:
+        (M, out_features) in x's dtype, or in autocast's.
+
+    Raises:
+        ShapeError: for sizes that do not fit, and offsets that fall or leave the rows.
+        DTypeError: for anything but floating-point tensors, offsets that are no integers, or a
+            weight that is not quantized.
+        DeviceError: for operands on different devices.
+    """
+    if not isinstance(weight, QuantizedTensor):
+        msg = f"the weight is a {type(weight).__name__}: qkern.quantize it first"
+        raise DTypeError(msg)
+    with torch._C.DisableTorchFunctionSubclass():  # a call for each property of the weight
+        operands.check_grouped_linear(x, offsets, weight, bias, lora_A, lora_B, transposed, layer)
+        experts, rows, columns = weight.shape
+        dense = not weight.has_rows or operands.need_dense_weight(x, weight)
+    if dense:
+        bias = None if bias is None else bias.to(x.dtype)
+        W = weight.dequantize(x.dtype)
+        adapters = (lora_A, lora_B, scaling)
+        return reference.grouped_linear(x, W, offsets, bias, *adapters, transposed=transposed)
+    stack = ops.Stack(weight.parts, weight.format, (experts, rows, columns), transposed)
+    return ops.grouped_linear(x, offsets, stack, bias, lora_A, lora_B, scaling)
 
 
 def _check_out(q: QuantizedTensor, dtype: torch.dtype | None, out: Any) -> None:

@@ -45,6 +45,8 @@ class QuantizedLinear(FlatWeight, nn.Linear):
         path: where a model holds the layer, for errors; empty until a model is quantized or loaded.
         compute: as above; may be set at any time.
         siblings: set by ``qkern.fuse_projections``: what computes the layer with others.
+        fan_in_fan_out: whether it took the place of a ``Conv1D``, of which dense checkpoints hold
+            the weight as (in_features, out_features).
 
     Raises:
         ShapeError: for a weight that has not 2 dimensions, or a bias that does not fit.
@@ -55,6 +57,7 @@ class QuantizedLinear(FlatWeight, nn.Linear):
     path: str = ""
     compute: str = "exact"
     siblings: Any = None
+    fan_in_fan_out: bool = False
 
     def __init__(
         self,
@@ -424,7 +427,11 @@ _HOOKS = (
 
 def _take_over(layer: _Layer, replaced: nn.Linear) -> _Layer:
     """The new layer, in the mode, with hooks and settings of the one whose place it takes."""
-    own = ("path", "compute", "siblings") if isinstance(replaced, QuantizedLinear) else ()
+    own = (
+        ("path", "compute", "siblings", "fan_in_fan_out")
+        if isinstance(replaced, QuantizedLinear)
+        else ()
+    )
     kept = (*_HOOKS, *own)
     vars(layer).update({name: vars(replaced)[name] for name in kept if name in vars(replaced)})
     return layer.train(replaced.training)

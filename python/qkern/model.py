@@ -18,12 +18,13 @@ from qkern.codec import COMPUTE, check_choice
 from qkern.coverage import CoverageReport, CoverageRow
 from qkern.dense_weights import DenseSource
 from qkern.errors import AdapterMismatchError, FormatError, QkernError
+from qkern.experts import hold_quantized, is_experts
 from qkern.formats import QuantFormat, resolve_format
 from qkern.layers import QuantizedLinear
 from qkern.lora_adapter import DEFAULT
 from qkern.module_tree import leave_inference_mode, module_at, module_paths, replace_module
-from qkern.name_patterns import matches
 from qkern.tensor import QuantizedTensor
+from qkern.weight_sites import Site, is_conv1d, linear_of_conv1d, sites
 
 __all__ = ["CoverageReport", "add_lora", "memory_footprint", "quantize_model"]
 
@@ -41,13 +42,14 @@ def quantize_model(
     nonfinite: str = "error",
     compute: str | None = None,
 ) -> CoverageReport:
-    """Replace every ``nn.Linear`` of a model by ``QuantizedLinear``, in place.
+    """Quantize a model's linear layers, and experts that it holds as 3-D weights, in place.
 
-    Left alone: the output head, weights that another module shares, subclasses of ``nn.Linear``,
-    weights that are computed from others, and what ``exclude`` names. Each has its reason in the
-    report. Layer by layer: an error (no memory left, say) leaves a model whose layers are each done
-    or untouched, and the next call goes on. What ``torch.inference_mode`` made becomes ordinary
-    tensors, which can be trained on.
+    ``nn.Linear`` and transformers' ``Conv1D`` become ``QuantizedLinear``; modules of experts become
+    ``QuantizedExperts`` and stay instances of their class. Left alone: the output head, weights
+    that another module shares, subclasses of ``nn.Linear``, weights that are computed from others,
+    and what ``exclude`` names. Each has its reason in the report. Layer by layer: an error (no
+    memory left, say) leaves a model whose layers are each done or untouched, and the next call
+    goes on. What ``torch.inference_mode`` made becomes ordinary tensors, which can be trained on.
 
     Args:
         model: on any device; layers on meta stay there.
@@ -76,19 +78,15 @@ def quantize_model(
         check_choice("compute", compute, COMPUTE)
     rows = []
     leave_inference_mode(model)
-    for site in _sites(model, exclude):
+    for site in sites(model, exclude, fmt):
         name = site.names[0]
-        module = module_at(model, name)
+        weights = next((importance[n] for n in site.names if n in importance), None)
+        how = {"method": method, "importance": weights, "nonfinite": nonfinite}
+        module = _quantize_site(model, site, fmt, how)
         weight: Any = module._parameters[site.parameter]
-        if type(module) is nn.Linear and site.parameter == "weight" and not site.reason:
-            weights = next((importance[n] for n in site.names if n in importance), None)
-            how = {"method": method, "importance": weights, "nonfinite": nonfinite}
-            module = _quantize_layer(name, module, fmt, how)
-            weight = module.quantized_weight
-            replace_module(model, site.names, module)
         if compute is not None and isinstance(module, QuantizedLinear) and not site.reason:
             module.compute = compute
-        row = _row(name, weight, site.reason or _class_reason(module, site.parameter), fmt)
+        row = _row(name, weight, site.reason, fmt)
         if site.parameter != "weight":
             row = dataclasses.replace(row, name=f"{name}.{site.parameter}")
         if not site.counts:
@@ -225,14 +223,29 @@ def _check_importance(model: nn.Module, importance: Mapping[str, torch.Tensor]) 
         raise FormatError(msg)
 
 
-def _quantize_layer(
-    name: str, layer: nn.Linear, fmt: QuantFormat, how: dict[str, Any]
-) -> QuantizedLinear:
+def _quantize_site(
+    model: nn.Module, site: Site, fmt: QuantFormat, how: dict[str, Any]
+) -> nn.Module:
+    """Quantize a weight, if it is to be and is not; the module that has it then."""
+    name = site.names[0]
+    module = module_at(model, name)
+    weight: Any = module._parameters[site.parameter]
+    if site.reason or isinstance(module, QuantizedLinear) or isinstance(weight, QuantizedTensor):
+        return module
     try:
-        return QuantizedLinear.from_linear(layer, quant_type=fmt, **how)
+        if is_experts(module):
+            hold_quantized(
+                module, site.parameter, QuantizedTensor.from_dense(weight, fmt, **how), name
+            )
+            return module
+        linear: Any = linear_of_conv1d(module) if is_conv1d(module) else module
+        layer = QuantizedLinear.from_linear(linear, quant_type=fmt, **how)
     except QkernError as error:
-        msg = f"{name}.weight: {error}"
+        msg = f"{name}.{site.parameter}: {error}"
         raise type(error)(msg) from error
+    layer.fan_in_fan_out = linear is not module
+    replace_module(model, site.names, layer)
+    return layer
 
 
 def _row(name: str, weight: Any, reason: str, fmt: QuantFormat) -> CoverageRow:
@@ -250,85 +263,6 @@ def _row(name: str, weight: Any, reason: str, fmt: QuantFormat) -> CoverageRow:
         bytes_before=before,
         bytes_after=weight.nbytes if quantized else before,
     )
-
-
-def _class_reason(module: nn.Module, parameter: str) -> str:
-    if type(module) is nn.Linear and parameter != "weight":
-        return f"its weight is computed from {parameter}"
-    if type(module) is nn.Linear or isinstance(module, QuantizedLinear):
-        return ""
-    return (
-        f"{type(module).__name__}{'' if parameter == 'weight' else f'.{parameter}'}, not nn.Linear"
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Site:
-    """Where a weight is: by name, so that a dense layer is freed once it is replaced.
-
-    Args:
-        names: every path of its module.
-        parameter: its name in the module.
-        reason: why it must stay dense, empty if nothing speaks against quantizing it.
-        counts: False for a weight that another module shares, and that is counted there.
-    """
-
-    names: list[str]
-    parameter: str
-    reason: str
-    counts: bool
-
-
-def _sites(model: nn.Module, exclude: str | Sequence[str]) -> list[_Site]:
-    """The parameters of 2 or more dimensions, but for adapters."""
-    if isinstance(model, nn.Linear):
-        msg = "the model is a single layer, which has no parent: QuantizedLinear.from_linear is it"
-        raise FormatError(msg)
-    patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-    owners: dict[int, list[str]] = {}
-    found = []
-    for module, names in module_paths(model):
-        for key, parameter in module._parameters.items():
-            if parameter is not None and parameter.dim() >= 2 and not key.startswith("lora_"):
-                owners.setdefault(id(parameter), []).append(names[0])
-                found.append((module, names, key, owners[id(parameter)]))
-    matched: set[str] = set()
-    heads, sites = _output_heads(model), []
-    for module, names, key, shared in found:
-        reason = ""
-        if isinstance(module, nn.Linear):
-            hits = [p for p in patterns if any(matches(name, p) for name in names)]
-            matched.update(hits)
-            others = [other for other in shared if other != names[0]]
-            if hits:
-                reason = f"excluded by {hits[0]!r}"
-            elif id(module) in heads:
-                reason = "the output head"
-            elif others:
-                reason = f"shares its weight with {others[0]}"
-        sites.append(_Site(names, key, reason, counts=shared[0] == names[0]))
-    unmatched = [pattern for pattern in patterns if pattern not in matched]
-    if unmatched:
-        msg = f"exclude={unmatched[0]!r} matches no linear layer: names, ends of paths or globs do"
-        raise FormatError(msg)
-    return sites
-
-
-def _output_heads(model: nn.Module) -> set[int]:
-    """Ids of the layers that make logits, as transformers' models place them.
-
-    The output embeddings, and whatever is outside of the base model (a classifier): these are
-    trained for the task, and small or sensitive.
-    """
-    heads = set()
-    get = getattr(model, "get_output_embeddings", None)
-    if callable(get):
-        heads.add(id(get()))
-    base = getattr(model, getattr(model, "base_model_prefix", None) or " ", None)
-    if isinstance(base, nn.Module):
-        inside = {id(module) for module in base.modules()}
-        heads |= {id(module) for module in model.modules() if id(module) not in inside}
-    return heads
 
 
 def _check_targets(targets: str | Sequence[str], names: list[str]) -> None:

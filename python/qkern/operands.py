@@ -101,6 +101,63 @@ def check_linear(
         _check_tensor(tensor, name, device, layer)
 
 
+def check_grouped_linear(
+    x: Tensor,
+    offsets: Tensor,
+    weight: QuantizedTensor,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    transposed: bool,  # noqa: FBT001
+    layer: object = None,
+) -> None:
+    """Refuse operands of stacked experts that do not fit each other.
+
+    Args:
+        x: (M, K).
+        offsets: (E,), int32 or int64.
+        weight: (E, N, K), or (E, K, N) if ``transposed``.
+        bias: (E, N) or None.
+        lora_A: (E, r, K) or None.
+        lora_B: (E, N, r) or None.
+        transposed: which of the two the weight is.
+        layer: what errors name, as in ``check_linear``.
+
+    Raises:
+        ShapeError: for a size that does not fit, or half an adapter.
+        DTypeError: for an x, a bias or an adapter that is no floating-point tensor, and for
+            offsets that are no integers.
+        DeviceError: for operands on different devices.
+    """
+    shape, device = weight.shape, weight.packed.device
+    if len(shape) != 3:
+        msg = f"{_name(layer)} needs stacked weights of 3 dimensions, got {tuple(shape)}"
+        raise ShapeError(msg)
+    E, N, K = (shape[0], shape[2], shape[1]) if transposed else shape
+    for name, tensor in (("x", x), ("bias", bias), ("lora_A", lora_A), ("lora_B", lora_B)):
+        if tensor is not None:
+            _check_tensor(tensor, name, device, layer)
+    if offsets.dtype not in (torch.int32, torch.int64) or offsets.device != device:
+        msg = (
+            f"{_name(layer)} expects offsets as int32 or int64 on {device}, got {offsets.dtype} on "
+            f"{offsets.device}"
+        )
+        raise DTypeError(msg) if offsets.device == device else DeviceError(msg)
+    r = lora_A.shape[1] if lora_A is not None and lora_A.dim() == 3 else 0
+    wanted = {"x": (x.shape[0] if x.dim() else 0, K), "offsets": (E,)}
+    given: dict[str, Tensor | None] = {"x": x, "offsets": offsets}
+    if bias is not None:
+        wanted["bias"], given["bias"] = (E, N), bias
+    if lora_A is not None or lora_B is not None:
+        wanted |= {"lora_A": (E, r, K), "lora_B": (E, N, r)}
+        given |= {"lora_A": lora_A, "lora_B": lora_B}
+    for name, tensor in given.items():
+        found = None if tensor is None else tuple(tensor.shape)
+        if found != wanted[name]:
+            msg = f"{_name(layer)} expects {name} of {wanted[name]}, got {found}"
+            raise ShapeError(msg)
+
+
 def check_dropout(lora_dropout: float) -> None:
     """Refuse a probability outside of [0, 1).
 

@@ -255,6 +255,38 @@ def linear(
     return (y + (h @ lora_B.mT) * scaling).to(x.dtype)
 
 
+def grouped_linear(
+    x: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    bias: Tensor | None = None,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    scaling: float = 1.0,
+    *,
+    transposed: bool = False,
+) -> Tensor:
+    """``linear`` by the expert of each row; (M, N) in x's dtype, zeros behind the last offset.
+
+    Args:
+        x: (M, K), rows sorted by expert.
+        weight: (E, N, K), or (E, K, N) if ``transposed``; dequantized to x's dtype.
+        offsets: (E,) integers: where each expert's rows end.
+        bias: (E, N) or None.
+        lora_A: (E, r, K) or None.
+        lora_B: (E, N, r) or None.
+        scaling: factor of the adapters' part.
+        transposed: which of the two the weight is.
+    """
+    pieces, first = [], 0
+    for e, last in enumerate(offsets.tolist()):
+        W = weight[e].mT if transposed else weight[e]  # (N, K)
+        b, A, B = (None if t is None else t[e] for t in (bias, lora_A, lora_B))
+        pieces.append(linear(x[first:last], W, b, A, B, scaling))
+        first = last
+    return torch.cat([*pieces, pieces[0].new_zeros(x.shape[0] - first, pieces[0].shape[1])])
+
+
 def _encode_4bit(x: Tensor, fmt: QuantFormat) -> tuple[Tensor, Tensor]:
     absmax = _block_absmax(x, fmt.blocksize)
     full = x.numel() // fmt.blocksize * fmt.blocksize

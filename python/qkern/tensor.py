@@ -257,6 +257,8 @@ class QuantizedTensor(torch.Tensor):
         kwargs = kwargs or {}
         if func is torch.nn.functional.linear:
             return _linear(*args, **kwargs)
+        if func is torch.nn.functional.embedding:
+            return _embedding(*args, **kwargs)
         if func in tensor_dispatch.METHODS and isinstance(args[0], QuantizedTensor):
             return tensor_dispatch.METHODS[func](*args, **kwargs)
         if func == _SET_DATA and isinstance(args[0], QuantizedTensor):
@@ -380,6 +382,15 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
             return linear(input, weight, bias)
         weight = weight + 0  # something trained was added in place: its gradient goes on
     return torch.nn.functional.linear(input, weight, bias)
+
+
+def _embedding(input: Tensor, weight: QuantizedTensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: A002
+    """``F.embedding`` with a quantized weight: with a scale a row, the rows that are asked for."""
+    if not (weight.format.kind.per_row and weight.is_whole and weight.dim() == 2):
+        return torch.nn.functional.embedding(input, weight.dequantize(), *args, **kwargs)
+    codes, absmax = weight.packed[input], weight.absmax.reshape(-1, 1)[input]
+    values = codes.float() * (absmax * absmax.new_tensor(1 / 127))  # as ``reference.dequantize``
+    return values.to(weight.dtype)
 
 
 def _rows_are_blocks(shape: Sequence[int], fmt: QuantFormat) -> bool:

@@ -238,6 +238,23 @@ def _(
     return _slice_rows(q, first, max(first, last))
 
 
+@_rule(aten.select.int)
+def _(func: Any, q: QuantizedTensor, dim: int, index: int) -> Any:
+    """One of stacked experts, an ordinary weight: a view where its scales are fp32.
+
+    With 8-bit scales it has codes of its own. A write would change the offset of all experts, so it
+    is lost instead, as in every view that is a dense copy.
+    """
+    experts = q.shape[0]
+    if q.dim() != 3 or dim not in (0, -3) or not (q.is_whole and q.has_rows):
+        return NotImplemented
+    parts, fmt = ops.parts_of_expert(q.parts, q.format, experts, range(experts)[index])
+    if q.format.double_quant:
+        copies = (None if part is None else part.clone() for part in parts)
+        parts = type(parts)(*copies)  # type: ignore[arg-type]
+    return type(q).from_parts(parts, fmt, q.shape[1:], q.dtype)
+
+
 @_rule(aten.view.default, aten._unsafe_view.default)
 def _(func: Any, q: QuantizedTensor, size: Any) -> Any:
     if list(size) in ([-1], [q.numel()]):

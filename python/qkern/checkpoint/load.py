@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Iterable
 from os import PathLike
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +13,25 @@ from torch import Tensor, nn
 from qkern import flat_keys
 from qkern.adapter_config import CONFIG_NAME as ADAPTER_NAME
 from qkern.adapters import load_adapter
+from qkern.checkpoint.placing import check_transposed, place, place_tied
 from qkern.checkpoint.reader import open_maps
 from qkern.checkpoint.source import Source, dtype_of_config
+from qkern.checkpoint.stacking import Pieces, restack
 from qkern.errors import CorruptFileError
-from qkern.layers import QuantizedLinear
-from qkern.module_tree import module_at, module_paths, replace_module
-from qkern.tensor import QuantizedTensor
+from qkern.module_tree import module_paths
 
 
-def load_into(model: nn.Module, path: str | PathLike[str]) -> None:
+def load_into(
+    model: nn.Module,
+    path: str | PathLike[str],
+    *,
+    names: Callable[[nn.Module, Iterable[str]], Pieces] | None = None,
+) -> None:
     """Load a quantized checkpoint into a model, in place and strictly.
 
-    Linear layers that the file holds quantized become ``QuantizedLinear``; an adapter beside the
-    base is loaded too. Parameters on meta take over the file's tensors.
+    Linear layers that the file holds quantized become ``QuantizedLinear``, modules of experts
+    ``QuantizedExperts``; an adapter beside the base is loaded too. Parameters on meta take over the
+    file's tensors.
 
     Files of bitsandbytes' int8 rows do not say what dtype the weights had: they get the dtype of
     ``config.json`` beside them, or if that does not say, of the layers that they replace.
@@ -33,6 +39,7 @@ def load_into(model: nn.Module, path: str | PathLike[str]) -> None:
     Args:
         model: dense, of the checkpoint's architecture; on meta to save memory.
         path: a directory that ``save`` or transformers with bitsandbytes wrote.
+        names: for files with names that are not the model's: where the dense tensors go.
 
     Raises:
         FileNotFoundError: if the directory holds no safetensors weights.
@@ -41,13 +48,17 @@ def load_into(model: nn.Module, path: str | PathLike[str]) -> None:
     directory = Path(path)
     source = Source(directory)
     tensors = _map_tensors(source)
+    pieces = {} if names is None else names(model, source.tensors)
+    if pieces:
+        tensors = restack(tensors, pieces)
     paths = {name: names for _, names in module_paths(model) for name in names}
     prefixes = flat_keys.prefixes(tensors)
     _check_scales(model, tensors, prefixes)
     named = dtype_of_config(source.config)
     dtype = None if named is None else getattr(torch, named)
     for prefix in prefixes:
-        _place(model, tensors, prefix, dtype, paths)
+        place(model, tensors, prefix, dtype, paths)
+    check_transposed(model, prefixes)
     assign = any(parameter.is_meta for parameter in model.parameters())
     try:
         missing, unexpected = model.load_state_dict(tensors, strict=False, assign=assign)
@@ -60,6 +71,7 @@ def load_into(model: nn.Module, path: str | PathLike[str]) -> None:
     tie = getattr(model, "tie_weights", None)
     if callable(tie):
         tie()
+        place_tied(model, paths)
     # A parameter that is tied to a loaded one needs no entry of its own.
     parameters = dict(model.named_parameters(remove_duplicate=False))
     held = {id(parameters[key]) for key in tensors if key in parameters}
@@ -102,37 +114,3 @@ def _check_scales(model: nn.Module, tensors: dict[str, Tensor], prefixes: list[s
         if tensor.dtype == torch.int8 and key in parameters and key not in prefixes:
             msg = f"{key}: int8 codes without their scales: there is no entry SCB beside it"
             raise CorruptFileError(msg)
-
-
-def _place(
-    model: nn.Module,
-    tensors: dict[str, Tensor],
-    prefix: str,
-    dtype: torch.dtype | None,
-    paths: dict[str, list[str]],
-) -> None:
-    """Put a ``QuantizedLinear`` that can take the tensor at ``prefix`` at its layer's paths.
-
-    ``dtype`` is for files that do not say what the weight's was.
-    """
-    name, _, parameter = prefix.rpartition(".")
-    try:
-        layer = module_at(model, name)
-    except AttributeError as error:
-        msg = f"the model has no layer {name}, for which the file holds a quantized weight"
-        raise CorruptFileError(msg) from error
-    if isinstance(layer, QuantizedLinear):
-        return
-    if parameter != "weight" or type(layer) is not nn.Linear:
-        msg = f"{prefix}: a quantized weight for a {type(layer).__name__}, nn.Linear is needed"
-        raise CorruptFileError(msg)
-    loaded = flat_keys.unflatten(tensors, prefix, dtype or layer.weight.dtype)
-    if loaded.shape != layer.weight.shape:
-        msg = f"{prefix}: the file holds {tuple(loaded.shape)}, {tuple(layer.weight.shape)} needed"
-        raise CorruptFileError(msg)
-    # On meta the strict load hands over the file's own memory; else it copies.
-    empty = cast("QuantizedTensor", torch.empty_like(loaded, device=layer.weight.device))
-    bias = layer.bias
-    if bias is not None:
-        bias.requires_grad_(False)
-    replace_module(model, paths[name], QuantizedLinear(empty, bias).train(layer.training))

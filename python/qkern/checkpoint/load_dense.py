@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qkern.checkpoint.reader import open_maps
 from qkern.checkpoint.source import Source
+from qkern.checkpoint.stacking import Pieces, named
 from qkern.coverage import CoverageReport
 from qkern.errors import CorruptFileError, FormatError, QkernError
 from qkern.formats import QuantFormat
@@ -28,6 +29,7 @@ def load_dense_into(
     exclude: str | Sequence[str] = (),
     method: str = "absmax",
     device: torch.device | str | None = None,
+    names: Callable[[nn.Module, Iterable[str]], Pieces] | None = None,
 ) -> CoverageReport:
     """Load a dense checkpoint, strictly; linear layers are quantized on the host as they are read.
 
@@ -41,6 +43,7 @@ def load_dense_into(
         exclude: see ``quantize_model``.
         method: "absmax" or "search", see ``quantize_model``.
         device: of all parameters; the CPU if None.
+        names: for files with names that are not the model's: where their tensors go.
 
     Returns:
         What became of each weight.
@@ -54,15 +57,21 @@ def load_dense_into(
         msg = "the model has values: build it on meta, or load it and call qkern.quantize_model"
         raise FormatError(msg)
     source = Source(path)
+    pieces = {} if names is None else names(model, source.entries)
     quantize_model(model, fmt, exclude=exclude)
     owners = _owners(model)
     unexpected = []
     with contextlib.ExitStack() as stack:
         maps = open_maps(source, stack)
-        for key, entry in source.entries.items():
-            places = owners.get(key, [])
+
+        def read(key: str) -> Tensor:
+            tensor: Tensor = maps[source.entries[key].file].get_tensor(key)
+            return tensor
+
+        for key, name, value in named(source.entries, pieces, read):
+            places = owners.get(name, [])
             if places:
-                _put(places, key, maps[entry.file].get_tensor(key), method, device)
+                _put(places, name, value, method, device)
             else:
                 unexpected.append(key)
     tie = getattr(model, "tie_weights", None)
@@ -118,10 +127,12 @@ def _put(
     """Put a tensor of the file where it belongs, quantized if that is a quantized layer's."""
     place = places[0]
     old = place.value
+    if key.endswith("weight") and getattr(place.module, "fan_in_fan_out", False):
+        value = value.mT
     if value.shape != old.shape:
         msg = f"{key}: the file holds {tuple(value.shape)}, {tuple(old.shape)} needed"
         raise CorruptFileError(msg)
-    new: Tensor = value
+    new = value
     if isinstance(old, QuantizedTensor):
         try:
             new = QuantizedTensor.from_dense(value, old.format.template, method=method)

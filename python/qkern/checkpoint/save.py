@@ -18,6 +18,7 @@ from qkern.checkpoint.quantization_config import quantization_config
 from qkern.checkpoint.source import INDEX_NAME, TIED_KEY, WEIGHTS_NAME
 from qkern.errors import AdapterMismatchError, FormatError
 from qkern.files import replacing, write_json
+from qkern.flat_weight import FlatParameters
 from qkern.layers import QuantizedLinear
 from qkern.saved_modules import base_name
 
@@ -40,8 +41,8 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
     from safetensors.torch import save_file
 
     directory = Path(path)
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
-    if not layers:
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, FlatParameters)}
+    if not any(layer.quantized_names() for layer in layers.values()):
         msg = "no layer of the model is quantized: call qkern.quantize_model first"
         raise FormatError(msg)
     adapted = dict(adapted_layers(model))
@@ -101,10 +102,13 @@ def _distinct(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
 
 
 def _quantization_config(
-    model: nn.Module, layers: dict[str, QuantizedLinear], holders: list[str]
+    model: nn.Module, layers: dict[str, FlatParameters], holders: list[str]
 ) -> dict[str, Any]:
     """What transformers reads to open the directory: entries of ``config.json``."""
-    formats = [layer.quantized_weight.format.template for layer in layers.values()]
+    weights: list[Any] = [
+        layer._parameters[name] for layer in layers.values() for name in layer.quantized_names()
+    ]
+    formats = [weight.format.template for weight in weights]
     fmt = max(set(formats), key=formats.count)
     skipped = [
         name
@@ -112,8 +116,8 @@ def _quantization_config(
         if isinstance(module, nn.Linear) and path not in layers
         if (name := base_name(path, holders)) is not None
     ]
-    dtype = _as_text(next(iter(layers.values())).quantized_weight.dtype)
-    return quantization_config(fmt, skipped, dtype)
+    plain = all(isinstance(layer, QuantizedLinear) for layer in layers.values())
+    return quantization_config(fmt, skipped, _as_text(weights[0].dtype), bitsandbytes=plain)
 
 
 def _as_text(value: Any) -> str:

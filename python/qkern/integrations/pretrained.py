@@ -17,6 +17,7 @@ from qkern.codec import COMPUTE, check_choice, check_method
 from qkern.errors import CorruptFileError, FormatError, MissingDependencyError
 from qkern.files import read_json
 from qkern.formats import QuantFormat, resolve_format
+from qkern.integrations.expert_names import pieces_of
 from qkern.module_tree import set_compute
 
 if TYPE_CHECKING:
@@ -80,9 +81,10 @@ def load(
             raise FormatError(msg)
     built = _empty_model(directory) if model is None else model
     if fmt is None:
-        load_into(built, directory)
+        load_into(built, directory, names=pieces_of)
     else:
         how: dict[str, Any] = {"exclude": exclude, "method": method, "device": device}
+        how["names"] = pieces_of
         report = load_dense_into(built, directory, fmt, **how)
         if min_coverage is not None:
             report.check(min_coverage)

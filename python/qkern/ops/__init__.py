@@ -4,7 +4,16 @@ The only importer of ``kernels``. Every operator has a default implementation fo
 kernels, or where there are none by torch.
 """
 
-from qkern.ops.dequantize import decoded, decoded_into, dequantize, has_kernels, parts_of_shard
+from qkern.ops.dequantize import (
+    decoded,
+    decoded_into,
+    dequantize,
+    has_kernels,
+    parts_of_expert,
+    parts_of_shard,
+)
+from qkern.ops.experts import Stack
+from qkern.ops.grouped_linear import grouped_linear
 from qkern.ops.linear import linear
 from qkern.ops.lora_dropout import add_dropped, drops_in_kernel
 from qkern.ops.projections import Layer, projections, share_a_launch
@@ -19,15 +28,18 @@ from qkern.ops.quantize import (
 
 __all__ = [
     "Layer",
+    "Stack",
     "add_dropped",
     "decoded",
     "decoded_into",
     "dequantize",
     "drops_in_kernel",
     "encode",
+    "grouped_linear",
     "has_data",
     "has_kernels",
     "linear",
+    "parts_of_expert",
     "parts_of_shard",
     "projections",
     "quantize",

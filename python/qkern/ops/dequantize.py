@@ -109,6 +109,27 @@ def parts_of_shard(parts: reference.Parts, fmt: QuantFormat, start: int) -> refe
     return reference.Parts(packed, scales.reshape(absmax.shape), None, None)
 
 
+def parts_of_expert(
+    parts: reference.Parts, fmt: QuantFormat, experts: int, expert: int
+) -> tuple[reference.Parts, QuantFormat]:
+    """Parts of one of ``experts`` stacked weights of whole blocks, and how their bytes are read.
+
+    Views, where the expert's 8-bit scales are whole groups; else its scales are decoded to fp32.
+    """
+    packed = parts.packed.reshape(experts, -1)[expert]
+    absmax = parts.absmax.reshape(experts, -1)[expert]
+    blocks = absmax.numel()
+    alone = reference.Parts(packed, absmax, parts.nested_absmax, parts.offset)
+    if parts.nested_absmax is None:
+        return alone, fmt
+    group, lead = divmod(expert * blocks, NESTED_BLOCKSIZE)
+    if lead:
+        scaled = parts_of_shard(alone, fmt, expert * blocks * fmt.blocksize)
+        return scaled, fmt.replace(double_quant=False)
+    nested = parts.nested_absmax[group : group + -(-blocks // NESTED_BLOCKSIZE)]
+    return alone._replace(nested_absmax=nested), fmt
+
+
 def dense(
     parts: reference.Parts, fmt: QuantFormat, shape: Sequence[int], dtype: torch.dtype
 ) -> Tensor:

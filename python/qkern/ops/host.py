@@ -148,10 +148,15 @@ def linear(
     lora_B: Tensor | None,
     scaling: float,
     compute: str,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """``x W^T + bias + scaling (x A^T) B^T``: (..., in_features) to (..., out_features)."""
+    """``x W^T + bias + scaling (x A^T) B^T``: (..., in_features) to (..., out_features).
+
+    It is written into ``out``, contiguous, if that is given.
+    """
     *batch, in_features = x.shape
-    out = torch.empty((*batch, out_features), dtype=x.dtype, device="cpu")
+    if out is None:
+        out = torch.empty((*batch, out_features), dtype=x.dtype, device="cpu")
     codec.linear(
         lend(x.contiguous()),
         dtype_name(x.dtype),
@@ -173,10 +178,15 @@ def linear_backward(
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     scaling: float,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """``dY W + scaling (dY B) A``: (..., out_features) to (..., in_features)."""
+    """``dY W + scaling (dY B) A``: (..., out_features) to (..., in_features).
+
+    It is written into ``out``, contiguous, if that is given.
+    """
     *batch, out_features = grad.shape
-    out = torch.empty((*batch, in_features), dtype=grad.dtype, device="cpu")
+    if out is None:
+        out = torch.empty((*batch, in_features), dtype=grad.dtype, device="cpu")
     codec.linear_backward(
         lend(grad.contiguous()),
         dtype_name(grad.dtype),

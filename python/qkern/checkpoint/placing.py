@@ -1,0 +1,127 @@
+"""Make a module that can take a quantized weight of a file, in the place of a dense one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qkern import embeddings, experts, flat_keys
+from qkern.errors import CorruptFileError
+from qkern.formats import QuantFormat
+from qkern.layers import QuantizedLinear
+from qkern.module_tree import module_at, replace_module
+from qkern.tensor import QuantizedTensor
+from qkern.weight_sites import is_conv1d
+
+
+def place(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    prefix: str,
+    dtype: torch.dtype | None,
+    paths: Mapping[str, list[str]],
+) -> None:
+    """Let the module that holds a parameter take the quantized tensor at ``prefix``.
+
+    A linear layer is replaced at all of its paths; experts become quantized ones in their place.
+    What is there already, is left. Values are not read: the strict load does that.
+
+    Args:
+        model: changed in place.
+        tensors: entries of the file.
+        prefix: of the tensor's keys.
+        dtype: of the weight, for files that do not say.
+        paths: every path of each module, by each of them.
+
+    Raises:
+        CorruptFileError: if there is no such module, or none that takes quantized weights.
+        FormatError: for an embedding in another format than int8_row.
+    """
+    name, _, parameter = prefix.rpartition(".")
+    try:
+        module = module_at(model, name)
+    except AttributeError as error:
+        msg = f"the model has no layer {name}, for which the file holds a quantized weight"
+        raise CorruptFileError(msg) from error
+    held: Any = module._parameters.get(parameter)
+    if isinstance(module, QuantizedLinear) or isinstance(held, QuantizedTensor):
+        return
+    if not _takes(module, parameter):
+        msg = f"{prefix}: a quantized weight for a {type(module).__name__}, nn.Linear is needed"
+        raise CorruptFileError(msg)
+    loaded = flat_keys.unflatten(tensors, prefix, dtype or held.dtype)
+    expected = held.shape
+    if _is_swapped(module, loaded.format):
+        expected = torch.Size((*expected[:-2], expected[-1], expected[-2]))
+    if loaded.shape != expected:
+        msg = f"{prefix}: the file holds {tuple(loaded.shape)}, {tuple(expected)} needed"
+        raise CorruptFileError(msg)
+    # On meta the strict load hands over the file's own memory; else it copies.
+    empty: Any = torch.empty_like(loaded, device=held.device)
+    if experts.is_experts(module):
+        experts.hold_quantized(module, parameter, empty, name)
+        return
+    if isinstance(module, nn.Embedding):
+        embeddings.hold_quantized(module, empty)
+        return
+    _replace_linear(model, paths[name], module, empty)
+
+
+def place_tied(model: nn.Module, paths: Mapping[str, list[str]]) -> None:
+    """Make layers quantized ones that were tied to a quantized embedding: heads, embeddings."""
+    for name, module in list(model.named_modules()):
+        weight = module._parameters.get("weight")
+        if not isinstance(weight, QuantizedTensor):
+            continue
+        if type(module) is nn.Linear:
+            _replace_linear(model, paths[name], module, weight)
+        elif isinstance(module, nn.Embedding):
+            embeddings.hold_quantized(module, weight)
+
+
+def check_transposed(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse quantized ``Conv1D``s that may be stored (in, out): the shapes of others would tell.
+
+    Args:
+        model: with everything in its place.
+        names: of the quantized tensors.
+
+    Raises:
+        CorruptFileError: if there are such, and all of them are square.
+    """
+    modules = (module_at(model, name.rpartition(".")[0]) for name in names)
+    layers = [m for m in modules if isinstance(m, QuantizedLinear) and m.fan_in_fan_out]
+    if layers and all(layer.in_features == layer.out_features for layer in layers):
+        msg = (
+            f"{layers[0].path} is a quantized Conv1D, and nothing says whether it is transposed: "
+            "quantize wider ones too, or none"
+        )
+        raise CorruptFileError(msg)
+
+
+def _replace_linear(model: nn.Module, paths: list[str], module: Any, weight: Any) -> None:
+    if module.bias is not None:
+        module.bias.requires_grad_(False)
+    layer = QuantizedLinear(weight, module.bias).train(module.training)
+    if isinstance(weight, nn.Parameter):
+        layer.weight = weight  # the same one, not another of the same values
+    layer.fan_in_fan_out = is_conv1d(module)
+    replace_module(model, paths, layer)
+
+
+def _takes(module: nn.Module, parameter: str) -> bool:
+    if experts.is_experts(module):
+        return parameter in experts.weight_names(module)
+    linear = type(module) is nn.Linear or is_conv1d(module)
+    return parameter == "weight" and (linear or isinstance(module, nn.Embedding))
+
+
+def _is_swapped(module: nn.Module, fmt: QuantFormat) -> bool:
+    """Whether the file holds (..., out, in) of what the module holds as (..., in, out)."""
+    if is_conv1d(module):
+        return True
+    holds = experts.is_experts(module) and bool(module.is_transposed)
+    return holds and not experts.is_transposed(module, fmt)
