@@ -1,4 +1,4 @@
-"""What the examples of trainers share: a tiny chat model without a network, or one from a directory.
+"""What the examples share: a tiny chat model that needs no network, or one from a directory.
 
 The tiny one is a random Llama of two layers with a tokenizer of one token per byte: it learns a
 fixed form of answer in a few steps, and runs on any machine in seconds.
