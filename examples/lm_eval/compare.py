@@ -1,8 +1,8 @@
 """lm-eval's ``hf`` model class over a model before and after it is quantized.
 
-    pip install "qkern[train]" lm_eval
-    python examples/lm_eval/compare.py MODEL_DIR             # dense, then NF4
-    python examples/lm_eval/compare.py QKERN_DIR             # what qkern.save or qkern quantize wrote
+    pip install "qkern[train,eval]"
+    python examples/lm_eval/compare.py MODEL_DIR    # dense, then NF4
+    python examples/lm_eval/compare.py QKERN_DIR    # what qkern.save or qkern quantize wrote
 
 The tasks are the two of this folder, whose twelve lines are in ``stories.jsonl``: no network.
 They show that it works; they are too few to judge a model by.
