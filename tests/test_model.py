@@ -204,7 +204,7 @@ def test_add_lora_trains_only_adapters() -> None:
     assert len(names) == 14
     assert torch.equal(model(token_ids()).logits, base)
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert trainable == {f"{n}.lora_{x}" for n in names for x in "AB"}
+    assert trainable == {f"{n}.adapters.default.lora_{x}" for n in names for x in "AB"}
 
 
 def test_qlora_linear_has_the_parameters_that_the_paper_counts() -> None:

@@ -49,6 +49,13 @@ if TYPE_CHECKING:
     from qkern.layers import QLoRALinear, QuantizedLinear
     from qkern.merging import merge_adapter, unmerge_adapter
     from qkern.model import CoverageReport, add_lora, memory_footprint, quantize_model
+    from qkern.named_adapters import (
+        adapter_names,
+        adapter_rows,
+        delete_adapter,
+        disable_adapter,
+        set_adapter,
+    )
     from qkern.projections import fuse_projections, unfuse_projections
     from qkern.tensor import QuantizedTensor, linear
 
@@ -78,9 +85,13 @@ __all__ = [
     "ShapeError",
     "StateDictError",
     "__version__",
+    "adapter_names",
+    "adapter_rows",
     "add_lora",
     "convert_checkpoint",
+    "delete_adapter",
     "dequantize",
+    "disable_adapter",
     "fuse_projections",
     "inspect_checkpoint",
     "linear",
@@ -94,6 +105,7 @@ __all__ = [
     "quantize_model",
     "save",
     "save_adapter",
+    "set_adapter",
     "unfuse_projections",
     "unmerge_adapter",
 ]
@@ -106,8 +118,12 @@ _HOMES = {
     "QuantizedArray": "qkern.arrays",
     "QuantizedLinear": "qkern.layers",
     "QuantizedTensor": "qkern.tensor",
+    "adapter_names": "qkern.named_adapters",
+    "adapter_rows": "qkern.named_adapters",
     "add_lora": "qkern.model",
     "convert_checkpoint": "qkern.checkpoint.converting",
+    "delete_adapter": "qkern.named_adapters",
+    "disable_adapter": "qkern.named_adapters",
     "fuse_projections": "qkern.projections",
     "inspect_checkpoint": "qkern.checkpoint.inspection",
     "linear": "qkern.tensor",
@@ -120,6 +136,7 @@ _HOMES = {
     "quantize_model": "qkern.model",
     "save": "qkern.checkpoint",
     "save_adapter": "qkern.adapters",
+    "set_adapter": "qkern.named_adapters",
     "unfuse_projections": "qkern.projections",
     "unmerge_adapter": "qkern.merging",
 }

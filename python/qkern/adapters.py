@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -41,29 +41,37 @@ from qkern.files import pickle_advice, read_json, replacing, write_json
 from qkern.fingerprint import base_fingerprint
 from qkern.formats import QuantFormat
 from qkern.layers import QLoRALinear, QuantizedLinear
-from qkern.model import adapted_layers, attach_adapters
+from qkern.lora_adapter import DEFAULT, LoRAAdapter, check_name
+from qkern.model import adapted_layers, attach_adapters, check_unmerged
 
 
-def save_adapter(model: nn.Module, path: str | PathLike[str]) -> None:
+def save_adapter(
+    model: nn.Module, path: str | PathLike[str], *, adapter_name: str | None = None
+) -> None:
     """Write a model's adapter as PEFT's two files, each replaced as a whole.
 
     Args:
         model: with adapters, after ``add_lora``.
         path: the directory.
+        adapter_name: of the adapter, which files do not keep; None for the active one.
 
     Raises:
-        AdapterMismatchError: if the model has no adapter, or layers of different dropout or kind.
+        AdapterMismatchError: if the model has no such adapter, or layers of different dropout or
+            kind.
     """
     from safetensors.torch import save_file
 
     layers = dict(adapted_layers(model))
-    if not layers:
-        msg = "the model has no adapter to save: call qkern.add_lora first"
+    adapters = _adapters_of(layers, adapter_name)
+    if not adapters:
+        what = "active adapter" if adapter_name is None else f"adapter {adapter_name!r}"
+        msg = f"the model has no {what} to save: call qkern.add_lora or set_adapter first"
         raise AdapterMismatchError(msg)
+    layers = {name: layers[name] for name in adapters}
     tensors = {}
-    for name, layer in layers.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = _plain(layer.lora_A)
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = _plain(layer.lora_B)
+    for name, adapter in adapters.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = _plain(adapter.lora_A)
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = _plain(adapter.lora_B)
     formats = [shards.local_part(layer.weight).format for layer in layers.values()]
     # A tensor that 8-bit scales could not hold says nothing about what was asked for.
     fmt = formats[0].template.replace(double_quant=any(f.double_quant for f in formats))
@@ -74,17 +82,37 @@ def save_adapter(model: nn.Module, path: str | PathLike[str]) -> None:
     directory = Path(path)
     with replacing(directory / WEIGHTS_NAME) as temporary:
         save_file(tensors, temporary, metadata)
-    write_json(directory / CONFIG_NAME, _config(model, layers))
+    write_json(directory / CONFIG_NAME, _config(model, adapters))
 
 
-def load_adapter(model: nn.Module, path: str | PathLike[str], *, force: bool = False) -> None:
+def _adapters_of(
+    layers: Mapping[str, QLoRALinear], adapter_name: str | None
+) -> dict[str, LoRAAdapter]:
+    """The adapter of a name, or the active one, by the layers' paths."""
+    found = {}
+    for name, layer in layers.items():
+        adapter = layer.adapter if adapter_name is None else layer.adapter_of(adapter_name)
+        if adapter is not None:
+            found[name] = adapter
+    return found
+
+
+def load_adapter(
+    model: nn.Module,
+    path: str | PathLike[str],
+    *,
+    force: bool = False,
+    adapter_name: str = DEFAULT,
+) -> None:
     """Load an adapter of PEFT's format, strictly.
 
-    Layers get their adapters if the model has none; else the file must fit those that are there.
+    Layers get it if the model has none of the name; else the file must fit the one that is there.
+    It is active if it is the model's first: else ``set_adapter`` makes it so.
 
     Args:
         model: after ``quantize_model``.
         path: a directory with PEFT's two files.
+        adapter_name: what it is called in the model.
         force: load an adapter that was trained over other quantized weights all the same. The
             files that PEFT wrote do not say, and load without.
 
@@ -98,27 +126,26 @@ def load_adapter(model: nn.Module, path: str | PathLike[str], *, force: bool = F
     check_config(config, directory)
     tensors = _read_tensors(directory / WEIGHTS_NAME)
     pairs = _pairs(tensors, directory)
-    layers = dict(adapted_layers(model))
-    if any(layer.merged for layer in layers.values()):
-        msg = "an adapter is merged into the weights: call qkern.unmerge_adapter first"
-        raise AdapterMismatchError(msg)
-    bases = _check_fit(model, pairs, layers)
+    check_name(adapter_name)
+    check_unmerged(model)
+    adapters = _adapters_of(dict(adapted_layers(model)), adapter_name)
+    bases = _check_fit(model, pairs, adapters)
     alphas = alphas_of(config, pairs, directory)
     if not force:
         _check_base(bases, directory)
-    if not layers:
+    if not adapters:
         for r in sorted({A.shape[0] for A, _ in pairs.values()}):
             names = [name for name, (A, _) in pairs.items() if A.shape[0] == r]
             dropout = number_of(config, "lora_dropout", 0.0, directory)
-            attach_adapters(model, names, r=r, lora_dropout=dropout)
-        layers = dict(adapted_layers(model))
+            attach_adapters(model, names, r=r, lora_dropout=dropout, adapter_name=adapter_name)
+        adapters = _adapters_of(dict(adapted_layers(model)), adapter_name)
     use_rslora = bool(config.get("use_rslora"))
     with torch.no_grad():
         for name, (A, B) in pairs.items():
-            layer = layers[name]
-            layer.lora_A.copy_(A)
-            layer.lora_B.copy_(B)
-            layer.set_scaling(alphas[name], use_rslora=use_rslora)
+            adapter = adapters[name]
+            adapter.lora_A.copy_(A)
+            adapter.lora_B.copy_(B)
+            adapter.set_scaling(alphas[name], use_rslora=use_rslora)
 
 
 def read_quantization(path: str | PathLike[str]) -> QuantFormat | None:
@@ -164,7 +191,7 @@ def _plain(parameter: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous()
 
 
-def _config(model: nn.Module, layers: dict[str, QLoRALinear]) -> dict[str, Any]:
+def _config(model: nn.Module, layers: dict[str, LoRAAdapter]) -> dict[str, Any]:
     """The keys that every version of PEFT knows."""
     first = next(iter(layers.values()))
     kinds = {(layer.lora_dropout, layer.use_rslora) for layer in layers.values()}
@@ -198,7 +225,7 @@ def _pattern(name: str) -> str:
     return f"^{re.escape(name)}"
 
 
-def _target_names(model: nn.Module, layers: dict[str, QLoRALinear]) -> list[str] | str:
+def _target_names(model: nn.Module, layers: Collection[str]) -> list[str] | str:
     """What names the adapted layers and no others: ends of paths, paths, or an expression."""
     modules = [name for name, _ in model.named_modules()]
     ends = {name.rpartition(".")[2] for name in layers}
@@ -236,7 +263,7 @@ def _pairs(tensors: dict[str, Tensor], directory: Path) -> dict[str, tuple[Tenso
 def _check_fit(
     model: nn.Module,
     pairs: dict[str, tuple[Tensor, Tensor]],
-    adapted: dict[str, QLoRALinear],
+    adapted: Mapping[str, LoRAAdapter],
 ) -> dict[str, QuantizedLinear]:
     """The layers that the file's entries are for."""
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}

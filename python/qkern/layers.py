@@ -3,23 +3,26 @@
     y = x W^T + bias                              QuantizedLinear
     y = x W^T + bias + scaling (x A^T) B^T        QLoRALinear
 
+with the adapter that is active, of those that the layer holds by name.
+
 LoRA: Hu et al., https://arxiv.org/abs/2106.09685; over 4-bit weights: Dettmers et al.,
 https://arxiv.org/abs/2305.14314.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from qkern import operands, shards
+from qkern.adapter_holder import AdapterHolder
 from qkern.codec import COMPUTE, check_choice
-from qkern.errors import FormatError, ShapeError
+from qkern.errors import AdapterMismatchError, FormatError, ShapeError
 from qkern.flat_weight import FlatWeight
 from qkern.formats import QuantFormat, resolve_format
+from qkern.lora_adapter import DEFAULT, LoRAAdapter
 from qkern.tensor import QuantizedTensor, linear
 
 _Layer = TypeVar("_Layer", bound=nn.Linear)
@@ -150,8 +153,11 @@ class QuantizedLinear(FlatWeight, nn.Linear):
         return layer.train(self.training)
 
 
-class QLoRALinear(QuantizedLinear):
-    """``QuantizedLinear`` with a trainable low-rank adapter in the same operator.
+class QLoRALinear(AdapterHolder, QuantizedLinear):
+    """``QuantizedLinear`` with trainable low-rank adapters in the same operator.
+
+    It holds adapters by name, one of which is active, and is made with a first one. ``lora_A``,
+    ``r`` and what else an adapter has are here those of the active one.
 
     Args:
         weight: (out_features, in_features).
@@ -162,48 +168,40 @@ class QLoRALinear(QuantizedLinear):
         use_rslora: multiply by ``lora_alpha / sqrt(r)`` instead
             (https://arxiv.org/abs/2312.03732).
         init_lora_weights: True: A as ``nn.Linear`` is, B zero, so that training starts at the
-            base; False: B random too.
+            base; "gaussian": A normal of deviation 1/r; False: B random too.
         dtype: of the adapter; fp32 unless given.
         lora_mode: "separate", or "merged" for GPUs, see ``qkern.linear``. Like ``compute`` it is an
             attribute that may be set at any time, and no part of a file.
         compute: "exact" or "int8", see ``qkern.linear``; gradients are exact with either.
+        adapter_name: of the first adapter.
+
+    Attributes:
+        adapters: ``LoRAAdapter`` by name.
+        active_adapter: name of the active one; None, or a name that the layer does not hold, for
+            the base alone.
+        merged: whether the active adapter is in the weight.
+        rows: set by ``qkern.adapter_rows``: the adapter of each row of a batch.
     """
 
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
     lora_mode: str = "separate"
+    merged: bool = False
 
     def __init__(
         self,
         weight: QuantizedTensor,
         bias: nn.Parameter | None = None,
         *,
-        r: int = 16,
-        lora_alpha: float = 32,
-        lora_dropout: float = 0.0,
-        use_rslora: bool = False,
-        init_lora_weights: bool = True,
-        dtype: torch.dtype = torch.float32,
         lora_mode: str = "separate",
         compute: str = "exact",
+        adapter_name: str = DEFAULT,
+        **lora: Any,
     ) -> None:
         super().__init__(weight, bias, compute=compute)
         check_choice("lora_mode", lora_mode, operands.LORA_MODES)
-        if r < 1:
-            msg = f"the rank r must be 1 or more, got {r}"
-            raise ShapeError(msg)
-        operands.check_dropout(lora_dropout)
-        if lora_mode == "merged" and lora_dropout > 0.0:
-            msg = f"lora_mode='merged' has no dropout of the adapter's own, got {lora_dropout}"
-            raise FormatError(msg)
-        self.r, self.lora_dropout, self.lora_mode = r, lora_dropout, lora_mode
-        self.set_scaling(lora_alpha, use_rslora=use_rslora)
-        self.merged = False
-        with torch.inference_mode(False):
-            A = torch.empty(r, self.in_features, device=weight.device, dtype=dtype)
-            B = torch.empty(self.out_features, r, device=weight.device, dtype=dtype)
-            self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B)
-            self.reset_adapter(init_lora_weights=init_lora_weights)
+        self.lora_mode = lora_mode
+        self.adapters = nn.ModuleDict()
+        self.active_adapter = adapter_name
+        self.add_adapter(adapter_name, self.make_adapter(**lora))
 
     @classmethod
     def from_linear(
@@ -252,47 +250,70 @@ class QLoRALinear(QuantizedLinear):
         made.compute = made.compute if compute is None else compute
         return made
 
-    def set_scaling(self, lora_alpha: float, *, use_rslora: bool) -> None:
-        """Set the factor of the adapter's part."""
-        self.lora_alpha, self.use_rslora = lora_alpha, use_rslora
-        self.scaling = lora_alpha / (math.sqrt(self.r) if use_rslora else self.r)
+    def make_adapter(self, **lora: Any) -> LoRAAdapter:
+        """An adapter that fits the layer, with the arguments of ``LoRAAdapter``.
 
-    def reset_adapter(self, *, init_lora_weights: bool = True) -> None:
-        """Initialize the adapter as PEFT does."""
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        if init_lora_weights:
-            nn.init.zeros_(self.lora_B)
-        else:
-            nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
+        Raises:
+            ShapeError: for a rank below 1, or a dropout outside of [0, 1).
+            FormatError: for an unknown setting, or dropout with ``lora_mode="merged"``.
+        """
+        lora_dropout = lora.get("lora_dropout", 0.0)
+        if self.lora_mode == "merged" and lora_dropout > 0.0:
+            msg = f"lora_mode='merged' has no dropout of the adapter's own, got {lora_dropout}"
+            raise FormatError(msg)
+        device = self.quantized_weight.device
+        return LoRAAdapter(self.out_features, self.in_features, device=device, **lora)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
         if self.merged:
+            self._check_merged()
             return super().forward(x)
+        if self.has_rows():
+            y: Tensor = self.by_rows(
+                x, lambda part, name: self._multiply(part, self.adapter_of(name))
+            )
+            return y
         shared = self._output_with_siblings(x)
         if shared is not None:
             return shared
+        return self._multiply(x, self.adapter)
+
+    def _multiply(self, x: Tensor, adapter: LoRAAdapter | None) -> Tensor:
+        """The product with one of the adapters, or with none."""
+        if adapter is None:
+            return linear(x, self.quantized_weight, self.bias, compute=self.compute, layer=self)
         return linear(
             x,
             self.quantized_weight,
             self.bias,
-            lora_A=self.lora_A,
-            lora_B=self.lora_B,
-            scaling=self.scaling,
-            lora_dropout=self.lora_dropout if self.training else 0.0,
+            lora_A=adapter.lora_A,
+            lora_B=adapter.lora_B,
+            scaling=adapter.scaling,
+            lora_dropout=adapter.lora_dropout if self.training else 0.0,
             lora_mode=self.lora_mode,
             compute=self.compute,
             layer=self,
         )
 
+    def _check_merged(self) -> None:
+        adapter = self.adapter
+        trained = adapter is not None and adapter.lora_B.requires_grad
+        if self.training and trained and torch.is_grad_enabled():
+            msg = (
+                f"{self.path or 'the layer'} is in training with a merged adapter, which would "
+                "learn nothing: call unmerge_adapter before training, or model.eval() after it"
+            )
+            raise AdapterMismatchError(msg)
+
     def delta(self) -> Tensor:
-        """``scaling B A``, fp32 (out_features, in_features)."""
-        return (self.lora_B.detach().float() @ self.lora_A.detach().float()) * self.scaling
+        """What the active adapter adds to the weight, fp32 (out_features, in_features)."""
+        return self._active().product()
 
     def extra_repr(self) -> str:
-        """Sizes, format and the adapter's rank, for ``print(model)``."""
+        """Sizes, format and the active adapter, for ``print(model)``."""
         how = "" if self.lora_mode == "separate" else f", lora_mode={self.lora_mode}"
-        return f"{super().extra_repr()}, r={self.r}, scaling={self.scaling:g}{how}"
+        return f"{super().extra_repr()}, active_adapter={self.active_adapter}{how}"
 
 
 # What nn.Module keeps of hooks on forward and backward.

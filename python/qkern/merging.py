@@ -18,10 +18,12 @@ _MERGED = "adapter"
 def merge_adapter(model: nn.Module) -> None:
     """Add every adapter to its quantized weight; ``unmerge_adapter`` restores the bytes.
 
-    The sum is quantized again, which loses a part of a small adapter.
+    It is the active adapter that is merged. The sum is quantized again, which loses a part of a
+    small adapter.
 
     Raises:
-        AdapterMismatchError: if there is no adapter, or one is merged already.
+        AdapterMismatchError: if no adapter is active, one is merged already, or several are in use
+            (``qkern.adapter_rows``).
         NonFiniteError: if an adapter holds NaN or infinity; nothing is merged then.
         FormatError: if 8-bit scales cannot hold a sum; nothing is merged then.
     """
@@ -59,11 +61,15 @@ def _take_out(layer: QLoRALinear) -> None:
 
 
 def _in_state(model: nn.Module, *, merged: bool) -> dict[str, QLoRALinear]:
-    layers = dict(adapted_layers(model))
+    found = dict(adapted_layers(model))
+    layers = {name: layer for name, layer in found.items() if layer.adapter is not None}
+    if any(layer.rows is not None for layer in found.values()):
+        msg = "rows of a batch have adapters of their own: leave qkern.adapter_rows first"
+        raise AdapterMismatchError(msg)
     wrong = [name for name, layer in layers.items() if layer.merged is not merged]
     if not layers or wrong:
         what = "not merged" if merged else "merged already"
-        msg = f"{wrong[0]} is {what}" if wrong else "the model has no adapter"
+        msg = f"{wrong[0]} is {what}" if wrong else "the model has no active adapter"
         raise AdapterMismatchError(msg)
     return layers
 

@@ -16,6 +16,7 @@ from qkern.coverage import CoverageReport, CoverageRow
 from qkern.errors import AdapterMismatchError, FormatError, QkernError
 from qkern.formats import QuantFormat, resolve_format
 from qkern.layers import QLoRALinear, QuantizedLinear
+from qkern.lora_adapter import DEFAULT, LoRAAdapter, check_name
 from qkern.module_tree import leave_inference_mode, module_at, module_paths, replace_module
 from qkern.name_patterns import matches
 from qkern.tensor import QuantizedTensor
@@ -103,13 +104,16 @@ def add_lora(
     target_modules: str | Sequence[str] = "all-linear",
     lora_dropout: float = 0.0,
     use_rslora: bool = False,
-    init_lora_weights: bool = True,
+    init_lora_weights: bool | str = True,
     dtype: torch.dtype = torch.float32,
     lora_mode: str = "separate",
+    adapter_name: str = DEFAULT,
 ) -> list[str]:
     """Give quantized layers a trainable adapter, in place, and freeze everything else.
 
-    After an error nothing has changed: no layer, and nothing that was trained is frozen.
+    The first adapter of a model is active and trains. Another one waits, frozen, until
+    ``qkern.set_adapter`` makes it the active one. After an error nothing has changed: no layer, and
+    nothing that was trained is frozen.
 
     Args:
         model: after ``quantize_model``.
@@ -119,16 +123,20 @@ def add_lora(
             regular expression for whole paths, as in PEFT.
         lora_dropout: probability of zeroing an input of the adapter's part, in training.
         use_rslora: multiply by ``lora_alpha / sqrt(r)`` instead.
-        init_lora_weights: True to start at the base model, False for a random adapter.
+        init_lora_weights: True or "gaussian" to start at the base model, False for a random
+            adapter.
         dtype: of the adapters.
-        lora_mode: "separate", or "merged" for GPUs, see ``qkern.linear``.
+        lora_mode: "separate", or "merged" for GPUs, see ``qkern.linear``; layers that have an
+            adapter keep theirs.
+        adapter_name: several adapters of a model have different ones.
 
     Returns:
         The paths of the layers that got one.
 
     Raises:
-        AdapterMismatchError: if a target matches no quantized layer, or one has an adapter already.
-        FormatError: for another ``lora_mode``, or "merged" with dropout.
+        AdapterMismatchError: if a target matches no quantized layer, one has an adapter of that
+            name already, or an adapter is merged.
+        FormatError: for another ``lora_mode``, "merged" with dropout, or a name with a dot.
         ShapeError: for a rank below 1, or a dropout outside of [0, 1).
     """
     layers = _quantized_layers(model)
@@ -144,40 +152,73 @@ def add_lora(
         init_lora_weights=init_lora_weights,
         dtype=dtype,
         lora_mode=lora_mode,
+        adapter_name=adapter_name,
     )
     return names
 
 
-def attach_adapters(model: nn.Module, names: Sequence[str], **lora: Any) -> None:
+def attach_adapters(
+    model: nn.Module, names: Sequence[str], *, adapter_name: str = DEFAULT, **lora: Any
+) -> None:
     """Give exactly these quantized layers an adapter each, and freeze everything else.
 
     Args:
         model: after ``quantize_model``.
         names: paths as ``named_modules`` has them.
-        **lora: arguments of ``QLoRALinear``.
+        adapter_name: of the adapter; it becomes the active one if the model has none.
+        **lora: other arguments of ``QLoRALinear``.
 
     Raises:
-        AdapterMismatchError: if one has an adapter already.
+        AdapterMismatchError: if one has an adapter of that name already, or one is merged.
     """
+    check_name(adapter_name)
     layers = _quantized_layers(model)
-    adapted = [name for name in names if isinstance(layers[name][0], QLoRALinear)]
-    if adapted:
-        msg = f"{adapted[0]} and {len(adapted) - 1} more layers have an adapter already"
+    adapted = {n: m for n, (m, _) in layers.items() if isinstance(m, QLoRALinear)}
+    taken = [name for name in names if name in adapted and adapter_name in adapted[name].adapters]
+    if taken:
+        msg = (
+            f"{taken[0]} and {len(taken) - 1} more layers have an adapter {adapter_name!r} already"
+        )
         raise AdapterMismatchError(msg)
+    check_unmerged(model)
     trained = [
         parameter
         for _, layer in adapted_layers(model)
-        for parameter in (layer.lora_A, layer.lora_B)
+        for parameter in layer.adapters.parameters()
         if parameter.requires_grad
     ]
     leave_inference_mode(model)
+    active = next((layer.active_adapter for _, layer in adapted_layers(model)), adapter_name)
+    own = {key: value for key, value in lora.items() if key != "lora_mode"}
     # Before anything is frozen: if one cannot be made, the model stays as it was.
-    made = [QLoRALinear.from_linear(layers[name][0], **lora) for name in names]
+    made: list[QLoRALinear | LoRAAdapter] = [
+        adapted[name].make_adapter(**own)
+        if name in adapted
+        else QLoRALinear.from_linear(layers[name][0], adapter_name=adapter_name, **lora)
+        for name in names
+    ]
     model.requires_grad_(False)
     for parameter in trained:  # adapters that were there before stay trainable
         parameter.requires_grad_(True)
-    for name, layer in zip(names, made, strict=True):
-        replace_module(model, layers[name][1], layer)
+    for name, new in zip(names, made, strict=True):
+        if isinstance(new, QLoRALinear):
+            new.active_adapter = active
+            new.adapters.requires_grad_(adapter_name == active)
+            replace_module(model, layers[name][1], new)
+        else:
+            adapted[name].add_adapter(adapter_name, new.requires_grad_(adapter_name == active))
+            adapted[name].active_adapter = active
+
+
+def check_unmerged(model: nn.Module) -> None:
+    """Refuse to change adapters while one is in the weights.
+
+    Raises:
+        AdapterMismatchError: if so.
+    """
+    if any(layer.merged for _, layer in adapted_layers(model)):
+        msg = "an adapter is merged into the weights: call qkern.unmerge_adapter first"
+        raise AdapterMismatchError(msg)
 
 
 def memory_footprint(model: nn.Module) -> int:
@@ -345,5 +386,5 @@ def _is_target(name: str, targets: str | Sequence[str]) -> bool:
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, QLoRALinear]]:
     """Paths and layers that have an adapter."""
     for name, module in model.named_modules():
-        if isinstance(module, QLoRALinear):
+        if isinstance(module, QLoRALinear) and module.adapters:
             yield name, module

@@ -285,10 +285,14 @@ def _layer_of(layer: QuantizedLinear, x: Tensor) -> Layer | None:
         return None
     A = B = None
     scaling = 1.0
-    if isinstance(layer, QLoRALinear) and not layer.merged:
-        if layer.lora_mode != "separate" or (layer.training and layer.lora_dropout > 0.0):
+    adapter = layer.adapter if isinstance(layer, QLoRALinear) and not layer.merged else None
+    if isinstance(layer, QLoRALinear) and layer.rows is not None and not layer.merged:
+        return None
+    if isinstance(layer, QLoRALinear) and adapter is not None:
+        dropped = layer.training and adapter.lora_dropout > 0.0
+        if layer.lora_mode != "separate" or dropped or adapter.use_dora:
             return None
-        A, B, scaling = layer.lora_A, layer.lora_B, layer.scaling
+        A, B, scaling = adapter.lora_A, adapter.lora_B, adapter.scaling
     with torch._C.DisableTorchFunctionSubclass():
         try:
             operands.check_linear(x, weight, bias, A, B, layer)

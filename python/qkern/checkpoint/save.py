@@ -17,7 +17,7 @@ from qkern.checkpoint.source import INDEX_NAME, TIED_KEY, WEIGHTS_NAME
 from qkern.errors import AdapterMismatchError, FormatError
 from qkern.files import replacing, write_json
 from qkern.layers import QLoRALinear, QuantizedLinear
-from qkern.model import adapted_layers
+from qkern.model import adapted_layers, check_unmerged
 
 
 def save(model: nn.Module, path: str | PathLike[str]) -> None:
@@ -32,8 +32,8 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
 
     Raises:
         FormatError: if no layer is quantized.
-        AdapterMismatchError: if an adapter is merged into the weights, or the model is wrapped by
-            PEFT.
+        AdapterMismatchError: if an adapter is merged into the weights, the model has several
+            adapters, or is wrapped by PEFT.
     """
     from safetensors.torch import save_file
 
@@ -45,19 +45,20 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
     adapted = dict(adapted_layers(model))
     # A shared layer has several paths: its adapter stays out of the base at each of them.
     modules = model.named_modules(remove_duplicate=False)
-    adapters = {name for name, module in modules if isinstance(module, QLoRALinear)}
-    if any(layer.merged for layer in adapted.values()):
-        msg = "an adapter is merged into the weights: call qkern.unmerge_adapter first"
+    adapters = tuple(f"{name}.adapters." for name, m in modules if isinstance(m, QLoRALinear))
+    check_unmerged(model)
+    names = {name for layer in adapted.values() for name in layer.adapters}
+    if len(names) > 1:
+        msg = (
+            f"a directory holds one adapter, the model has {sorted(names)}: save each with "
+            "save_adapter(model, path, adapter_name=...), then all but one can be deleted"
+        )
         raise AdapterMismatchError(msg)
     if any(name.endswith(".base_layer") for name in layers):
         msg = "the model is wrapped by PEFT: save its adapter with save_pretrained, and the base "
         raise AdapterMismatchError(msg + "before wrapping it (or after unload())")
     tensors, tied = _distinct(
-        {
-            key: tensor
-            for key, tensor in model.state_dict().items()
-            if key.rpartition(".")[0] not in adapters or not key.endswith((".lora_A", ".lora_B"))
-        }
+        {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(adapters)}
     )
     metadata = {"format": "pt", TIED_KEY: json.dumps(tied)}
     with replacing(directory / WEIGHTS_NAME) as temporary:
@@ -71,7 +72,7 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
     if generation is not None and hasattr(generation, "to_dict"):
         write_json(directory / "generation_config.json", generation.to_dict())
     if adapted:
-        save_adapter(model, directory)
+        save_adapter(model, directory, adapter_name=names.pop())
     # What an earlier model left here would be opened in place of this one, or on top of it.
     stale = [INDEX_NAME, *(() if adapted else (ADAPTER_CONFIG, ADAPTER_WEIGHTS))]
     for name in stale:

@@ -100,7 +100,7 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
     A buffer can be a table that lower precision ruins, as the rotary frequencies are.
     """
     for name, parameter in model.named_parameters():
-        if not name.endswith((".lora_A", ".lora_B")):
+        if not name.endswith((".lora_A", ".lora_B", ".lora_magnitude")):
             parameter.data = parameter.data.to(dtype)
 
 

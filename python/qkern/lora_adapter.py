@@ -1,0 +1,132 @@
+"""One adapter of a layer: its parameters and settings. A layer may hold several, by name."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from qkern import operands
+from qkern.errors import FormatError, ShapeError
+
+DEFAULT: Final = "default"
+# Initializations that need no weight: those with one are made by ``lora_init``.
+PLAIN_INITS: Final = (True, False, "gaussian")
+_NAME: Final = re.compile(r"[^.\s]+")
+
+
+class LoRAAdapter(nn.Module):
+    """The factors of ``scaling B A``, and for DoRA the magnitudes of the sum's rows.
+
+    Args:
+        out_features: rows of B.
+        in_features: columns of A.
+        r: rank, 1 or more.
+        lora_alpha: the product is multiplied by ``lora_alpha / r``.
+        lora_dropout: probability of zeroing an input of the adapter's part, in training.
+        use_rslora: multiply by ``lora_alpha / sqrt(r)`` instead.
+        use_dora: hold magnitudes too, see ``qkern.dora``; they are NaN until they are set.
+        init_lora_weights: True, False or "gaussian", see ``reset``; None leaves the memory as it
+            is.
+        dtype: of the parameters.
+        device: of the parameters.
+
+    Attributes:
+        lora_A: (r, in_features).
+        lora_B: (out_features, r).
+        lora_magnitude: (out_features,), None without DoRA.
+        changed_base: the initialization that took a part out of the base, empty if none did.
+
+    Raises:
+        ShapeError: for a rank below 1, or a dropout outside of [0, 1).
+        FormatError: for another ``init_lora_weights``.
+    """
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    lora_magnitude: nn.Parameter | None
+
+    def __init__(
+        self,
+        out_features: int,
+        in_features: int,
+        *,
+        r: int = 16,
+        lora_alpha: float = 32,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        use_dora: bool = False,
+        init_lora_weights: bool | str | None = True,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        if r < 1:
+            msg = f"the rank r must be 1 or more, got {r}"
+            raise ShapeError(msg)
+        operands.check_dropout(lora_dropout)
+        self.r, self.lora_dropout = r, lora_dropout
+        self.changed_base = ""
+        self.set_scaling(lora_alpha, use_rslora=use_rslora)
+        with torch.inference_mode(False):  # what is made under it could never be trained on
+            A = torch.empty(r, in_features, device=device, dtype=dtype)
+            B = torch.empty(out_features, r, device=device, dtype=dtype)
+            self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B)
+            magnitude = None
+            if use_dora:
+                nan = torch.full((out_features,), torch.nan, device=device, dtype=dtype)
+                magnitude = nn.Parameter(nan)
+            self.register_parameter("lora_magnitude", magnitude)
+            if init_lora_weights is not None:
+                self.reset(init_lora_weights=init_lora_weights)
+
+    @property
+    def use_dora(self) -> bool:
+        """Whether it has magnitudes."""
+        return self.lora_magnitude is not None
+
+    def set_scaling(self, lora_alpha: float, *, use_rslora: bool) -> None:
+        """Set the factor of the product."""
+        self.lora_alpha, self.use_rslora = lora_alpha, use_rslora
+        self.scaling = lora_alpha / (math.sqrt(self.r) if use_rslora else self.r)
+
+    def reset(self, *, init_lora_weights: bool | str = True) -> None:
+        """Initialize the factors as PEFT does.
+
+        Args:
+            init_lora_weights: True: A as ``nn.Linear`` is, B zero; "gaussian": A normal of
+                deviation 1/r, B zero; False: both as ``nn.Linear``.
+        """
+        if init_lora_weights not in PLAIN_INITS:
+            msg = f"init_lora_weights is {init_lora_weights!r}: True, False or 'gaussian' are known"
+            raise FormatError(msg)
+        if init_lora_weights == "gaussian":
+            nn.init.normal_(self.lora_A, std=1 / self.r)
+        else:
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        if init_lora_weights is False:
+            nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
+        else:
+            nn.init.zeros_(self.lora_B)
+
+    def product(self) -> Tensor:
+        """``scaling B A``, fp32 (out_features, in_features)."""
+        return (self.lora_B.detach().float() @ self.lora_A.detach().float()) * self.scaling
+
+    def extra_repr(self) -> str:
+        """Rank, scaling and kind, for ``print(model)``."""
+        return f"r={self.r}, scaling={self.scaling:g}{', DoRA' if self.use_dora else ''}"
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that no module can have.
+
+    Raises:
+        FormatError: for an empty one, one with a dot or a space, or that of a method.
+    """
+    if not _NAME.fullmatch(name) or hasattr(nn.ModuleDict(), name):
+        msg = f"{name!r} cannot be an adapter's name: no dot, no space, no name of a method"
+        raise FormatError(msg)

@@ -1,0 +1,147 @@
+"""Which of a model's adapters are computed: one, none, or one for each row of a batch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator, Sequence
+
+from torch import nn
+
+from qkern.adapter_config import nearest
+from qkern.adapter_holder import NamedAdapters
+from qkern.errors import AdapterMismatchError, ShapeError
+from qkern.model import check_unmerged
+
+
+def set_adapter(model: nn.Module, name: str, *, trainable: bool | Collection[str] = True) -> None:
+    """Compute with one adapter from now on; layers that it has no part in compute their base.
+
+    The other adapters are frozen, so that an optimizer made of what is trainable trains this one.
+
+    Args:
+        model: with adapters.
+        name: of one of them.
+        trainable: whether it trains; or the names of all adapters that do, as those of
+            ``adapter_rows``.
+
+    Raises:
+        AdapterMismatchError: if there is no adapter of a name, or one is merged.
+    """
+    holders = _holders(model)
+    trained = {name} if trainable is True else set(trainable or ())
+    _check_names(model, {name, *trained})
+    check_unmerged(model)
+    for holder in holders:
+        holder.active_adapter = name
+        for key, adapter in holder.adapters.items():
+            adapter.requires_grad_(key in trained)
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """The names of a model's adapters, in the order in which its layers have them."""
+    return list(dict.fromkeys(name for holder in _holders(model) for name in holder.adapters))
+
+
+def delete_adapter(model: nn.Module, name: str) -> None:
+    """Remove an adapter. If it was the active one, the base alone is computed until another is set.
+
+    Raises:
+        AdapterMismatchError: if there is no adapter of that name, or one is merged.
+    """
+    _check_names(model, {name})
+    check_unmerged(model)
+    for holder in _holders(model):
+        if name in holder.adapters:
+            del holder.adapters[name]
+        if holder.active_adapter == name:
+            holder.active_adapter = None
+
+
+@contextlib.contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[None]:
+    """Compute the base model alone within, as a reference model for preferences is.
+
+    Raises:
+        AdapterMismatchError: if an adapter is merged.
+
+    Example:
+        >>> import qkern, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+        >>> report = qkern.quantize_model(model)
+        >>> layers = qkern.add_lora(model, init_lora_weights=False)
+        >>> x = torch.ones(1, 64)
+        >>> with qkern.disable_adapter(model):
+        ...     base = model(x)
+        >>> torch.equal(model(x), base)
+        False
+    """
+    check_unmerged(model)
+    with _restored(model) as holders:
+        for holder in holders:
+            holder.active_adapter = holder.rows = None
+        yield
+
+
+@contextlib.contextmanager
+def adapter_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
+    """Compute each row of a batch with an adapter of its own within.
+
+    Every input of the model's layers must begin with the batch. One k times as long as ``names``
+    has k rows for each name, one after another: beams, several sequences of a prompt, and tokens
+    flattened into the batch's dimension are so. (Tokens sorted by expert are not.)
+
+    Each group of rows is multiplied by itself, forward and backward, and gets what its adapter
+    alone gives. Of layers that are checkpointed, ``backward()`` belongs inside too. To train
+    several adapters at once: ``set_adapter(model, "a", trainable=["a", "b"])``.
+
+    Args:
+        model: with adapters.
+        names: the adapter of each row; None for the base alone.
+
+    Raises:
+        AdapterMismatchError: if there is no adapter of a name, or one is merged.
+        ShapeError: for no row; and, where the model is called, for a batch that does not fit.
+
+    Example:
+        >>> import qkern, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+        >>> report = qkern.quantize_model(model)
+        >>> for name in ("french", "german"):
+        ...     layers = qkern.add_lora(model, adapter_name=name)
+        >>> with qkern.adapter_rows(model, ["french", None, "german"]):
+        ...     model(torch.ones(3, 64)).shape
+        torch.Size([3, 64])
+    """
+    if isinstance(names, str) or not names:
+        msg = f"adapter_rows needs a name or None for each row, got {names!r}"
+        raise ShapeError(msg)
+    _check_names(model, {name for name in names if name is not None})
+    check_unmerged(model)
+    with _restored(model) as holders:
+        for holder in holders:
+            holder.rows = tuple(names)
+        yield
+
+
+@contextlib.contextmanager
+def _restored(model: nn.Module) -> Iterator[list[NamedAdapters]]:
+    """What holds adapters; what is active there is put back at the end."""
+    before = [(holder, holder.active_adapter, holder.rows) for holder in _holders(model)]
+    try:
+        yield [holder for holder, _, _ in before]
+    finally:
+        for holder, active, rows in before:
+            holder.active_adapter, holder.rows = active, rows
+
+
+def _holders(model: nn.Module) -> list[NamedAdapters]:
+    return [module for module in model.modules() if isinstance(module, NamedAdapters)]
+
+
+def _check_names(model: nn.Module, names: Collection[str]) -> None:
+    known = adapter_names(model)
+    for name in sorted(names):
+        if name not in known:
+            near = nearest(name, known)
+            msg = f"the model has no adapter {name!r}; nearest: {near}; its adapters: {known}"
+            raise AdapterMismatchError(msg)
