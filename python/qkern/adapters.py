@@ -6,8 +6,9 @@ A directory holds ``adapter_config.json`` and ``adapter_model.safetensors`` with
     base_model.model.<path of the layer>.lora_B.weight    (out_features, r)
 
 which PEFT loads over the same base model, and whose own files load here. The file's metadata, which
-PEFT ignores, keeps the format of the quantized base under "qkern", and under "qkern_base" a
-fingerprint of its bytes: an adapter is of use over the weights that it was trained on alone.
+PEFT ignores, keeps the format of the quantized base under "qkern", a fingerprint of its bytes under
+"qkern_base", and the number of tokens of its embeddings under "qkern_tokens": an adapter is of use
+over the weights that it was trained on alone.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from qkern.adapter_config import (
     CONFIG_NAME,
     FORMAT_KEY,
     PREFIX,
+    TOKENS_KEY,
     WEIGHTS_NAME,
     alphas_of,
     check_config,
@@ -36,9 +38,15 @@ from qkern.adapter_config import (
     number_of,
     pair_keys,
 )
-from qkern.errors import AdapterMismatchError, CorruptFileError, QkernError
+from qkern.errors import (
+    AdapterMismatchError,
+    CorruptFileError,
+    DeviceError,
+    NonFiniteError,
+    QkernError,
+)
 from qkern.files import pickle_advice, read_json, replacing, write_json
-from qkern.fingerprint import base_fingerprint
+from qkern.fingerprint import base_fingerprint, token_count
 from qkern.formats import QuantFormat
 from qkern.layers import QLoRALinear, QuantizedLinear
 from qkern.lora_adapter import DEFAULT, LoRAAdapter, check_name
@@ -58,6 +66,8 @@ def save_adapter(
     Raises:
         AdapterMismatchError: if the model has no such adapter, or layers of different dropout or
             kind.
+        NonFiniteError: if the adapter holds NaN or infinity; a file that is there stays.
+        DeviceError: if it is on meta.
     """
     from safetensors.torch import save_file
 
@@ -72,6 +82,7 @@ def save_adapter(
     for name, adapter in adapters.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = _plain(adapter.lora_A)
         tensors[f"{PREFIX}{name}.lora_B.weight"] = _plain(adapter.lora_B)
+    _check_finite(tensors)
     formats = [shards.local_part(layer.weight).format for layer in layers.values()]
     # A tensor that 8-bit scales could not hold says nothing about what was asked for.
     fmt = formats[0].template.replace(double_quant=any(f.double_quant for f in formats))
@@ -79,6 +90,9 @@ def save_adapter(
     base = base_fingerprint(layers)
     if base is not None:
         metadata[BASE_KEY] = base
+    tokens = token_count(model)
+    if tokens is not None:
+        metadata[TOKENS_KEY] = str(tokens)
     directory = Path(path)
     with replacing(directory / WEIGHTS_NAME) as temporary:
         save_file(tensors, temporary, metadata)
@@ -120,6 +134,7 @@ def load_adapter(
         FileNotFoundError: if a file is missing.
         CorruptFileError: if a file cannot be read.
         AdapterMismatchError: if the adapter is of another kind, or of another model.
+        DeviceError: if the model is on meta, where there is no place for its values.
     """
     directory = Path(path)
     config = read_json(directory / CONFIG_NAME)
@@ -131,8 +146,10 @@ def load_adapter(
     adapters = _adapters_of(dict(adapted_layers(model)), adapter_name)
     bases = _check_fit(model, pairs, adapters)
     alphas = alphas_of(config, pairs, directory)
+    _check_place(bases)
     if not force:
         _check_base(bases, directory)
+        _check_tokens(model, directory)
     if not adapters:
         for r in sorted({A.shape[0] for A, _ in pairs.values()}):
             names = [name for name, (A, _) in pairs.items() if A.shape[0] == r]
@@ -174,6 +191,39 @@ def _check_base(layers: Mapping[str, QuantizedLinear], directory: Path) -> None:
     raise AdapterMismatchError(msg)
 
 
+def _check_tokens(model: nn.Module, directory: Path) -> None:
+    """Refuse an adapter of a model whose embeddings had another number of tokens."""
+    trained_on, here = _read_metadata(directory / WEIGHTS_NAME).get(TOKENS_KEY), token_count(model)
+    if here is None or trained_on in (None, str(here)):
+        return
+    msg = (
+        f"{directory}: the adapter was trained with embeddings of {trained_on} tokens, the model "
+        f"has {here}: resize them (model.resize_token_embeddings({trained_on})) and load what was "
+        "trained of them, or pass force=True"
+    )
+    raise AdapterMismatchError(msg)
+
+
+def _check_place(layers: Mapping[str, QuantizedLinear]) -> None:
+    """Refuse layers on meta: the adapter's values would be lost there."""
+    for name, layer in layers.items():
+        if layer.weight.is_meta:
+            msg = f"{name} is on meta, where an adapter has no values: load the base model first"
+            raise DeviceError(msg)
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse to write NaN or infinity: whoever loads it would get nothing else."""
+    for key, tensor in tensors.items():
+        bad = int((~torch.isfinite(tensor)).sum())
+        if bad:
+            msg = (
+                f"{key} holds {bad} values that are NaN or infinite of {tensor.numel()}: the "
+                "adapter is not saved; go back to an earlier one, and lower the learning rate"
+            )
+            raise NonFiniteError(msg)
+
+
 def _read_metadata(file: Path) -> dict[str, str]:
     from safetensors import SafetensorError, safe_open
 
@@ -186,6 +236,9 @@ def _read_metadata(file: Path) -> dict[str, str]:
 
 
 def _plain(parameter: Tensor) -> Tensor:
+    if parameter.is_meta:
+        msg = "the adapter is on meta, where it has no values to save: load it first"
+        raise DeviceError(msg)
     full = getattr(parameter, "full_tensor", None)  # a DTensor is gathered
     tensor: Tensor = full() if full is not None else parameter
     return tensor.detach().cpu().contiguous()
