@@ -331,7 +331,7 @@ def _take_over(layer: _Layer, replaced: nn.Linear) -> _Layer:
     own = ("path", "compute", "siblings") if isinstance(replaced, QuantizedLinear) else ()
     kept = (*_HOOKS, *own)
     vars(layer).update({name: vars(replaced)[name] for name in kept if name in vars(replaced)})
-    before_load = layer._load_state_dict_pre_hooks
+    before_load: dict[int, Any] = layer._load_state_dict_pre_hooks
     for key, hook in before_load.items():  # these know the module that they were put on
         if getattr(hook, "with_module", False):
             before_load[key] = type(hook)(hook.hook, layer)
