@@ -117,7 +117,9 @@ def ddp_spreads_rank_0() -> None:
 
 def fsdp2_equals_one_process() -> None:
     """fully_shard: half of the bytes on each rank, the same losses."""
+    foreseen = qkern.fsdp_ready(frozen(Stack(ALIGNED))).bytes_per_rank(dist.get_world_size())
     model = sharded(ALIGNED)
+    assert sum(layer.weight._local_tensor.nbytes for layer in model.layers) == foreseen
     local = model.layers[0].weight._local_tensor
     assert local.packed.shape[0] * dist.get_world_size() == 192, local.packed.shape
     check_equal(ALIGNED, model)
@@ -243,7 +245,7 @@ def fsdp1_shards_adapters_alone() -> None:
     assert "FSDP2" in message, message
     model = frozen(Stack(ALIGNED))
     before = [layer.weight.packed.clone() for layer in model.layers]
-    fixed = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    fixed = list(qkern.fsdp_ready(model).frozen)
     wrapped = FullyShardedDataParallel(
         model, use_orig_params=True, ignored_states=fixed, device_id=CPU
     )

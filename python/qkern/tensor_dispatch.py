@@ -81,8 +81,8 @@ def assign(q: QuantizedTensor, values: Tensor) -> None:
         if values.dim() == 1 < q.dim():
             msg += (
                 ": packed bytes cannot be part of a flat parameter, as FSDP1 makes them; use FSDP2 "
-                "(fully_shard), or give FullyShardedDataParallel the frozen parameters as "
-                "ignored_states"
+                "(fully_shard), or give FullyShardedDataParallel qkern.fsdp_ready(model).frozen "
+                "as ignored_states"
             )
         raise ShapeError(msg)
     for old, new in zip(q.parts, _quantize_like(q, values), strict=True):
