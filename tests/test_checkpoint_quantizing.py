@@ -326,7 +326,7 @@ def test_config_is_that_of_save(tmp_path: Path, quant_type: str, settings: dict[
     )
     skipped = "llm_int8_skip_modules"
     if skipped not in found["quantization_config"]:
-        skipped = "skip_modules"
+        skipped = "modules_to_not_convert"
     # A file does not tell that an embedding is no linear layer.
     assert found["quantization_config"].pop(skipped) == ["lm_head", "model.embed_tokens"]
     assert expected["quantization_config"].pop(skipped) == ["lm_head"]

@@ -22,7 +22,11 @@ def quantization_config(
     """
     quantization: dict[str, Any]
     if not bitsandbytes or not (fmt.kind.state or "bitsandbytes").startswith("bitsandbytes"):
-        quantization = {"quant_method": "qkern", **_as_fields(fmt), "skip_modules": list(skipped)}
+        quantization = {
+            "quant_method": "qkern",
+            **_as_fields(fmt),
+            "modules_to_not_convert": list(skipped),
+        }
     elif fmt.kind.state is None:
         quantization = {
             "quant_method": "bitsandbytes",

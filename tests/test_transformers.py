@@ -1,0 +1,323 @@
+"""transformers' ``from_pretrained`` and ``save_pretrained`` with ``QkernConfig``."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import hf_models
+import pytest
+import torch
+import transformers
+from hf_models import load, logits, quantized_names, write_dense
+from torch import nn
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+import qkern
+import qkern.integrations.transformers as door
+from qkern.integrations.transformers import QkernConfig, model_config
+from qkern.layers import QuantizedLinear
+
+FORMATS: list[tuple[str, dict[str, Any]]] = [
+    ("nf4", {}),
+    ("nf4", {"double_quant": False, "method": "search"}),
+    ("fp4", {"blocksize": 128}),
+    ("int8", {}),
+    ("int8_row", {}),
+]
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dense(tmp_path_factory.mktemp("dense"))
+
+
+def method_of(path: Path) -> str:
+    content = json.loads((path / "config.json").read_text())
+    return str(content["quantization_config"]["quant_method"])
+
+
+# -- from dense weights ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("quant_type", "settings"), FORMATS)
+def test_a_dense_checkpoint_becomes_what_quantize_model_makes_of_it(
+    dense: Path, quant_type: str, settings: dict[str, Any]
+) -> None:
+    model = load(dense, quantization_config=QkernConfig(quant_type, **settings))
+    expected = load(dense)
+    report = qkern.quantize_model(expected, quant_type, **settings)
+    state = expected.state_dict()
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+    assert str(model.hf_quantizer.coverage) == str(report)
+    assert torch.equal(logits(model), logits(expected))
+    layer = model.model.layers[0].mlp.up_proj
+    assert type(layer) is QuantizedLinear
+    assert layer.path == "model.layers.0.mlp.up_proj"
+    assert not layer.weight.requires_grad
+
+
+def test_a_head_that_is_tied_stays_so(tmp_path: Path) -> None:
+    path = write_dense(tmp_path / "dense", tie_word_embeddings=True)
+    model = load(path, quantization_config=QkernConfig())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert len(quantized_names(model)) == 14
+    model.save_pretrained(tmp_path / "saved")
+    again = load(tmp_path / "saved")
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_a_users_skips_are_added_to_the_default_ones(dense: Path) -> None:
+    skips = ["down_proj", "model.layers.0.self_attn", "*.1.mlp.gate_proj"]
+    config = QkernConfig(modules_to_not_convert=skips)
+    model = load(dense, quantization_config=config)
+    names = quantized_names(model)
+    assert names == {
+        *(f"model.layers.1.self_attn.{name}_proj" for name in "qkvo"),
+        *(f"model.layers.{i}.mlp.up_proj" for i in (0, 1)),
+        "model.layers.0.mlp.gate_proj",
+    }
+    assert type(model.lm_head) is nn.Linear
+    reasons = {row.name: row.reason for row in model.hf_quantizer.coverage.rows}
+    assert reasons["model.layers.1.mlp.down_proj"] == "modules_to_not_convert has 'down_proj'"
+    assert reasons["lm_head"] == "the output head"
+    assert model.config.quantization_config.modules_to_not_convert == [
+        name for name, m in model.named_modules() if type(m) is nn.Linear
+    ]
+
+
+def test_what_is_skipped_stays_dense_after_a_reload(tmp_path: Path, dense: Path) -> None:
+    config = QkernConfig(modules_to_not_convert="model.layers.0.self_attn.q_proj")
+    model = load(dense, quantization_config=config)
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    assert quantized_names(again) == quantized_names(model)
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_a_skip_that_matches_nothing_is_refused(dense: Path) -> None:
+    with pytest.raises(qkern.FormatError, match="'downproj' matches no module"):
+        load(dense, quantization_config=QkernConfig(modules_to_not_convert=["downproj"]))
+
+
+def test_too_little_coverage_is_refused(dense: Path) -> None:
+    with pytest.raises(qkern.CoverageError, match="at least 95"):
+        load(dense, quantization_config=QkernConfig(min_coverage=0.95))
+    load(dense, quantization_config=QkernConfig(min_coverage=0.8))
+
+
+def test_a_weight_that_is_not_finite_is_a_typed_error_with_its_name(tmp_path: Path) -> None:
+    model = hf_models.llama()
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
+    write_dense(tmp_path, model)
+    with pytest.raises(qkern.NonFiniteError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+        load(tmp_path, quantization_config=QkernConfig())
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}])
+def test_device_maps_of_one_device(dense: Path, device_map: Any) -> None:
+    model = load(dense, quantization_config=QkernConfig(), device_map=device_map)
+    assert len(quantized_names(model)) == 14
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    assert torch.equal(logits(model), logits(load(dense, quantization_config=QkernConfig())))
+
+
+@pytest.mark.parametrize("other", ["disk", "cuda:0"])
+def test_offloading_is_refused(tmp_path: Path, dense: Path, other: str) -> None:
+    device_map = {"model.embed_tokens": "cpu", "model.layers": other, "model.norm": "cpu"}
+    device_map |= {"lm_head": "cpu", "model.rotary_emb": "cpu"}
+    settings = {"device_map": device_map, "offload_folder": tmp_path}
+    with pytest.raises(qkern.DeviceError, match=rf"model.layers: {other}.*one kind of device"):
+        load(dense, quantization_config=QkernConfig(), **settings)
+
+
+def test_a_dict_does_for_the_config(dense: Path) -> None:
+    model = load(dense, quantization_config={"quant_method": "qkern", "quant_type": "fp4"})
+    assert model.model.layers[0].mlp.up_proj.quantized_weight.format.quant_type == "fp4"
+
+
+# -- quantized files -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("quant_type", "settings"), FORMATS[:4])
+def test_save_reload_save_reload(
+    tmp_path: Path, dense: Path, quant_type: str, settings: dict[str, Any]
+) -> None:
+    model = load(dense, quantization_config=QkernConfig(quant_type, **settings))
+    model.save_pretrained(tmp_path / "first", max_shard_size="20KB")
+    assert len(list((tmp_path / "first").glob("*.safetensors"))) > 2
+    once = load(tmp_path / "first")
+    once.save_pretrained(tmp_path / "second")
+    twice = load(tmp_path / "second")
+    expected = model.state_dict()
+    for again in (once, twice):
+        assert quantized_names(again) == quantized_names(model)
+        assert again.state_dict().keys() == expected.keys()
+        assert all(torch.equal(t, expected[key]) for key, t in again.state_dict().items())
+        assert torch.equal(logits(again), logits(model))
+    assert once.config.quantization_config.format == QkernConfig(quant_type, **settings).format
+    by_qkern = qkern.load(tmp_path / "second")
+    assert torch.equal(logits(by_qkern), logits(model))
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "int8", "int8_row"])
+def test_directories_of_save_and_of_the_command_open(
+    tmp_path: Path, dense: Path, quant_type: str
+) -> None:
+    model = load(dense)
+    qkern.quantize_model(model, quant_type)
+    qkern.save(model, tmp_path / "saved")
+    qkern.quantize_checkpoint(dense, tmp_path / "written", quant_type)
+    for name in ("saved", "written"):
+        path = tmp_path / name
+        opened = load(path, config=model_config(path))
+        assert torch.equal(logits(opened), logits(model))
+        opened.save_pretrained(tmp_path / f"{name} again")
+        assert method_of(tmp_path / f"{name} again") == method_of(path)
+
+
+@pytest.mark.parametrize("saved_as", ["qkern", "bitsandbytes"])
+def test_save_as_names_who_opens_the_files(tmp_path: Path, dense: Path, saved_as: str) -> None:
+    model = load(dense, quantization_config=QkernConfig("nf4", save_as=saved_as))
+    model.save_pretrained(tmp_path)
+    assert method_of(tmp_path) == saved_as
+    layer = load(tmp_path).model.layers[0].self_attn.q_proj
+    assert type(layer).__name__ == {"qkern": "QuantizedLinear"}.get(saved_as, "Linear4bit")
+
+
+def test_dequantize_gives_the_dense_model_of_the_same_values(tmp_path: Path, dense: Path) -> None:
+    model = load(dense, quantization_config=QkernConfig())
+    expected = logits(model)
+    assert model.dequantize() is model
+    assert not quantized_names(model)
+    assert torch.equal(logits(model), expected)
+    assert not model.is_quantized
+    model.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    assert torch.equal(logits(load(tmp_path)), expected)
+
+
+def test_dequantize_refuses_to_lose_an_adapter(dense: Path) -> None:
+    model = load(dense, quantization_config=QkernConfig())
+    qkern.add_lora(model, r=2, init_lora_weights=False)
+    with pytest.raises(qkern.AdapterMismatchError, match=r"qkern\.merge_adapter first"):
+        model.dequantize()
+    assert len(quantized_names(model)) == 14
+    qkern.merge_adapter(model)
+    merged = logits(model)
+    model.dequantize()
+    assert torch.equal(logits(model), merged)
+
+
+def test_a_file_that_lost_an_entry_is_a_typed_error(tmp_path: Path, dense: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    load(dense, quantization_config=QkernConfig()).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    entries = load_file(file)
+    del entries["model.layers.0.mlp.up_proj.weight.absmax"]
+    save_file(entries, file, metadata={"format": "pt"})
+    with pytest.raises(qkern.CorruptFileError, match=r"up_proj\.weight.*absmax"):
+        load(tmp_path)
+
+
+def test_files_of_another_model_are_a_typed_error(tmp_path: Path, dense: Path) -> None:
+    load(dense, quantization_config=QkernConfig()).save_pretrained(tmp_path)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    config.intermediate_size = 192
+    with pytest.raises(
+        qkern.CorruptFileError, match=r"down_proj.*\(64, 128\), the model needs \(64, 192\)"
+    ):
+        load(tmp_path, config=config)
+
+
+# -- configurations --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"quant_type": "nf5"}, "nf5"),
+        ({"blocksize": 48}, "48"),
+        ({"method": "best"}, "best"),
+        ({"save_as": "gguf"}, "save_as"),
+        ({"quant_type": "int8", "save_as": "bitsandbytes"}, "has no int8"),
+    ],
+)
+def test_settings_are_refused_before_anything_is_read(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(qkern.FormatError, match=words):
+        QkernConfig(**settings)
+
+
+def test_an_unknown_argument_is_no_silent_default() -> None:
+    with pytest.raises(TypeError, match="exclude"):
+        QkernConfig("nf4", exclude=["lm_head"])  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("given", "quant_type", "double_quant"),
+    [
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "nf4", False),
+        ({"load_in_4bit": True, "bnb_4bit_use_double_quant": True}, "fp4", True),
+        ({"load_in_8bit": True}, "int8_row", False),
+    ],
+)
+def test_a_bitsandbytes_config_becomes_one_of_the_same_format(
+    dense: Path, given: dict[str, Any], quant_type: str, double_quant: bool
+) -> None:
+    theirs = transformers.BitsAndBytesConfig(**given, llm_int8_skip_modules=["down_proj"])
+    config = QkernConfig.from_bitsandbytes(theirs)
+    assert config.format.quant_type == quant_type
+    assert config.format.double_quant == double_quant
+    assert QkernConfig.from_bitsandbytes(theirs.to_dict()).to_dict() == config.to_dict()
+    model = load(dense, quantization_config=config)
+    assert len(quantized_names(model)) == 12
+
+
+@pytest.mark.parametrize("given", [{}, {"load_in_8bit": True, "llm_int8_has_fp16_weight": True}])
+def test_a_bitsandbytes_config_that_quantizes_nothing_is_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(qkern.FormatError, match="one of the first two is needed"):
+        QkernConfig.from_bitsandbytes(transformers.BitsAndBytesConfig(**given))
+
+
+def test_model_config_refuses_what_is_not_quantized(dense: Path) -> None:
+    with pytest.raises(qkern.FormatError, match="is not quantized"):
+        model_config(dense)
+
+
+def test_importing_qkern_registers_nothing_and_the_one_line_does() -> None:
+    modules = "qkern, qkern.model, qkern.checkpoint.load, qkern.integrations.pretrained"
+    code = f"import sys, {modules}; assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    assert AUTO_QUANTIZER_MAPPING["qkern"] is door.QkernQuantizer
+    importlib.reload(door)
+    assert AUTO_QUANTIZER_MAPPING["qkern"] is door.QkernQuantizer
+
+
+@pytest.mark.parametrize("stub", ["raise ImportError('too old a tokenizer')", "x = 1"])
+def test_another_transformers_is_a_typed_error_that_names_the_version(
+    tmp_path: Path, stub: str
+) -> None:
+    for name in ("transformers", "transformers/quantizers"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("__version__ = '4.57.6'\n")
+    (tmp_path / "transformers/quantizers/auto.py").write_text(
+        f"{stub}\nAUTO_QUANTIZATION_CONFIG_MAPPING = {{}}\n"
+        "register_quantization_config = register_quantizer = None\n"
+    )
+    (tmp_path / "transformers/quantizers/base.py").write_text("class HfQuantizer: pass\n")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import qkern\n"
+        "try: import qkern.integrations.transformers\n"
+        "except qkern.MissingDependencyError as error: print(error)\n"
+    )
+    run = [sys.executable, "-c", code]
+    out = subprocess.run(run, check=True, capture_output=True, text=True, timeout=120).stdout
+    assert "transformers 5.10 or newer is needed" in out
+    assert ("too old a tokenizer" if "raise" in stub else "found: 4.57.6") in out
