@@ -11,8 +11,10 @@ import pytest
 import torch
 from chat_model import byte_tokenizer
 from toys import tiny_llama
+from transformers import AutoModelForCausalLM
 
 import qkern
+from qkern.layers import QuantizedLinear
 
 pytest.importorskip("lm_eval", reason="the example evaluates by lm_eval: the extra eval brings it")
 datasets = pytest.importorskip("datasets")
@@ -38,6 +40,13 @@ def nats(model: Any, given: list[int], text: str) -> float:
         return model(input_ids=ids, labels=labels).loss.item() * (ids.shape[1] - len(given))
 
 
+def byte_perplexity(model: Any, rows: list[dict[str, Any]]) -> Any:
+    """Of the stories with their right ends."""
+    texts = [f"{row['start']} {row['choices'][row['answer']]}." for row in rows]
+    total = sum(nats(model, [TOKENIZER.bos_token_id], text) for text in texts)
+    return pytest.approx(math.exp(total / sum(map(len, texts))), rel=1e-4)
+
+
 def test_results_are_those_of_the_models_own_loss(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -54,7 +63,23 @@ def test_results_are_those_of_the_models_own_loss(
         right += losses.index(min(losses)) == row["answer"]
     assert results["qkern_cloze"]["acc,none"] == pytest.approx(right / len(rows))
 
-    texts = [f"{row['start']} {row['choices'][row['answer']]}." for row in rows]
-    total = sum(nats(model, [TOKENIZER.bos_token_id], text) for text in texts)
-    expected = math.exp(total / sum(map(len, texts)))
-    assert results["qkern_text"]["byte_perplexity,none"] == pytest.approx(expected, rel=1e-4)
+    assert results["qkern_text"]["byte_perplexity,none"] == byte_perplexity(model, rows)
+
+
+def test_a_directory_that_names_qkern_opens_by_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qkern.integrations.transformers import QkernConfig
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    tiny_llama(vocab_size=259, max_position_embeddings=512).save_pretrained(tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "dense", quantization_config=QkernConfig("nf4")
+    )
+    assert any(isinstance(module, QuantizedLinear) for module in model.modules())
+    for part in (model, TOKENIZER):
+        part.save_pretrained(tmp_path / "nf4")
+    compare = example()
+    results = compare.evaluate(str(tmp_path / "nf4"), tasks=("qkern_text",))["results"]
+    found = results["qkern_text"]["byte_perplexity,none"]
+    assert found == byte_perplexity(model.eval(), compare.stories())

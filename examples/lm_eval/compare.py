@@ -41,17 +41,21 @@ def stories() -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def evaluate(model: Any, tokenizer: Any, tasks: tuple[str, ...] = TASKS) -> dict[str, Any]:
-    """The results of lm-eval for a model that is in memory.
+def evaluate(model: Any, tokenizer: Any = None, tasks: tuple[str, ...] = TASKS) -> dict[str, Any]:
+    """The results of lm-eval.
 
     Args:
-        model: a causal language model of transformers, dense or quantized.
-        tokenizer: its tokenizer.
+        model: a causal language model of transformers, dense or quantized; or the path of one, with
+            its tokenizer. One that transformers saved by a ``QkernConfig`` opens by path once
+            ``qkern.integrations.transformers`` is imported.
+        tokenizer: of a model in memory.
         tasks: of this folder.
     """
-    model.eval()
     manager = TaskManager(include_path=str(HERE), include_defaults=False)
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
+    if isinstance(model, str):
+        wrapped = HFLM(pretrained=str(Path(model).resolve()), device="cpu", batch_size=4)
+    else:
+        wrapped = HFLM(pretrained=model.eval(), tokenizer=tokenizer, batch_size=4)
     before = Path.cwd()
     os.chdir(HERE)  # where the tasks look for their file
     try:
