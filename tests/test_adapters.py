@@ -152,9 +152,9 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     ("spoil", "text"),
     [
         (lambda p: edit_config(p, peft_type="IA3"), "IA3"),
-        (lambda p: edit_config(p, use_dora=True), "use_dora"),
+        (lambda p: edit_config(p, use_dora=True), "needs lora_magnitude_vector"),
         (lambda p: edit_config(p, init_lora_weights="pissa_niter_4"), "changed the base"),
-        (lambda p: edit_config(p, modules_to_save=["lm_head"]), "modules_to_save"),
+        (lambda p: edit_config(p, modules_to_save=["lm_head"]), "lm_head is saved as {}"),
         (lambda p: edit_tensors(p, lambda t: t.pop(KEY)), "q_proj needs lora_A"),
         (lambda p: edit_tensors(p, lambda t: t.update({KEY: t[KEY][:, :5]})), r"128, 5, 4"),
         (

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
+from toys import tiny_llama, token_ids
 
 import qkern
 
@@ -65,6 +67,25 @@ def test_double_quant_bench_measures_each_package_or_names_it(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, drops pages by posix_fadvise")
+def test_loftq_bench_measures_residuals_and_losses(
+    load: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = load("loftq_quality")
+    model = tiny_llama()
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    weights = bench.linear_weights(tmp_path / "model.safetensors")
+    assert len(weights) == 14
+    rows = bench.residual_rows("tiny", dict(list(weights.items())[:2]), r=8)
+    value = {(r["layer"], r["method"], r["iterations"]): r["value"] for r in rows}
+    for (layer, method, _), found in value.items():
+        assert found <= value[layer, method, 0] < 0.1
+    monkeypatch.setattr(bench, "VARIANTS", dict(list(bench.VARIANTS.items())[1:4]))
+    texts = [token_ids(1, 9), token_ids(1, 12)]
+    rows += bench.loss_rows(model, texts, texts, r=4, steps=1, lr=1e-3, seeds=1)
+    assert all(row["value"] > 0 for row in rows)
+    assert "NF4 + LoftQ 1" in bench.table(rows)
+
+
 def test_checkpoint_bench_compares_quantizing_with_reading(
     load: Callable[[str], ModuleType], tmp_path: Path
 ) -> None:

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from qkern.formats import QuantFormat
     from qkern.integrations.pretrained import load
     from qkern.layers import QLoRALinear, QuantizedLinear
+    from qkern.lora_plus import lora_plus_groups
     from qkern.merging import merge_adapter, unmerge_adapter
     from qkern.model import CoverageReport, add_lora, memory_footprint, quantize_model
     from qkern.named_adapters import (
@@ -99,6 +100,7 @@ __all__ = [
     "linear",
     "load",
     "load_adapter",
+    "lora_plus_groups",
     "memory_footprint",
     "merge_adapter",
     "merge_checkpoint",
@@ -132,6 +134,7 @@ _HOMES = {
     "linear": "qkern.tensor",
     "load": "qkern.integrations.pretrained",
     "load_adapter": "qkern.adapters",
+    "lora_plus_groups": "qkern.lora_plus",
     "memory_footprint": "qkern.model",
     "merge_adapter": "qkern.merging",
     "merge_checkpoint": "qkern.checkpoint.merging",

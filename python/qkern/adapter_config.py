@@ -17,6 +17,9 @@ PREFIX: Final = "base_model.model."
 # Metadata keys of the weights: the format of the quantized base, and its fingerprint.
 FORMAT_KEY: Final = "qkern"
 BASE_KEY: Final = "qkern_base"
+# ... the initialization that took a part out of that base.
+CHANGED_KEY: Final = "qkern_changed_base"
+# ... and how many tokens the model's embeddings have.
 TOKENS_KEY: Final = "qkern_tokens"
 # Settings of PEFT that change what an adapter computes, with the values that are plain LoRA.
 _PLAIN: Final[dict[str, tuple[Any, ...]]] = {
@@ -112,18 +115,36 @@ def _by_layer(
 ) -> dict[str, float]:
     """A number for each layer; the keys of patterns are regular expressions, as in PEFT."""
     default = number_of(config, key, default, directory)
-    numbers = dict.fromkeys(names, default)
     patterns = config.get(pattern_key) or {}
     if not isinstance(patterns, dict):
         msg = f"{directory}: {pattern_key} is a {type(patterns).__name__}, an object is needed"
         raise CorruptFileError(msg)
-    for pattern in reversed(patterns):  # the first one that matches decides
+    known = {pattern: number_of(patterns, pattern, default, directory) for pattern in patterns}
+    return by_pattern(names, default, known, f"{directory}: {pattern_key}")
+
+
+def by_pattern(
+    names: Iterable[str], default: float, patterns: Mapping[str, float], what: str
+) -> dict[str, float]:
+    """A number for each layer: that of the first pattern that matches, or the default.
+
+    Args:
+        names: paths.
+        default: where no pattern matches.
+        patterns: regular expressions for the end of a path, as in PEFT.
+        what: what errors call the patterns.
+
+    Raises:
+        AdapterMismatchError: for an expression that cannot be matched here.
+    """
+    numbers = dict.fromkeys(names, default)
+    for pattern in reversed([*patterns]):  # the first one that matches decides
         try:
             found = matching_paths(pattern, numbers)
         except FormatError as error:
-            msg = f"{directory}: {pattern_key} {pattern[:80]!r} cannot be matched here: {error}"
+            msg = f"{what} {pattern[:80]!r} cannot be matched here: {error}"
             raise AdapterMismatchError(msg) from error
-        numbers |= dict.fromkeys(found, number_of(patterns, pattern, default, directory))
+        numbers |= dict.fromkeys(found, patterns[pattern])
     return numbers
 
 

@@ -4,6 +4,8 @@ A directory holds ``adapter_config.json`` and ``adapter_model.safetensors`` with
 
     base_model.model.<path of the layer>.lora_A.weight    (r, in_features)
     base_model.model.<path of the layer>.lora_B.weight    (out_features, r)
+    base_model.model.<path of the layer>.lora_magnitude_vector    (out_features,), with DoRA
+    base_model.model.<path of a module>.<its entries>     of modules_to_save
 
 which PEFT loads over the same base model, and whose own files load here. The file's metadata, which
 PEFT ignores, keeps the format of the quantized base under "qkern", a fingerprint of its bytes under
@@ -25,8 +27,11 @@ import torch
 from torch import Tensor, nn
 
 from qkern import shards
+from qkern.adapted import adapted_layers, attach_adapters, check_unmerged
+from qkern.adapter_checks import check_finite, check_place, check_tokens, token_count
 from qkern.adapter_config import (
     BASE_KEY,
+    CHANGED_KEY,
     CONFIG_NAME,
     FORMAT_KEY,
     PREFIX,
@@ -36,21 +41,26 @@ from qkern.adapter_config import (
     check_config,
     nearest,
     number_of,
-    pair_keys,
 )
+from qkern.adapter_tensors import MAGNITUDE, AdapterTensors, read_tensors
 from qkern.errors import (
     AdapterMismatchError,
     CorruptFileError,
     DeviceError,
-    NonFiniteError,
     QkernError,
 )
-from qkern.files import pickle_advice, read_json, replacing, write_json
-from qkern.fingerprint import base_fingerprint, token_count
+from qkern.files import read_json, replacing, write_json
+from qkern.fingerprint import base_fingerprint
 from qkern.formats import QuantFormat
 from qkern.layers import QLoRALinear, QuantizedLinear
 from qkern.lora_adapter import DEFAULT, LoRAAdapter, check_name
-from qkern.model import adapted_layers, attach_adapters, check_unmerged
+from qkern.saved_modules import (
+    check_modules,
+    find_modules,
+    make_copies,
+    original_module,
+    saved_copies,
+)
 
 
 def save_adapter(
@@ -78,14 +88,22 @@ def save_adapter(
         msg = f"the model has no {what} to save: call qkern.add_lora or set_adapter first"
         raise AdapterMismatchError(msg)
     layers = {name: layers[name] for name in adapters}
+    names = {adapter_name or layer.active_adapter or "" for layer in layers.values()}
     tensors = {}
     for name, adapter in adapters.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = _plain(adapter.lora_A)
         tensors[f"{PREFIX}{name}.lora_B.weight"] = _plain(adapter.lora_B)
-    _check_finite(tensors)
+        if adapter.lora_magnitude is not None:
+            tensors[f"{PREFIX}{name}.{MAGNITUDE}"] = _plain(adapter.lora_magnitude)
+    copies = saved_copies(model, next(iter(names)))
+    for name, module in copies.items():
+        for key, tensor in module.state_dict().items():
+            tensors[f"{PREFIX}{name}.{key}"] = _plain(tensor).clone()  # tied ones twice
+    check_finite(tensors)
     formats = [shards.local_part(layer.weight).format for layer in layers.values()]
     # A tensor that 8-bit scales could not hold says nothing about what was asked for.
     fmt = formats[0].template.replace(double_quant=any(f.double_quant for f in formats))
+    changed = {adapter.changed_base for adapter in adapters.values()} - {""}
     metadata = {"format": "pt", FORMAT_KEY: json.dumps(dataclasses.asdict(fmt))}
     base = base_fingerprint(layers)
     if base is not None:
@@ -93,10 +111,12 @@ def save_adapter(
     tokens = token_count(model)
     if tokens is not None:
         metadata[TOKENS_KEY] = str(tokens)
+    if changed:
+        metadata[CHANGED_KEY] = ", ".join(sorted(changed))
     directory = Path(path)
     with replacing(directory / WEIGHTS_NAME) as temporary:
         save_file(tensors, temporary, metadata)
-    write_json(directory / CONFIG_NAME, _config(model, adapters))
+    write_json(directory / CONFIG_NAME, _config(model, adapters, list(copies)))
 
 
 def _adapters_of(
@@ -138,31 +158,94 @@ def load_adapter(
     """
     directory = Path(path)
     config = read_json(directory / CONFIG_NAME)
-    check_config(config, directory)
-    tensors = _read_tensors(directory / WEIGHTS_NAME)
-    pairs = _pairs(tensors, directory)
+    check_config(config, directory, applied=("use_dora", "modules_to_save"))
+    found = read_tensors(directory / WEIGHTS_NAME, use_dora=bool(config.get("use_dora")))
+    copied = find_modules(model, _saved_names(config, directory))
+    states = {
+        name: found.module(name) for name in copied if original_module(model, name).state_dict()
+    }
+    pairs = found.pairs()
     check_name(adapter_name)
     check_unmerged(model)
     adapters = _adapters_of(dict(adapted_layers(model)), adapter_name)
     bases = _check_fit(model, pairs, adapters)
+    _check_copies(model, states, adapter_name if adapters else None, directory)
+    for name, adapter in adapters.items():
+        if adapter.use_dora != found.use_dora:
+            msg = f"{directory}: use_dora={found.use_dora} for {name}, which has another kind"
+            raise AdapterMismatchError(msg)
     alphas = alphas_of(config, pairs, directory)
-    _check_place(bases)
+    check_place(bases)
     if not force:
         _check_base(bases, directory)
-        _check_tokens(model, directory)
+        trained_on = _read_metadata(directory / WEIGHTS_NAME).get(TOKENS_KEY)
+        check_tokens(model, trained_on, directory)
     if not adapters:
-        for r in sorted({A.shape[0] for A, _ in pairs.values()}):
-            names = [name for name, (A, _) in pairs.items() if A.shape[0] == r]
-            dropout = number_of(config, "lora_dropout", 0.0, directory)
-            attach_adapters(model, names, r=r, lora_dropout=dropout, adapter_name=adapter_name)
+        attach_adapters(
+            model,
+            {name: {"r": pair.A.shape[0]} for name, pair in pairs.items()},
+            copies=lambda: make_copies(model, list(states), tied=_are_tied(model, states)),
+            lora_dropout=number_of(config, "lora_dropout", 0.0, directory),
+            use_dora=found.use_dora,
+            adapter_name=adapter_name,
+        )
         adapters = _adapters_of(dict(adapted_layers(model)), adapter_name)
     use_rslora = bool(config.get("use_rslora"))
+    changed = _read_metadata(directory / WEIGHTS_NAME).get(CHANGED_KEY, "")
     with torch.no_grad():
-        for name, (A, B) in pairs.items():
+        for name, pair in pairs.items():
             adapter = adapters[name]
-            adapter.lora_A.copy_(A)
-            adapter.lora_B.copy_(B)
+            adapter.lora_A.copy_(pair.A)
+            adapter.lora_B.copy_(pair.B)
+            if adapter.lora_magnitude is not None and pair.magnitude is not None:
+                adapter.lora_magnitude.copy_(pair.magnitude)
             adapter.set_scaling(alphas[name], use_rslora=use_rslora)
+            adapter.changed_base = changed
+    for name, module in saved_copies(model, adapter_name).items():
+        module.load_state_dict(states[name])
+
+
+def _saved_names(config: Mapping[str, Any], directory: Path) -> list[str]:
+    names = config.get("modules_to_save") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        msg = f"{directory}: modules_to_save is {str(names)[:80]}, a list of names is needed"
+        raise CorruptFileError(msg)
+    return names
+
+
+def _check_copies(
+    model: nn.Module,
+    states: Mapping[str, Mapping[str, Tensor]],
+    adapter_name: str | None,
+    directory: Path,
+) -> None:
+    """Refuse entries of whole modules that do not fit the model's, or the adapter that is there."""
+    if states:
+        check_modules(model, list(states))
+    for name, state in states.items():
+        module = original_module(model, name)
+        here = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+        there = {key: tuple(tensor.shape) for key, tensor in state.items()}
+        if here != there:
+            msg = f"{directory}: {name} is saved as {there}, the model has {here}"
+            if here.keys() == there.keys():
+                msg += ": were tokens added? Resize the model's embeddings before the adapter"
+            raise AdapterMismatchError(msg)
+    if adapter_name is not None and set(saved_copies(model, adapter_name)) != set(states):
+        have = sorted(saved_copies(model, adapter_name))
+        msg = f"{directory}: saves the modules {sorted(states)}, the adapter here has {have}"
+        raise AdapterMismatchError(msg)
+
+
+def _are_tied(model: nn.Module, states: Mapping[str, Mapping[str, Tensor]]) -> bool:
+    """Whether the file's values of parameters that the model ties are the same."""
+    first: dict[int, Tensor] = {}
+    for name, state in states.items():
+        for key, parameter in original_module(model, name).named_parameters():
+            other = first.setdefault(id(parameter), state[key])
+            if not torch.equal(other, state[key]):
+                return False
+    return True
 
 
 def read_quantization(path: str | PathLike[str]) -> QuantFormat | None:
@@ -178,50 +261,26 @@ def read_quantization(path: str | PathLike[str]) -> QuantFormat | None:
 
 def _check_base(layers: Mapping[str, QuantizedLinear], directory: Path) -> None:
     """Refuse an adapter that says it was trained over other bytes than these layers have."""
-    trained_on = _read_metadata(directory / WEIGHTS_NAME).get(BASE_KEY)
-    here = base_fingerprint(layers)
-    if trained_on in (None, here) or here is None:
+    metadata, here = _read_metadata(directory / WEIGHTS_NAME), base_fingerprint(layers)
+    trained_on, changed = metadata.get(BASE_KEY), metadata.get(CHANGED_KEY)
+    unknown = trained_on is None or here is None
+    if trained_on == here or (unknown and not changed):
         return
     fmt = next(iter(layers.values())).quantized_weight.format
     msg = (
         f"{directory}: the adapter was trained over other quantized weights than the model has: "
-        f"fingerprint {trained_on[:12]}, {read_quantization(directory)}; here {here[:12]}, {fmt}. "
+        f"fingerprint {str(trained_on)[:12]}, {read_quantization(directory)}; here "
+        f"{str(here)[:12]}, {fmt}. "
         "Load it over its own base, quantized as it was, or pass force=True"
     )
+    if changed:
+        msg = (
+            f"{directory}: the adapter was initialized by {changed}, which took a part out of the "
+            f"base: fingerprint {str(trained_on)[:12]}, here {str(here)[:12]}. It is right over "
+            "that base alone: save both by qkern.save, or make the base again by the same "
+            "add_lora; force=True loads it all the same"
+        )
     raise AdapterMismatchError(msg)
-
-
-def _check_tokens(model: nn.Module, directory: Path) -> None:
-    """Refuse an adapter of a model whose embeddings had another number of tokens."""
-    trained_on, here = _read_metadata(directory / WEIGHTS_NAME).get(TOKENS_KEY), token_count(model)
-    if here is None or trained_on in (None, str(here)):
-        return
-    msg = (
-        f"{directory}: the adapter was trained with embeddings of {trained_on} tokens, the model "
-        f"has {here}: resize them (model.resize_token_embeddings({trained_on})) and load what was "
-        "trained of them, or pass force=True"
-    )
-    raise AdapterMismatchError(msg)
-
-
-def _check_place(layers: Mapping[str, QuantizedLinear]) -> None:
-    """Refuse layers on meta: the adapter's values would be lost there."""
-    for name, layer in layers.items():
-        if layer.weight.is_meta:
-            msg = f"{name} is on meta, where an adapter has no values: load the base model first"
-            raise DeviceError(msg)
-
-
-def _check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse to write NaN or infinity: whoever loads it would get nothing else."""
-    for key, tensor in tensors.items():
-        bad = int((~torch.isfinite(tensor)).sum())
-        if bad:
-            msg = (
-                f"{key} holds {bad} values that are NaN or infinite of {tensor.numel()}: the "
-                "adapter is not saved; go back to an earlier one, and lower the learning rate"
-            )
-            raise NonFiniteError(msg)
 
 
 def _read_metadata(file: Path) -> dict[str, str]:
@@ -244,15 +303,20 @@ def _plain(parameter: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous()
 
 
-def _config(model: nn.Module, layers: dict[str, LoRAAdapter]) -> dict[str, Any]:
-    """The keys that every version of PEFT knows."""
+def _config(
+    model: nn.Module, layers: dict[str, LoRAAdapter], copies: Collection[str]
+) -> dict[str, Any]:
+    """The keys that every version of PEFT knows; others only where they are needed."""
     first = next(iter(layers.values()))
-    kinds = {(layer.lora_dropout, layer.use_rslora) for layer in layers.values()}
+    kinds = {(layer.lora_dropout, layer.use_rslora, layer.use_dora) for layer in layers.values()}
     if len(kinds) > 1:
-        msg = f"layers differ in (lora_dropout, use_rslora): {sorted(kinds)}; PEFT has one of each"
+        msg = (
+            f"layers differ in (lora_dropout, use_rslora, use_dora): {sorted(kinds)}; PEFT has one "
+            "of each"
+        )
         raise AdapterMismatchError(msg)
     base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-    return {
+    config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
         "base_model_name_or_path": base,
@@ -269,8 +333,9 @@ def _config(model: nn.Module, layers: dict[str, LoRAAdapter]) -> dict[str, Any]:
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "inference_mode": True,
-        "modules_to_save": None,
+        "modules_to_save": _saved_targets(model, copies) or None,
     }
+    return config | {"use_dora": True} if first.use_dora else config
 
 
 def _pattern(name: str) -> str:
@@ -289,38 +354,22 @@ def _target_names(model: nn.Module, layers: Collection[str]) -> list[str] | str:
     return "|".join(re.escape(name) for name in sorted(layers))
 
 
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    pickled = file.with_name("adapter_model.bin")
-    if not file.exists() and pickled.exists():
-        msg = f"there is no {file}: {pickle_advice(pickled)}"
-        raise CorruptFileError(msg)
-    if not file.exists():
-        msg = f"there is no {file}"
-        raise FileNotFoundError(msg)
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        msg = f"{file}: not a readable safetensors file: {error}"
-        raise CorruptFileError(msg) from error
-
-
-def _pairs(tensors: dict[str, Tensor], directory: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """Path of a layer to its A and B."""
-    keys = pair_keys({key: tuple(tensor.shape) for key, tensor in tensors.items()}, directory)
-    return {name: (tensors[A], tensors[B]) for name, (A, B) in keys.items()}
+def _saved_targets(model: nn.Module, copies: Collection[str]) -> list[str]:
+    """What PEFT finds these modules by, and no others: ends of paths, or paths."""
+    ends = sorted({name.rpartition(".")[2] for name in copies})
+    if set(find_modules(model, ends)) == set(copies):
+        return ends
+    return sorted(copies)
 
 
 def _check_fit(
     model: nn.Module,
-    pairs: dict[str, tuple[Tensor, Tensor]],
+    pairs: Mapping[str, AdapterTensors],
     adapted: Mapping[str, LoRAAdapter],
 ) -> dict[str, QuantizedLinear]:
     """The layers that the file's entries are for."""
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
-    for name, (A, B) in pairs.items():
+    for name, (A, B, _) in pairs.items():
         layer = layers.get(name)
         if layer is None:
             msg = f"the model has no quantized layer {name}; nearest: {nearest(name, layers)}"

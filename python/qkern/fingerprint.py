@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qkern.layers import QuantizedLinear
 from qkern.merging import unmerged_parts
@@ -40,17 +40,6 @@ def base_fingerprint(layers: Mapping[str, QuantizedLinear]) -> str | None:
             if part is not None:
                 digest.update(_sample(part))
     return digest.hexdigest()
-
-
-def token_count(model: nn.Module) -> int | None:
-    """How many tokens the input embeddings of one of transformers' models have, else None."""
-    get = getattr(model, "get_input_embeddings", None)
-    try:
-        embeddings = get() if callable(get) else None
-    except NotImplementedError:  # a model of images, say
-        return None
-    count = getattr(embeddings, "num_embeddings", None)
-    return count if isinstance(count, int) else None
 
 
 def _sample(part: Tensor) -> bytes:

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from qkern import operands, shards
 from qkern.adapter_holder import AdapterHolder
 from qkern.codec import COMPUTE, check_choice
+from qkern.dora import RowNorms
 from qkern.errors import AdapterMismatchError, FormatError, ShapeError
 from qkern.flat_weight import FlatWeight
 from qkern.formats import QuantFormat, resolve_format
-from qkern.lora_adapter import DEFAULT, LoRAAdapter
+from qkern.lora_adapter import DEFAULT, PLAIN_INITS, LoRAAdapter
+from qkern.lora_init import Start, start_from_weight
 from qkern.tensor import QuantizedTensor, linear
 
 _Layer = TypeVar("_Layer", bound=nn.Linear)
@@ -167,8 +169,14 @@ class QLoRALinear(AdapterHolder, QuantizedLinear):
         lora_dropout: probability of zeroing an input of the adapter's part, in training.
         use_rslora: multiply by ``lora_alpha / sqrt(r)`` instead
             (https://arxiv.org/abs/2312.03732).
+        use_dora: train the lengths of the sum's rows too, see ``qkern.dora``.
         init_lora_weights: True: A as ``nn.Linear`` is, B zero, so that training starts at the
-            base; "gaussian": A normal of deviation 1/r; False: B random too.
+            base; "gaussian": A normal of deviation 1/r; False: B random too; "loftq", "pissa",
+            "pissa_niter_N" or "olora": from the weight, see ``qkern.lora_init``.
+        dense: (out_features, in_features), what the weight was quantized from, for those: LoftQ
+            needs it. The others take ``weight`` itself if it is None.
+        loftq_iterations: of LoftQ; the best one counts. From 2 on they change the base.
+        method: "absmax" or "search", for a base that the initialization changes.
         dtype: of the adapter; fp32 unless given.
         lora_mode: "separate", or "merged" for GPUs, see ``qkern.linear``. Like ``compute`` it is an
             attribute that may be set at any time, and no part of a file.
@@ -184,7 +192,7 @@ class QLoRALinear(AdapterHolder, QuantizedLinear):
     """
 
     lora_mode: str = "separate"
-    merged: bool = False
+    _merged_lengths: Tensor | None = None
 
     def __init__(
         self,
@@ -200,6 +208,7 @@ class QLoRALinear(AdapterHolder, QuantizedLinear):
         check_choice("lora_mode", lora_mode, operands.LORA_MODES)
         self.lora_mode = lora_mode
         self.adapters = nn.ModuleDict()
+        self.row_norms = RowNorms()
         self.active_adapter = adapter_name
         self.add_adapter(adapter_name, self.make_adapter(**lora))
 
@@ -243,26 +252,74 @@ class QLoRALinear(AdapterHolder, QuantizedLinear):
         operands.check_layer(layer)
         if not isinstance(layer, QuantizedLinear):
             fmt = resolve_format(quant_type, blocksize=blocksize, double_quant=double_quant)
+            lora = {"dense": layer.weight, **lora}
             layer = QuantizedLinear.from_linear(
                 layer, quant_type=fmt, method=method, importance=importance, nonfinite=nonfinite
             )
-        made = _take_over(cls(layer.quantized_weight, layer.bias, **lora), layer)
+        made = _take_over(cls(layer.quantized_weight, layer.bias, method=method, **lora), layer)
         made.compute = made.compute if compute is None else compute
         return made
 
-    def make_adapter(self, **lora: Any) -> LoRAAdapter:
-        """An adapter that fits the layer, with the arguments of ``LoRAAdapter``.
+    def make_adapter(
+        self,
+        *,
+        init_lora_weights: bool | str = True,
+        dense: Tensor | None = None,
+        loftq_iterations: int = 1,
+        method: str = "absmax",
+        **lora: Any,
+    ) -> LoRAAdapter:
+        """An adapter that fits the layer, see there for the arguments.
 
         Raises:
             ShapeError: for a rank below 1, or a dropout outside of [0, 1).
-            FormatError: for an unknown setting, or dropout with ``lora_mode="merged"``.
+            FormatError: for an unknown setting, or what ``lora_mode="merged"`` has not.
+            AdapterMismatchError: for another layer's dense weight, or if the base would change
+                under other adapters.
         """
         lora_dropout = lora.get("lora_dropout", 0.0)
         if self.lora_mode == "merged" and lora_dropout > 0.0:
             msg = f"lora_mode='merged' has no dropout of the adapter's own, got {lora_dropout}"
             raise FormatError(msg)
-        device = self.quantized_weight.device
-        return LoRAAdapter(self.out_features, self.in_features, device=device, **lora)
+        if self.lora_mode == "merged" and lora.get("use_dora"):
+            msg = "lora_mode='merged' has no DoRA: it scales what the weight and the adapter make"
+            raise FormatError(msg)
+        weight = self.quantized_weight
+        sizes = (self.out_features, self.in_features)
+        is_plain = init_lora_weights in PLAIN_INITS
+        lora["init_lora_weights"] = init_lora_weights if is_plain else True
+        adapter = LoRAAdapter(*sizes, device=weight.device, **lora)
+        if isinstance(init_lora_weights, str) and not is_plain:
+            start = start_from_weight(
+                init_lora_weights,
+                weight,
+                dense,
+                r=adapter.r,
+                scaling=adapter.scaling,
+                iterations=loftq_iterations,
+                method=method,
+            )
+            if start is not None:
+                self._start(adapter, start, init_lora_weights)
+                weight = self.quantized_weight
+        if adapter.lora_magnitude is not None and not weight.is_meta:
+            with torch.no_grad():
+                adapter.lora_magnitude.copy_(self.row_norms.of(weight, adapter))
+        return adapter
+
+    def _start(self, adapter: LoRAAdapter, start: Start, init_lora_weights: str) -> None:
+        if start.weight is not None and self.adapters:
+            msg = (
+                f"{self._name()} has adapters {sorted(self.adapters)}, whose base "
+                f"init_lora_weights={init_lora_weights!r} would change: delete them first"
+            )
+            raise AdapterMismatchError(msg)
+        with torch.no_grad():
+            adapter.lora_A.copy_(start.A)
+            adapter.lora_B.copy_(start.B)
+        if start.weight is not None:
+            adapter.changed_base = init_lora_weights
+            self.weight = nn.Parameter(start.weight, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
@@ -283,6 +340,8 @@ class QLoRALinear(AdapterHolder, QuantizedLinear):
         """The product with one of the adapters, or with none."""
         if adapter is None:
             return linear(x, self.quantized_weight, self.bias, compute=self.compute, layer=self)
+        if adapter.use_dora:
+            return self._multiply_dora(x, adapter)
         return linear(
             x,
             self.quantized_weight,
@@ -296,6 +355,33 @@ class QLoRALinear(AdapterHolder, QuantizedLinear):
             layer=self,
         )
 
+    def _multiply_dora(self, x: Tensor, adapter: LoRAAdapter) -> Tensor:
+        """``(m / |V|) x V^T + bias``; what dropout takes from x is multiplied by W alone."""
+        lengths = self.lengths(adapter)
+        rate = adapter.lora_dropout if self.training else 0.0
+        dropped = nn.functional.dropout(x, rate) if rate > 0.0 else x
+        how: dict[str, Any] = {"compute": self.compute, "layer": self}
+        factors: dict[str, Any] = {"lora_A": adapter.lora_A, "lora_B": adapter.lora_B}
+        weight = self.quantized_weight
+        y = linear(dropped, weight, **factors, scaling=adapter.scaling, **how)
+        scaled = (y * lengths).to(y.dtype)
+        if rate > 0.0:
+            return scaled + linear(x - dropped, weight, self.bias, **how)
+        bias: Tensor | None = self.bias
+        return scaled if bias is None else scaled + bias.to(y.dtype)
+
+    def lengths(self, adapter: LoRAAdapter) -> Tensor:
+        """``m / |V|``, fp32 (out_features,)."""
+        keep = not (self.training or torch.is_grad_enabled())
+        norms = self.row_norms.of(self.quantized_weight, adapter, keep=keep)
+        magnitude: Tensor = adapter.lora_magnitude  # type: ignore[assignment]
+        return magnitude.float() / norms
+
+    def train(self, mode: bool = True) -> QLoRALinear:  # noqa: FBT001 - torch's signature
+        """As in every module; what is kept for evaluation is computed again."""
+        self.row_norms.forget()
+        return super().train(mode)
+
     def _check_merged(self) -> None:
         adapter = self.adapter
         trained = adapter is not None and adapter.lora_B.requires_grad
@@ -307,8 +393,20 @@ class QLoRALinear(AdapterHolder, QuantizedLinear):
             raise AdapterMismatchError(msg)
 
     def delta(self) -> Tensor:
-        """What the active adapter adds to the weight, fp32 (out_features, in_features)."""
-        return self._active().product()
+        """What the active adapter adds to the weight, fp32 (out_features, in_features).
+
+        Of a merged one: what it has added, but for the rounding of the sum.
+        """
+        adapter = self._active()
+        if not adapter.use_dora:
+            return adapter.product()
+        with torch.no_grad():
+            dense, product = self.quantized_weight.dequantize(torch.float32), adapter.product()
+            if self.merged and self._merged_lengths is not None:
+                lengths = self._merged_lengths.to(dense.device)[:, None]
+                return dense - (dense / lengths - product)
+            self._merged_lengths = self.lengths(adapter)
+            return self._merged_lengths[:, None] * (dense + product) - dense
 
     def extra_repr(self) -> str:
         """Sizes, format and the active adapter, for ``print(model)``."""

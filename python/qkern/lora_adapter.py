@@ -29,8 +29,7 @@ class LoRAAdapter(nn.Module):
         lora_dropout: probability of zeroing an input of the adapter's part, in training.
         use_rslora: multiply by ``lora_alpha / sqrt(r)`` instead.
         use_dora: hold magnitudes too, see ``qkern.dora``; they are NaN until they are set.
-        init_lora_weights: True, False or "gaussian", see ``reset``; None leaves the memory as it
-            is.
+        init_lora_weights: True, False or "gaussian", see ``reset``.
         dtype: of the parameters.
         device: of the parameters.
 
@@ -59,7 +58,7 @@ class LoRAAdapter(nn.Module):
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
         use_dora: bool = False,
-        init_lora_weights: bool | str | None = True,
+        init_lora_weights: bool | str = True,
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
     ) -> None:
@@ -80,8 +79,7 @@ class LoRAAdapter(nn.Module):
                 nan = torch.full((out_features,), torch.nan, device=device, dtype=dtype)
                 magnitude = nn.Parameter(nan)
             self.register_parameter("lora_magnitude", magnitude)
-            if init_lora_weights is not None:
-                self.reset(init_lora_weights=init_lora_weights)
+            self.reset(init_lora_weights=init_lora_weights)
 
     @property
     def use_dora(self) -> bool:

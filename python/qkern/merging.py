@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from qkern import shards
+from qkern.adapted import adapted_layers
 from qkern.errors import AdapterMismatchError, DeviceError, QkernError
 from qkern.layers import QLoRALinear, QuantizedLinear
-from qkern.model import adapted_layers
 from qkern.ops import has_data
 from qkern.tensor_dispatch import take_back
 

@@ -5,18 +5,22 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from qkern import saved_modules
+from qkern.adapted import attach_adapters, quantized_layers
+from qkern.adapter_config import by_pattern
 from qkern.codec import COMPUTE, check_choice
 from qkern.coverage import CoverageReport, CoverageRow
+from qkern.dense_weights import DenseSource
 from qkern.errors import AdapterMismatchError, FormatError, QkernError
 from qkern.formats import QuantFormat, resolve_format
-from qkern.layers import QLoRALinear, QuantizedLinear
-from qkern.lora_adapter import DEFAULT, LoRAAdapter, check_name
+from qkern.layers import QuantizedLinear
+from qkern.lora_adapter import DEFAULT
 from qkern.module_tree import leave_inference_mode, module_at, module_paths, replace_module
 from qkern.name_patterns import matches
 from qkern.tensor import QuantizedTensor
@@ -104,10 +108,17 @@ def add_lora(
     target_modules: str | Sequence[str] = "all-linear",
     lora_dropout: float = 0.0,
     use_rslora: bool = False,
+    use_dora: bool = False,
     init_lora_weights: bool | str = True,
     dtype: torch.dtype = torch.float32,
     lora_mode: str = "separate",
     adapter_name: str = DEFAULT,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    modules_to_save: str | Sequence[str] = (),
+    dense: DenseSource | None = None,
+    loftq_iterations: int = 1,
+    method: str = "absmax",
 ) -> list[str]:
     """Give quantized layers a trainable adapter, in place, and freeze everything else.
 
@@ -123,102 +134,78 @@ def add_lora(
             regular expression for whole paths, as in PEFT.
         lora_dropout: probability of zeroing an input of the adapter's part, in training.
         use_rslora: multiply by ``lora_alpha / sqrt(r)`` instead.
+        use_dora: train the lengths of the rows of the sum too, see ``qkern.dora``.
         init_lora_weights: True or "gaussian" to start at the base model, False for a random
-            adapter.
+            adapter. "loftq" to make up for what quantizing lost; "pissa", "pissa_niter_N" or
+            "olora" to take the largest part of each weight out of the base and train that.
         dtype: of the adapters.
         lora_mode: "separate", or "merged" for GPUs, see ``qkern.linear``; layers that have an
             adapter keep theirs.
         adapter_name: several adapters of a model have different ones.
+        rank_pattern: ranks of layers whose paths end in a match of a regular expression, as in
+            PEFT; the first that matches counts.
+        alpha_pattern: the same for ``lora_alpha``.
+        modules_to_save: ends of paths of dense modules that are trained as a whole, as in PEFT:
+            embeddings, norms ("norm" is the end of "input_layernorm" too), heads. What shares a
+            weight with one is trained with it. They keep their dtype.
+        dense: the weights of before quantization, for "loftq", "pissa" and "olora": the dense
+            model, its state dict, or a safetensors file or directory, read layer by layer. LoftQ
+            needs it, the others take the quantized weights without it.
+        loftq_iterations: 0 for a plain start, 1 for factors over the base as it is; more change
+            the base too. The best one of each layer counts.
+        method: "absmax" or "search", see ``qkern.quantize``, for a base that an initialization
+            changes.
 
     Returns:
         The paths of the layers that got one.
 
     Raises:
-        AdapterMismatchError: if a target matches no quantized layer, one has an adapter of that
-            name already, or an adapter is merged.
-        FormatError: for another ``lora_mode``, "merged" with dropout, or a name with a dot.
+        AdapterMismatchError: if a target, a pattern or one of ``modules_to_save`` matches nothing,
+            a module to save is quantized, a layer has an adapter of that name already, an adapter
+            is merged, or ``dense`` is of another model.
+        FormatError: for another ``lora_mode``, "merged" with dropout or DoRA, or a name with a
+            dot.
         ShapeError: for a rank below 1, or a dropout outside of [0, 1).
     """
-    layers = _quantized_layers(model)
+    layers = quantized_layers(model)
     names = [name for name in layers if _is_target(name, target_modules)]
     _check_targets(target_modules, list(layers))
+    ranks, alphas = (
+        _numbers(names, default, patterns or {}, what)
+        for default, patterns, what in (
+            (r, rank_pattern, "rank_pattern"),
+            (lora_alpha, alpha_pattern, "alpha_pattern"),
+        )
+    )
+    targets = [modules_to_save] if isinstance(modules_to_save, str) else modules_to_save
+    saved = saved_modules.with_tied(model, saved_modules.check_modules(model, targets))
     attach_adapters(
         model,
-        names,
-        r=r,
-        lora_alpha=lora_alpha,
+        {name: {"r": int(ranks[name]), "lora_alpha": alphas[name]} for name in names},
+        copies=lambda: saved_modules.make_copies(model, saved, tied=True),
         lora_dropout=lora_dropout,
         use_rslora=use_rslora,
+        use_dora=use_dora,
         init_lora_weights=init_lora_weights,
         dtype=dtype,
         lora_mode=lora_mode,
         adapter_name=adapter_name,
+        dense=dense,
+        loftq_iterations=loftq_iterations,
+        method=method,
     )
     return names
 
 
-def attach_adapters(
-    model: nn.Module, names: Sequence[str], *, adapter_name: str = DEFAULT, **lora: Any
-) -> None:
-    """Give exactly these quantized layers an adapter each, and freeze everything else.
-
-    Args:
-        model: after ``quantize_model``.
-        names: paths as ``named_modules`` has them.
-        adapter_name: of the adapter; it becomes the active one if the model has none.
-        **lora: other arguments of ``QLoRALinear``.
-
-    Raises:
-        AdapterMismatchError: if one has an adapter of that name already, or one is merged.
-    """
-    check_name(adapter_name)
-    layers = _quantized_layers(model)
-    adapted = {n: m for n, (m, _) in layers.items() if isinstance(m, QLoRALinear)}
-    taken = [name for name in names if name in adapted and adapter_name in adapted[name].adapters]
-    if taken:
-        msg = (
-            f"{taken[0]} and {len(taken) - 1} more layers have an adapter {adapter_name!r} already"
-        )
-        raise AdapterMismatchError(msg)
-    check_unmerged(model)
-    trained = [
-        parameter
-        for _, layer in adapted_layers(model)
-        for parameter in layer.adapters.parameters()
-        if parameter.requires_grad
-    ]
-    leave_inference_mode(model)
-    active = next((layer.active_adapter for _, layer in adapted_layers(model)), adapter_name)
-    own = {key: value for key, value in lora.items() if key != "lora_mode"}
-    # Before anything is frozen: if one cannot be made, the model stays as it was.
-    made: list[QLoRALinear | LoRAAdapter] = [
-        adapted[name].make_adapter(**own)
-        if name in adapted
-        else QLoRALinear.from_linear(layers[name][0], adapter_name=adapter_name, **lora)
-        for name in names
-    ]
-    model.requires_grad_(False)
-    for parameter in trained:  # adapters that were there before stay trainable
-        parameter.requires_grad_(True)
-    for name, new in zip(names, made, strict=True):
-        if isinstance(new, QLoRALinear):
-            new.active_adapter = active
-            new.adapters.requires_grad_(adapter_name == active)
-            replace_module(model, layers[name][1], new)
-        else:
-            adapted[name].add_adapter(adapter_name, new.requires_grad_(adapter_name == active))
-            adapted[name].active_adapter = active
-
-
-def check_unmerged(model: nn.Module) -> None:
-    """Refuse to change adapters while one is in the weights.
-
-    Raises:
-        AdapterMismatchError: if so.
-    """
-    if any(layer.merged for _, layer in adapted_layers(model)):
-        msg = "an adapter is merged into the weights: call qkern.unmerge_adapter first"
-        raise AdapterMismatchError(msg)
+def _numbers(
+    names: Sequence[str], default: float, patterns: Mapping[str, float], what: str
+) -> dict[str, float]:
+    """The number of each layer; every pattern must be of use."""
+    for pattern in patterns:
+        if 1 not in by_pattern(names, 0, {pattern: 1}, what).values():
+            msg = f"{what} {pattern!r} matches none of the {len(names)} layers with an adapter"
+            raise AdapterMismatchError(msg)
+    return by_pattern(names, default, patterns, what)
 
 
 def memory_footprint(model: nn.Module) -> int:
@@ -344,15 +331,6 @@ def _output_heads(model: nn.Module) -> set[int]:
     return heads
 
 
-def _quantized_layers(model: nn.Module) -> dict[str, tuple[QuantizedLinear, list[str]]]:
-    """First path to layer and all of its paths."""
-    return {
-        names[0]: (module, names)
-        for module, names in module_paths(model)
-        if isinstance(module, QuantizedLinear)
-    }
-
-
 def _check_targets(targets: str | Sequence[str], names: list[str]) -> None:
     """Refuse a target that matches no layer, naming the nearest ones."""
     wanted = [targets] if isinstance(targets, str) else list(targets)
@@ -381,10 +359,3 @@ def _is_target(name: str, targets: str | Sequence[str]) -> bool:
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     return any(name == target or name.endswith(f".{target}") for target in targets)
-
-
-def adapted_layers(model: nn.Module) -> Iterator[tuple[str, QLoRALinear]]:
-    """Paths and layers that have an adapter."""
-    for name, module in model.named_modules():
-        if isinstance(module, QLoRALinear) and module.adapters:
-            yield name, module

@@ -7,10 +7,10 @@ from collections.abc import Collection, Iterator, Sequence
 
 from torch import nn
 
+from qkern.adapted import check_unmerged, holders
 from qkern.adapter_config import nearest
 from qkern.adapter_holder import NamedAdapters
 from qkern.errors import AdapterMismatchError, ShapeError
-from qkern.model import check_unmerged
 
 
 def set_adapter(model: nn.Module, name: str, *, trainable: bool | Collection[str] = True) -> None:
@@ -27,11 +27,10 @@ def set_adapter(model: nn.Module, name: str, *, trainable: bool | Collection[str
     Raises:
         AdapterMismatchError: if there is no adapter of a name, or one is merged.
     """
-    holders = _holders(model)
     trained = {name} if trainable is True else set(trainable or ())
     _check_names(model, {name, *trained})
     check_unmerged(model)
-    for holder in holders:
+    for holder in holders(model):
         holder.active_adapter = name
         for key, adapter in holder.adapters.items():
             adapter.requires_grad_(key in trained)
@@ -39,7 +38,7 @@ def set_adapter(model: nn.Module, name: str, *, trainable: bool | Collection[str
 
 def adapter_names(model: nn.Module) -> list[str]:
     """The names of a model's adapters, in the order in which its layers have them."""
-    return list(dict.fromkeys(name for holder in _holders(model) for name in holder.adapters))
+    return list(dict.fromkeys(name for holder in holders(model) for name in holder.adapters))
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
@@ -50,7 +49,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     """
     _check_names(model, {name})
     check_unmerged(model)
-    for holder in _holders(model):
+    for holder in holders(model):
         if name in holder.adapters:
             del holder.adapters[name]
         if holder.active_adapter == name:
@@ -76,8 +75,8 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
         False
     """
     check_unmerged(model)
-    with _restored(model) as holders:
-        for holder in holders:
+    with _restored(model) as found:
+        for holder in found:
             holder.active_adapter = holder.rows = None
         yield
 
@@ -117,8 +116,8 @@ def adapter_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
         raise ShapeError(msg)
     _check_names(model, {name for name in names if name is not None})
     check_unmerged(model)
-    with _restored(model) as holders:
-        for holder in holders:
+    with _restored(model) as found:
+        for holder in found:
             holder.rows = tuple(names)
         yield
 
@@ -126,16 +125,12 @@ def adapter_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
 @contextlib.contextmanager
 def _restored(model: nn.Module) -> Iterator[list[NamedAdapters]]:
     """What holds adapters; what is active there is put back at the end."""
-    before = [(holder, holder.active_adapter, holder.rows) for holder in _holders(model)]
+    before = [(holder, holder.active_adapter, holder.rows) for holder in holders(model)]
     try:
         yield [holder for holder, _, _ in before]
     finally:
         for holder, active, rows in before:
             holder.active_adapter, holder.rows = active, rows
-
-
-def _holders(model: nn.Module) -> list[NamedAdapters]:
-    return [module for module in model.modules() if isinstance(module, NamedAdapters)]
 
 
 def _check_names(model: nn.Module, names: Collection[str]) -> None:

@@ -38,10 +38,12 @@ class Undo:
     Args:
         parts: what was there before; None after any other write.
         label: what the adder calls its addition, to ask for ``take_back`` instead of subtracting.
+        writes: how often the tensor was written to: torch counts no writes into its parts.
     """
 
     parts: tuple[Tensor | None, ...] | None = None
     label: str = ""
+    writes: int = 0
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Undo:
         """The same on other parts, for a copy of the tensor."""
@@ -88,6 +90,7 @@ def assign(q: QuantizedTensor, values: Tensor) -> None:
     for old, new in zip(q.parts, _quantize_like(q, values), strict=True):
         if old is not None:
             old.copy_(new.reshape(old.shape))
+    q.undo.writes += 1
 
 
 def set_data(q: QuantizedTensor, value: Tensor) -> None:
@@ -154,6 +157,7 @@ def _put_back(q: QuantizedTensor) -> None:
         if part is not None and kept is not None:
             part.copy_(kept)
     q.undo.parts, q.undo.label = None, ""
+    q.undo.writes += 1
 
 
 _INVERSE = {aten.add_.Tensor: aten.sub_.Tensor, aten.sub_.Tensor: aten.add_.Tensor}
@@ -268,6 +272,7 @@ def _(
         for mine, theirs in zip(q.parts, source.parts, strict=True):
             if mine is not None and theirs is not None:
                 mine.copy_(theirs, non_blocking=non_blocking)
+        q.undo.writes += 1
         q.start = source.start
         return q
     dense = source.dequantize() if isinstance(source, type(q)) else source

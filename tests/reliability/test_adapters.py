@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import qkern
+from qkern.adapted import adapted_layers
 from qkern.adapters import read_quantization
 from qkern.fingerprint import base_fingerprint
 from qkern.layers import QuantizedLinear
-from qkern.model import adapted_layers
 
 FORMATS = [
     ("nf4", True),

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qkern import adapter_config, entry_keys
-from qkern.adapter_config import BASE_KEY, CONFIG_NAME, PREFIX, WEIGHTS_NAME
+from qkern.adapter_config import BASE_KEY, CHANGED_KEY, CONFIG_NAME, PREFIX, WEIGHTS_NAME
 from qkern.checkpoint.source import Source, StoredTensor
 from qkern.checkpoint.stream import Delta
 from qkern.codec import F32
@@ -235,12 +235,22 @@ class AdapterSource:
             What was found, for the report.
 
         Raises:
-            AdapterMismatchError: if the fingerprints differ.
+            AdapterMismatchError: if the fingerprints differ, or cannot be compared though the
+                adapter's initialization changed its base.
         """
         trained_on = self.source.metadata.get(BASE_KEY)
+        changed = self.source.metadata.get(CHANGED_KEY)
+        is_dense = any(tensor.format is None for tensor in weights.values())
+        if changed and (is_dense or trained_on is None) and not force:
+            msg = (
+                f"{self.path}: the adapter was initialized by {changed}, which took a part out of "
+                f"its quantized base, and {base.path} cannot be told to be that base: merge it "
+                "into the files that qkern.save wrote, or force it (--force)"
+            )
+            raise AdapterMismatchError(msg)
         if trained_on is None:
             return "the adapter does not say which quantized weights it was trained over"
-        if any(tensor.format is None for tensor in weights.values()):
+        if is_dense:
             return "the adapter was trained over quantized weights, the base here is dense"
         here = fingerprint(base, weights)
         if here != trained_on and force:

@@ -9,15 +9,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qkern.adapted import adapted_layers, check_unmerged
 from qkern.adapter_config import CONFIG_NAME as ADAPTER_CONFIG
 from qkern.adapter_config import WEIGHTS_NAME as ADAPTER_WEIGHTS
+from qkern.adapter_holder import NamedAdapters
 from qkern.adapters import save_adapter
 from qkern.checkpoint.quantization_config import quantization_config
 from qkern.checkpoint.source import INDEX_NAME, TIED_KEY, WEIGHTS_NAME
 from qkern.errors import AdapterMismatchError, FormatError
 from qkern.files import replacing, write_json
-from qkern.layers import QLoRALinear, QuantizedLinear
-from qkern.model import adapted_layers, check_unmerged
+from qkern.layers import QuantizedLinear
+from qkern.saved_modules import base_name
 
 
 def save(model: nn.Module, path: str | PathLike[str]) -> None:
@@ -45,7 +47,7 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
     adapted = dict(adapted_layers(model))
     # A shared layer has several paths: its adapter stays out of the base at each of them.
     modules = model.named_modules(remove_duplicate=False)
-    adapters = tuple(f"{name}.adapters." for name, m in modules if isinstance(m, QLoRALinear))
+    holders = [name for name, module in modules if isinstance(module, NamedAdapters)]
     check_unmerged(model)
     names = {name for layer in adapted.values() for name in layer.adapters}
     if len(names) > 1:
@@ -58,7 +60,11 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
         msg = "the model is wrapped by PEFT: save its adapter with save_pretrained, and the base "
         raise AdapterMismatchError(msg + "before wrapping it (or after unload())")
     tensors, tied = _distinct(
-        {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(adapters)}
+        {
+            name: tensor
+            for key, tensor in model.state_dict().items()
+            if (name := base_name(key, holders)) is not None
+        }
     )
     metadata = {"format": "pt", TIED_KEY: json.dumps(tied)}
     with replacing(directory / WEIGHTS_NAME) as temporary:
@@ -66,7 +72,7 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "to_dict"):
         content = {**config.to_dict(), "architectures": [type(model).__name__]}
-        content |= _quantization_config(model, layers)
+        content |= _quantization_config(model, layers, holders)
         write_json(directory / "config.json", json.loads(json.dumps(content, default=_as_text)))
     generation = getattr(model, "generation_config", None)
     if generation is not None and hasattr(generation, "to_dict"):
@@ -94,14 +100,17 @@ def _distinct(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
     return kept, tied
 
 
-def _quantization_config(model: nn.Module, layers: dict[str, QuantizedLinear]) -> dict[str, Any]:
+def _quantization_config(
+    model: nn.Module, layers: dict[str, QuantizedLinear], holders: list[str]
+) -> dict[str, Any]:
     """What transformers reads to open the directory: entries of ``config.json``."""
     formats = [layer.quantized_weight.format.template for layer in layers.values()]
     fmt = max(set(formats), key=formats.count)
     skipped = [
         name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name not in layers
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and path not in layers
+        if (name := base_name(path, holders)) is not None
     ]
     dtype = _as_text(next(iter(layers.values())).quantized_weight.dtype)
     return quantization_config(fmt, skipped, dtype)
