@@ -332,3 +332,24 @@ def test_trained_embeddings_of_peft_come_back_with_its_adapter(tmp_path: Path) -
     model.save_pretrained(tmp_path)
     other = PeftModel.from_pretrained(resized(tied=False), tmp_path).eval()
     assert torch.equal(logits(other, NEW), logits(model, NEW))
+
+
+@pytest.mark.case("E10")
+def test_new_tokens_are_trained_and_come_back_with_the_adapter(tmp_path: Path) -> None:
+    model = resized(tied=False)
+    qkern.add_lora(model, r=4, modules_to_save=["embed_tokens", "lm_head"])
+    before = logits(model, NEW)
+    optimizer = torch.optim.SGD(trained(model), lr=0.5)
+    model(input_ids=NEW, labels=NEW).loss.backward()
+    optimizer.step()
+    expected = logits(model, NEW)
+    assert not torch.equal(expected, before)
+    qkern.save_adapter(model, tmp_path)
+    other = tiny_llama()
+    qkern.quantize_model(other)
+    with pytest.raises(qkern.AdapterMismatchError, match="101"):
+        qkern.load_adapter(other, tmp_path)
+    torch.manual_seed(9)  # other values for the new rows
+    other.resize_token_embeddings(101, mean_resizing=False)
+    qkern.load_adapter(other, tmp_path)
+    assert torch.equal(logits(other, NEW), expected)
