@@ -14,14 +14,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+import qkern
 from qkern.layers import QuantizedLinear
 
 sys.path.insert(0, str(Path(__file__).parent))
-from toys import Stack
+from toys import Stack, tiny_llama, token_ids
 
 BATCH = 8
 ALIGNED = (256, 192, 320, 256)
@@ -40,7 +45,8 @@ def train(model: nn.Module, widths: tuple[int, ...], steps: int = 3) -> list[flo
     """Losses of a few AdamW steps, each rank on its share of the batch, averaged."""
     rank, world = dist.get_rank(), dist.get_world_size()
     share = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
-    if not isinstance(model, DistributedDataParallel) and not hasattr(model, "unshard"):
+    wrappers = (DistributedDataParallel, FullyShardedDataParallel)
+    if not isinstance(model, wrappers) and not hasattr(model, "unshard"):
         share = slice(None)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
@@ -111,7 +117,9 @@ def ddp_spreads_rank_0() -> None:
 
 def fsdp2_equals_one_process() -> None:
     """fully_shard: half of the bytes on each rank, the same losses."""
+    foreseen = qkern.fsdp_ready(frozen(Stack(ALIGNED))).bytes_per_rank(dist.get_world_size())
     model = sharded(ALIGNED)
+    assert sum(layer.weight._local_tensor.nbytes for layer in model.layers) == foreseen
     local = model.layers[0].weight._local_tensor
     assert local.packed.shape[0] * dist.get_world_size() == 192, local.packed.shape
     check_equal(ALIGNED, model)
@@ -198,7 +206,63 @@ def fsdp2_checkpointing_and_compile() -> None:
     torch.testing.assert_close(loss.item(), expected[0], rtol=1e-5, atol=0)
 
 
-DDP: tuple[Callable[[], None], ...] = (ddp_equals_one_process, ddp_spreads_rank_0)
+def ddp_of_a_whole_model() -> None:
+    """A language model after ``add_lora`` under DDP as it is, and what it saved afterwards."""
+    alone, model = tiny_model(), tiny_model()
+    ids = token_ids(4, 16)
+    share = ids[dist.get_rank() * 2 :][:2]
+    wrapped = DistributedDataParallel(model)
+    for net, batch_ids in ((alone, ids), (wrapped, share)):
+        optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
+        for _ in range(2):
+            net(input_ids=batch_ids, labels=batch_ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for (name, mine), theirs in zip(model.named_parameters(), alone.parameters(), strict=True):
+        if theirs.requires_grad:
+            difference = (mine - theirs).abs().max().item()
+            assert difference < 2e-5, f"{name} differs by {difference}"
+
+
+def tiny_model() -> nn.Module:
+    """A quantized language model with an adapter, the same on every rank."""
+    model = tiny_llama()
+    qkern.quantize_model(model)
+    torch.manual_seed(3)
+    qkern.add_lora(model, r=4, init_lora_weights=False)
+    return model
+
+
+def fsdp1_shards_adapters_alone() -> None:
+    """FSDP1 with the frozen parameters as ``ignored_states``; without, an error that says so."""
+    try:
+        FullyShardedDataParallel(frozen(Stack(ALIGNED)), use_orig_params=True, device_id=CPU)
+    except qkern.ShapeError as error:
+        message = str(error)
+    else:
+        message = "no error"
+    assert "ignored_states" in message, message
+    assert "FSDP2" in message, message
+    model = frozen(Stack(ALIGNED))
+    before = [layer.weight.packed.clone() for layer in model.layers]
+    fixed = list(qkern.fsdp_ready(model).frozen)
+    wrapped = FullyShardedDataParallel(
+        model, use_orig_params=True, ignored_states=fixed, device_id=CPU
+    )
+    alone = frozen(Stack(ALIGNED))
+    expected, got = train(alone, ALIGNED), train(wrapped, ALIGNED)
+    torch.testing.assert_close(torch.tensor(got), torch.tensor(expected), rtol=1e-5, atol=0)
+    for layer, packed in zip(model.layers, before, strict=True):
+        assert torch.equal(layer.weight.packed, packed), "FSDP1 changed the packed bytes"
+
+
+CPU = torch.device("cpu")
+DDP: tuple[Callable[[], None], ...] = (
+    ddp_equals_one_process,
+    ddp_spreads_rank_0,
+    ddp_of_a_whole_model,
+    fsdp1_shards_adapters_alone,
+)
 FSDP2: tuple[Callable[[], None], ...] = (
     fsdp2_equals_one_process,
     fsdp2_uneven_rows,

@@ -1,4 +1,4 @@
-"""DDP and FSDP2 on two gloo processes give what one process gives (see distributed_worker.py)."""
+"""DDP and FSDP on two gloo processes give what one process gives (see distributed_worker.py)."""
 
 from __future__ import annotations
 
@@ -8,11 +8,23 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from toys import Stack
 
 pytest.importorskip("torch.distributed")
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
 
+@pytest.mark.case("D21")
+def test_data_parallel_without_gpus_is_the_model_itself() -> None:
+    model, x = Stack(), torch.randn(4, 256)
+    wrapped = torch.nn.DataParallel(model)
+    assert torch.equal(wrapped(x), model(x))
+    wrapped(x).sum().backward()
+    assert all(layer.lora_B.grad is not None for layer in model.layers)
+
+
+@pytest.mark.case("D21")
 def test_two_processes_equal_one() -> None:
     import distributed_worker
 

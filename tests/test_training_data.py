@@ -122,6 +122,7 @@ def test_kinds_must_not_be_mixed(tmp_path: Path) -> None:
         read(tmp_path, chat("a", "b"), {"text": "c"})
 
 
+@pytest.mark.case("E12")
 @pytest.mark.parametrize("content", ["", "\n \n"])
 @pytest.mark.parametrize("name", ["data.jsonl", "data.txt"])
 def test_an_empty_file_is_an_error(tmp_path: Path, name: str, content: str) -> None:

@@ -145,6 +145,7 @@ def test_text_file_is_cut_into_pieces(tmp_path: Path) -> None:
     assert [TOKENIZER.decode(e.input_ids) for e in examples] == ["abcdef", f"gh{END}"]
 
 
+@pytest.mark.case("E12")
 def test_truncation_keeps_the_start_and_is_counted(tmp_path: Path) -> None:
     examples = build(tmp_path, chat("hi", "a long answer"), chat("hi", "a"), max_length=26)
     assert len(examples[0].input_ids) == 26
@@ -154,6 +155,7 @@ def test_truncation_keeps_the_start_and_is_counted(tmp_path: Path) -> None:
     assert "1 cut at max_length, 9 tokens dropped" in str(summary)
 
 
+@pytest.mark.case("E12")
 @pytest.mark.parametrize("max_length", [2, 10, 25])
 def test_a_prompt_that_fills_the_length_is_an_error(tmp_path: Path, max_length: int) -> None:
     message = rf"line 2: the prompt alone is 25 tokens, max_length is {max_length}: .* is 28 tokens"

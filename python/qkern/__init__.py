@@ -59,6 +59,7 @@ if TYPE_CHECKING:
         set_adapter,
     )
     from qkern.projections import fuse_projections, unfuse_projections
+    from qkern.sharding import fsdp_ready
     from qkern.tensor import QuantizedTensor, linear
 
 __all__ = [
@@ -94,6 +95,7 @@ __all__ = [
     "delete_adapter",
     "dequantize",
     "disable_adapter",
+    "fsdp_ready",
     "fuse_projections",
     "grouped_linear",
     "inspect_checkpoint",
@@ -128,6 +130,7 @@ _HOMES = {
     "convert_checkpoint": "qkern.checkpoint.converting",
     "delete_adapter": "qkern.named_adapters",
     "disable_adapter": "qkern.named_adapters",
+    "fsdp_ready": "qkern.sharding",
     "fuse_projections": "qkern.projections",
     "grouped_linear": "qkern.functional",
     "inspect_checkpoint": "qkern.checkpoint.inspection",

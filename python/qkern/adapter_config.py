@@ -17,8 +17,10 @@ PREFIX: Final = "base_model.model."
 # Metadata keys of the weights: the format of the quantized base, and its fingerprint.
 FORMAT_KEY: Final = "qkern"
 BASE_KEY: Final = "qkern_base"
-# ... and the initialization that took a part out of that base.
+# ... the initialization that took a part out of that base.
 CHANGED_KEY: Final = "qkern_changed_base"
+# ... and how many tokens the model's embeddings have.
+TOKENS_KEY: Final = "qkern_tokens"
 # Settings of PEFT that change what an adapter computes, with the values that are plain LoRA.
 _PLAIN: Final[dict[str, tuple[Any, ...]]] = {
     "use_dora": (False, None),

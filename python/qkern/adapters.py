@@ -8,8 +8,9 @@ A directory holds ``adapter_config.json`` and ``adapter_model.safetensors`` with
     base_model.model.<path of a module>.<its entries>     of modules_to_save
 
 which PEFT loads over the same base model, and whose own files load here. The file's metadata, which
-PEFT ignores, keeps the format of the quantized base under "qkern", and under "qkern_base" a
-fingerprint of its bytes: an adapter is of use over the weights that it was trained on alone.
+PEFT ignores, keeps the format of the quantized base under "qkern", a fingerprint of its bytes under
+"qkern_base", and the number of tokens of its embeddings under "qkern_tokens": an adapter is of use
+over the weights that it was trained on alone.
 """
 
 from __future__ import annotations
@@ -27,12 +28,14 @@ from torch import Tensor, nn
 
 from qkern import shards
 from qkern.adapted import adapted_layers, attach_adapters, check_unmerged
+from qkern.adapter_checks import check_finite, check_place, check_tokens, token_count
 from qkern.adapter_config import (
     BASE_KEY,
     CHANGED_KEY,
     CONFIG_NAME,
     FORMAT_KEY,
     PREFIX,
+    TOKENS_KEY,
     WEIGHTS_NAME,
     alphas_of,
     check_config,
@@ -40,7 +43,12 @@ from qkern.adapter_config import (
     number_of,
 )
 from qkern.adapter_tensors import MAGNITUDE, AdapterTensors, read_tensors
-from qkern.errors import AdapterMismatchError, CorruptFileError, QkernError
+from qkern.errors import (
+    AdapterMismatchError,
+    CorruptFileError,
+    DeviceError,
+    QkernError,
+)
 from qkern.files import read_json, replacing, write_json
 from qkern.fingerprint import base_fingerprint
 from qkern.formats import QuantFormat
@@ -68,6 +76,8 @@ def save_adapter(
     Raises:
         AdapterMismatchError: if the model has no such adapter, or layers of different dropout or
             kind.
+        NonFiniteError: if the adapter holds NaN or infinity; a file that is there stays.
+        DeviceError: if it is on meta.
     """
     from safetensors.torch import save_file
 
@@ -89,6 +99,7 @@ def save_adapter(
     for name, module in copies.items():
         for key, tensor in module.state_dict().items():
             tensors[f"{PREFIX}{name}.{key}"] = _plain(tensor).clone()  # tied ones twice
+    check_finite(tensors)
     formats = [shards.local_part(layer.weight).format for layer in layers.values()]
     # A tensor that 8-bit scales could not hold says nothing about what was asked for.
     fmt = formats[0].template.replace(double_quant=any(f.double_quant for f in formats))
@@ -97,6 +108,9 @@ def save_adapter(
     base = base_fingerprint(layers)
     if base is not None:
         metadata[BASE_KEY] = base
+    tokens = token_count(model)
+    if tokens is not None:
+        metadata[TOKENS_KEY] = str(tokens)
     if changed:
         metadata[CHANGED_KEY] = ", ".join(sorted(changed))
     directory = Path(path)
@@ -140,6 +154,7 @@ def load_adapter(
         FileNotFoundError: if a file is missing.
         CorruptFileError: if a file cannot be read.
         AdapterMismatchError: if the adapter is of another kind, or of another model.
+        DeviceError: if the model is on meta, where there is no place for its values.
     """
     directory = Path(path)
     config = read_json(directory / CONFIG_NAME)
@@ -160,8 +175,11 @@ def load_adapter(
             msg = f"{directory}: use_dora={found.use_dora} for {name}, which has another kind"
             raise AdapterMismatchError(msg)
     alphas = alphas_of(config, pairs, directory)
+    check_place(bases)
     if not force:
         _check_base(bases, directory)
+        trained_on = _read_metadata(directory / WEIGHTS_NAME).get(TOKENS_KEY)
+        check_tokens(model, trained_on, directory)
     if not adapters:
         attach_adapters(
             model,
@@ -277,6 +295,9 @@ def _read_metadata(file: Path) -> dict[str, str]:
 
 
 def _plain(parameter: Tensor) -> Tensor:
+    if parameter.is_meta:
+        msg = "the adapter is on meta, where it has no values to save: load it first"
+        raise DeviceError(msg)
     full = getattr(parameter, "full_tensor", None)  # a DTensor is gathered
     tensor: Tensor = full() if full is not None else parameter
     return tensor.detach().cpu().contiguous()

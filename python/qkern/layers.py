@@ -417,11 +417,13 @@ class QLoRALinear(AdapterHolder, QuantizedLinear):
         return f"{super().extra_repr()}, active_adapter={self.active_adapter}{how}"
 
 
-# What nn.Module keeps of hooks on forward and backward.
+# What nn.Module keeps of hooks on forward and backward, and on state dicts.
 _HOOKS = (
     *(f"_forward_hooks{kind}" for kind in ("", "_with_kwargs", "_always_called")),
     *(f"_forward_pre_hooks{kind}" for kind in ("", "_with_kwargs")),
     *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
+    *("_state_dict_hooks", "_state_dict_pre_hooks"),
+    *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
 )
 
 
@@ -434,4 +436,8 @@ def _take_over(layer: _Layer, replaced: nn.Linear) -> _Layer:
     )
     kept = (*_HOOKS, *own)
     vars(layer).update({name: vars(replaced)[name] for name in kept if name in vars(replaced)})
+    before_load: dict[int, Any] = layer._load_state_dict_pre_hooks
+    for key, hook in before_load.items():  # these know the module that they were put on
+        if getattr(hook, "with_module", False):
+            before_load[key] = type(hook)(hook.hook, layer)
     return layer.train(replaced.training)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from qkern import shards
 from qkern.adapted import adapted_layers
-from qkern.errors import AdapterMismatchError, QkernError
+from qkern.errors import AdapterMismatchError, DeviceError, QkernError
 from qkern.layers import QLoRALinear, QuantizedLinear
 from qkern.ops import has_data
 from qkern.tensor_dispatch import take_back
@@ -26,10 +26,12 @@ def merge_adapter(model: nn.Module) -> None:
             (``qkern.adapter_rows``).
         NonFiniteError: if an adapter holds NaN or infinity; nothing is merged then.
         FormatError: if 8-bit scales cannot hold a sum; nothing is merged then.
+        DeviceError: if an adapter is on another device than its weight, or both are on meta.
     """
     done: list[QLoRALinear] = []
     for name, layer in _in_state(model, merged=False).items():
         try:
+            _check_device(layer)
             layer.weight.data.add_(layer.delta().to(layer.weight.dtype))
             layer.quantized_weight.undo.label = _MERGED
         except QkernError as error:
@@ -39,6 +41,17 @@ def merge_adapter(model: nn.Module) -> None:
             raise type(error)(msg) from error
         layer.merged = True
         done.append(layer)
+
+
+def _check_device(layer: QLoRALinear) -> None:
+    here, devices = layer.weight.device, {layer.lora_A.device, layer.lora_B.device}
+    if devices != {here} or here.type == "meta":
+        found = ", ".join(sorted(map(str, devices)))
+        msg = (
+            f"its weight is on {here}, its adapter on {found}: a merge needs both on one device "
+            "that holds values; move the model with .to()"
+        )
+        raise DeviceError(msg)
 
 
 def unmerge_adapter(model: nn.Module) -> None:

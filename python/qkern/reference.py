@@ -238,7 +238,7 @@ def linear(
     lora_B: Tensor | None = None,
     scaling: float = 1.0,
 ) -> Tensor:
-    """``x W^T + bias + scaling (x A^T) B^T``, in x's dtype; the adapter's part in its own dtype.
+    """``x W^T + bias + scaling (x A^T) B^T``, in x's dtype; the adapter's part in fp32 or more.
 
     Args:
         x: (..., in_features).
@@ -251,8 +251,9 @@ def linear(
     y = torch.nn.functional.linear(x, weight, bias)  # (..., out_features)
     if lora_A is None or lora_B is None:
         return y
-    h = x.to(lora_A.dtype) @ lora_A.mT  # (..., r)
-    return (y + (h @ lora_B.mT) * scaling).to(x.dtype)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    h = x.to(wide) @ lora_A.to(wide).mT  # (..., r)
+    return (y + (h @ lora_B.to(wide).mT) * scaling).to(x.dtype)
 
 
 def grouped_linear(

@@ -64,6 +64,12 @@ def assign(q: QuantizedTensor, values: Tensor) -> None:
 def _write(q: QuantizedTensor, values: Tensor) -> None:
     if values.shape != q.shape or not q.is_whole:
         msg = f"cannot assign {tuple(values.shape)} to a quantized tensor of {tuple(q.shape)}"
+        if values.dim() == 1 < q.dim():
+            msg += (
+                ": packed bytes cannot be part of a flat parameter, as FSDP1 makes them; use FSDP2 "
+                "(fully_shard), or give FullyShardedDataParallel qkern.fsdp_ready(model).frozen "
+                "as ignored_states"
+            )
         raise ShapeError(msg)
     for old, new in zip(q.parts, _quantize_like(q, values), strict=True):
         if old is not None:

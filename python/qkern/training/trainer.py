@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from trl.trainer.sft_trainer import SFTTrainer
 
 from qkern import adapters
+from qkern.errors import DataError
 from qkern.training.errors import DivergedError
 from qkern.training.examples import IGNORED
 from qkern.training.memory import peak_memory
@@ -177,9 +178,18 @@ def trained_token_loss(model: nn.Module, inputs: dict[str, Any], *, total: Any =
 
     Returns:
         A scalar.
+
+    Raises:
+        DataError: if no label is to be predicted, and so there is no mean.
     """
     labels = inputs["labels"][:, 1:]  # (batch, tokens - 1)
     chosen = labels != IGNORED
+    if total is None and not chosen.any():
+        msg = (
+            f"all labels of a batch of {tuple(inputs['labels'].shape)} are masked ({IGNORED}): "
+            "nothing is to be predicted; leave such examples out"
+        )
+        raise DataError(msg)
     arguments = {key: value for key, value in inputs.items() if key != "labels"}
     with _head_on(model, chosen):
         logits = model(**arguments, use_cache=False).logits.squeeze(0)  # (trained, vocabulary)
