@@ -32,8 +32,8 @@ export PYO3_PYTHON := $(abspath $(VENV_PYTHON))
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help install build sdist lint format test test-rust test-neon test-python \
-	test-large test-wheel demo bench-codec bench-cpu bench-methods bench-scales bench-checkpoint \
-	aot gpu-bundle test-gpu bench-gpu sanitize fuzz clean missing
+	test-large test-wheel demo bench-codec bench-bitsandbytes bench-cpu bench-methods \
+	bench-scales bench-checkpoint aot gpu-bundle test-gpu bench-gpu sanitize fuzz clean missing
 
 help: ## show this help
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' \
@@ -116,6 +116,9 @@ bench-codec: $(VENV)/.dev ## speed of host quantize and dequantize beside other 
 
 bench-cpu: $(VENV)/.dev $(if $(PEERS),$(VENV)/.peers) ## layers, codec, a model beside other packages and the limits of memory
 	$(VENV_PYTHON) benches/bench_cpu.py $(BENCH_ARGS)
+
+bench-bitsandbytes: $(VENV)/.dev ## bitsandbytes' CPU calls by itself and with the plug-in
+	$(VENV_PYTHON) benches/bench_bitsandbytes_plugin.py $(BENCH_ARGS)
 
 bench-methods: $(VENV)/.dev ## what the search for scales gains over absmax, and what it costs
 	$(VENV_PYTHON) benches/bench_methods.py $(BENCH_ARGS)

@@ -52,6 +52,16 @@ def test_codec_bench_compares_equal_results_and_prints_its_rows(
     assert "bitsandbytes" in bench.table(rows)
 
 
+def test_bitsandbytes_plugin_bench_compares_both_sides(
+    load: Callable[[str], ModuleType],
+) -> None:
+    bench = load("bench_bitsandbytes_plugin")
+    rows = bench.run(size=128, repeats=2, min_time=0.0)
+    assert {row["engine"] for row in rows} == {"bitsandbytes", "with the plug-in"}
+    assert not bench.plugin.is_enabled()
+    assert "Linear4bit, eval, M=512" in bench.table(rows)
+
+
 def test_double_quant_bench_measures_each_package_or_names_it(
     load: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]
 ) -> None:

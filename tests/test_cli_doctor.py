@@ -11,6 +11,7 @@ import pytest
 
 from qkern import _native
 from qkern.cli import doctor, main
+from qkern.integrations import bitsandbytes
 
 # Hides packages from import and from find_spec, as on a machine without them.
 BLOCK = """
@@ -121,3 +122,17 @@ def test_what_is_said_of_a_gpu_is_what_the_operators_do(
 def test_nothing_runs_on_a_gpu_without_the_native_extension() -> None:
     paths = doctor._gpu_paths({"name": "a GPU", "why": ""}, native=None, problem="missing")
     assert {(path["path"], path["why"]) for path in paths} == {("nothing", "missing")}
+
+
+def test_the_bitsandbytes_plugin_is_announced(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = bitsandbytes.Status("0.50.2", True, "QKERN_BITSANDBYTES=1", ("gemm_4bit",))
+    for is_on, word in ((True, "on: QKERN_BITSANDBYTES=1"), (False, "off: QKERN_BITSANDBYTES=1")):
+        monkeypatch.setattr(bitsandbytes, "status", lambda on=is_on: state._replace(is_on=on))
+        assert main(["doctor"]) == 0
+        text = capsys.readouterr().out
+        assert word in text
+        assert ("bitsandbytes::gemm_4bit" in text) is is_on
+    assert main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)["bitsandbytes plug-in"]
+    assert report["operators"] == ["bitsandbytes::gemm_4bit"]
+    assert not report["on"]

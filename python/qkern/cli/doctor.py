@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qkern.cli import exit_codes
+from qkern.integrations import bitsandbytes
 from qkern.text_table import format_table
 
 HELP = "show versions, hardware, and which path each operation takes here"
@@ -43,9 +44,15 @@ def run(args: argparse.Namespace) -> int:
         text = json.dumps(report)
     else:
         machine = [(name, _plain(value)) for name, value in report["machine"].items()]
+        plugin = report["bitsandbytes plug-in"]
+        state = f"{'on' if plugin['on'] else 'off'}: {plugin['why']}"
         rows = [*report["versions"].items(), ("", ""), *machine]
+        rows += [("bitsandbytes plug-in", state)]
         rows = [(name, "not installed" if value is None else value) for name, value in rows]
         paths = [(p["operation"], p["device"], p["path"], p["why"]) for p in report["paths"]]
+        if plugin["on"]:
+            why = "instead of bitsandbytes' own"
+            paths += [(name, "cpu", "qkern", why) for name in plugin["operators"]]
         text = f"{format_table(rows)}\n\n{format_table(paths, ('operation', 'on', 'runs', 'why'))}"
     sys.stdout.write(text + "\n")
     return exit_codes.DONE if report["native"] else exit_codes.NO
@@ -71,7 +78,13 @@ def gather() -> dict[str, Any]:
         "gpu": gpu["name"] or gpu["why"],
     }
     paths = [*_cpu_paths(native, problem), *_gpu_paths(gpu, native, problem)]
-    return {"native": native is not None, "versions": versions, "machine": machine, "paths": paths}
+    return {
+        "native": native is not None,
+        "versions": versions,
+        "machine": machine,
+        "paths": paths,
+        "bitsandbytes plug-in": _plugin(problem),
+    }
 
 
 def cpu_model() -> str:
@@ -160,6 +173,17 @@ def _gpu_linear(gap: str) -> tuple[str, str]:
     if gap:
         return "torch operations", "the weight is dense during the call"
     return "Triton", "many tokens multiply a weight that is dense during the call, with torch"
+
+
+def _plugin(problem: str) -> dict[str, Any]:
+    """Whether programs that import bitsandbytes compute by qkern on a CPU, and why."""
+    status = bitsandbytes.status()
+    is_on = status.is_on and not problem
+    return {
+        "on": is_on,
+        "why": problem or status.why,
+        "operators": [f"bitsandbytes::{name}" for name in status.operators],
+    }
 
 
 def _path(operation: str, device: str, path: str, why: str) -> dict[str, str]:
