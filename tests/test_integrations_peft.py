@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft.tuners import lora
 from small_net import Net, assert_same_parts, inputs, parts_of, quantized
 from torch import Tensor, nn
 
@@ -156,7 +157,7 @@ def test_several_adapters_are_switched_mixed_disabled_and_deleted(
     assert count_fused(fused, monkeypatch) == 0
     assert torch.equal(fused(inputs()), plain(inputs()))
     for model in (plain, fused):
-        model.base_model.set_adapter("default")
+        model.set_adapter("default")
         model.delete_adapter("other")
     assert count_fused(fused, monkeypatch) == 2
     torch.testing.assert_close(fused(inputs()), plain(inputs()), rtol=1e-5, atol=1e-5)
@@ -168,7 +169,8 @@ def test_merge_and_unmerge_restore_the_bytes(safe_merge: bool) -> None:
     plain, fused = pair()
     before, expected = parts_of(fused), fused(inputs())
     for model in (plain, fused):
-        model.merge_adapter(safe_merge=safe_merge)
+        for layer in (m for m in model.modules() if isinstance(m, lora.Linear)):
+            layer.merge(safe_merge=safe_merge)
     assert_same_parts(fused, parts_of(plain))
     assert torch.equal(fused(inputs()), plain(inputs()))
     fused.unmerge_adapter()
