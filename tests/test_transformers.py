@@ -166,8 +166,13 @@ def test_maps_and_caches_count_the_bytes_of_4_bits(dense: Path) -> None:
 
 
 def test_a_dict_does_for_the_config(dense: Path) -> None:
-    model = load(dense, quantization_config={"quant_method": "qkern", "quant_type": "fp4"})
-    assert model.model.layers[0].mlp.up_proj.quantized_weight.format.quant_type == "fp4"
+    given = {"quant_method": "qkern", "quant_type": "fp4", "blocksize": 32, "method": "search"}
+    model = load(dense, quantization_config=given)
+    expected = load(dense)
+    qkern.quantize_model(expected, "fp4", blocksize=32, method="search")
+    assert torch.equal(logits(model), logits(expected))
+    with pytest.raises(qkern.FormatError, match="has 'exclude', which is not known"):
+        load(dense, quantization_config=given | {"exclude": ["lm_head"]})
 
 
 # -- quantized files -------------------------------------------------------------------------

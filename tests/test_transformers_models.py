@@ -186,8 +186,28 @@ def qwen3() -> Any:
     return transformers.Qwen3ForCausalLM(config)
 
 
+def vit() -> Any:
+    """Whose files have other names than its parameters."""
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**VISION))
+
+
+def dinov2() -> Any:
+    """In whose files two of its weights are one."""
+    sizes = {key: value for key, value in VISION.items() if key != "intermediate_size"}
+    return transformers.Dinov2Model(transformers.Dinov2Config(**sizes, use_swiglu_ffn=True))
+
+
+VISION = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+VISION |= {"num_attention_heads": 4, "image_size": 32, "patch_size": 8}
 # Layers that are quantized; of T5 all but wo.
-MODELS = [(bert, 12), (t5, 28), (mixtral, 8), (qwen3, 14)]
+MODELS = [(bert, 12), (t5, 28), (mixtral, 8), (qwen3, 14), (vit, 12), (dinov2, 14)]
+
+
+def inputs_of(build: Any) -> dict[str, Tensor]:
+    if build in (vit, dinov2):
+        return {"pixel_values": torch.randn(1, 3, 32, 32).bfloat16()}
+    tokens = {"input_ids": torch.arange(12)[None]}
+    return tokens | ({"decoder_input_ids": tokens["input_ids"]} if build is t5 else {})
 
 
 @pytest.mark.parametrize(("build", "count"), MODELS)
@@ -195,18 +215,31 @@ def test_architectures_load_save_and_reload(tmp_path: Path, build: Any, count: i
     torch.manual_seed(0)
     original = build()
     write_dense(tmp_path / "dense", original.bfloat16())
-    cls, x = type(original), {"input_ids": torch.arange(12)[None]}
-    x |= {"decoder_input_ids": x["input_ids"]} if build is t5 else {}
+    cls, x = type(original), inputs_of(build)
     model = cls.from_pretrained(tmp_path / "dense", quantization_config=QkernConfig()).eval()
     assert len(quantized_names(model)) == count, model.hf_quantizer.coverage
-    expected = model(**x).logits
+    expected = model(**x)[0]
     for i in range(2):
         model.save_pretrained(tmp_path / str(i))
         model = cls.from_pretrained(tmp_path / str(i)).eval()
         assert len(quantized_names(model)) == count
-        assert torch.equal(model(**x).logits, expected)
+        assert torch.equal(model(**x)[0], expected)
     biases = [m.bias for m in model.modules() if isinstance(m, QuantizedLinear)]
     assert not any(bias.requires_grad for bias in biases if bias is not None)
+
+
+@pytest.mark.parametrize("name", ["gate_proj", "up_proj"])
+def test_one_of_two_weights_that_are_one_in_the_file_can_stay_dense(
+    tmp_path: Path, name: str
+) -> None:
+    write_dense(tmp_path, dinov2())
+    config = QkernConfig(modules_to_not_convert=[name])
+    model = transformers.Dinov2Model.from_pretrained(tmp_path, quantization_config=config)
+    assert len(quantized_names(model)) == 12
+    expected = transformers.Dinov2Model.from_pretrained(tmp_path)
+    qkern.quantize_model(expected, exclude=[name])
+    state = expected.state_dict()
+    assert all(torch.equal(t, state[key]) for key, t in model.state_dict().items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -16,8 +16,9 @@ from qkern.formats import QuantFormat, resolve_format
 
 METHOD: Final = "qkern"
 _SAVE_AS: Final = (METHOD, "bitsandbytes")
-# What config.json may hold of these arguments.
+# Of the arguments, those that config.json holds, and the others.
 _STORED: Final = ("quant_type", "blocksize", "double_quant", "modules_to_not_convert")
+_ARGUMENTS: Final = (*_STORED, "method", "min_coverage", "save_as")
 _BITSANDBYTES: Final = "bitsandbytes"
 # What a BitsAndBytesConfig writes, and does not take.
 _NOT_GIVEN: Final = ("quant_method", "_load_in_4bit", "_load_in_8bit")
@@ -120,9 +121,20 @@ class QkernConfig(QuantizationConfigMixin):
         return_unused_kwargs: bool = False,  # noqa: FBT001 - transformers' signature
         **kwargs: Any,
     ) -> Any:
-        """From the entries of a ``config.json``; those that are not known are passed over."""
-        known = {key: value for key, value in config_dict.items() if key in (*_STORED, "save_as")}
-        return super().from_dict(known, return_unused_kwargs, **kwargs)  # type: ignore[no-untyped-call]
+        """From the arguments of the class by name, or the entries of a ``config.json``.
+
+        Raises:
+            FormatError: for a name that is none of them.
+        """
+        given = {key: value for key, value in config_dict.items() if key != "quant_method"}
+        unknown = sorted(set(given).difference(_ARGUMENTS))
+        if unknown:
+            msg = (
+                f"quantization_config has {unknown[0]!r}, which is not known here (made by a newer "
+                f"qkern?): known are {', '.join(_ARGUMENTS)}"
+            )
+            raise FormatError(msg)
+        return super().from_dict(given, return_unused_kwargs, **kwargs)  # type: ignore[no-untyped-call]
 
     def to_dict(self) -> dict[str, Any]:
         """The entries for ``config.json``: the method that is named there says who opens it."""

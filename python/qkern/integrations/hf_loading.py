@@ -271,7 +271,7 @@ class Quantize(_Operation):
             value = found[0] if isinstance(found, list) else found
             empty = model.get_parameter(name)
             if isinstance(empty, QuantizedTensor):
-                make = functools.partial(quantizer.quantize, name, value, empty)
+                make = functools.partial(quantizer.quantize, name, value)
                 value = quantizer.attempt(make, empty, value.device)
             result[name] = value
         return result

@@ -112,15 +112,15 @@ class QkernQuantizer(HfQuantizer):
         """What makes a dense weight a quantized one."""
         return hf_loading.Quantize(self)
 
-    def quantize(self, name: str, value: Tensor, empty: QuantizedTensor) -> Tensor:
-        """A dense weight in the format of ``empty``.
+    def quantize(self, name: str, value: Tensor) -> Tensor:
+        """A dense weight, quantized.
 
         Raises:
             QkernError: with the name of the weight.
         """
-        method = self.quantization_config.method
+        config = self.quantization_config
         try:
-            return QuantizedTensor.from_dense(value, empty.format.template, method=method)
+            return QuantizedTensor.from_dense(value, config.format.template, method=config.method)
         except QkernError as error:
             msg = f"{name}: {error}"
             raise type(error)(msg) from error
@@ -144,7 +144,11 @@ class QkernQuantizer(HfQuantizer):
             raise self.error
         hf_loading.end_filling(model)
         quantized = {n: m for n, m in model.named_modules() if isinstance(m, FlatWeight)}
-        for module in quantized.values():
+        for name, module in quantized.items():
+            # Of a tensor that is split into several, transformers asks about the first alone.
+            if not isinstance(module.weight, QuantizedTensor):
+                made = self.quantize(f"{name}.weight", module.weight.detach())
+                module.weight = nn.Parameter(made, requires_grad=False)
             bias = getattr(module, "bias", None)
             if bias is not None:
                 bias.requires_grad_(False)
