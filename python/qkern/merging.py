@@ -82,7 +82,7 @@ def _in_state(model: nn.Module, *, merged: bool) -> dict[str, QLoRALinear]:
     wrong = [name for name, layer in layers.items() if layer.merged is not merged]
     if not layers or wrong:
         what = "not merged" if merged else "merged already"
-        msg = f"{wrong[0]} is {what}" if wrong else "the model has no active adapter"
+        msg = f"{wrong[0]} is {what}" if wrong else "the model has no adapter, or none is active"
         raise AdapterMismatchError(msg)
     return layers
 
