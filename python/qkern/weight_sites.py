@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch import Tensor, nn
 
@@ -58,6 +58,7 @@ def sites(model: nn.Module, exclude: str | Sequence[str], fmt: QuantFormat) -> l
                 found.append((module, names, key, owners[id(parameter)]))
     matched: set[str] = set()
     heads, listed = _output_heads(model), []
+    paths = {name for name, _ in model.named_modules()}
     for module, names, key, shared in found:
         reason = ""
         stacked = experts.is_experts(module)
@@ -76,6 +77,8 @@ def sites(model: nn.Module, exclude: str | Sequence[str], fmt: QuantFormat) -> l
                 reason = "the output head"
             elif others:
                 reason = f"shares its weight with {others[0]}"
+            elif type(module) is nn.Linear and is_router(names[0], paths):
+                reason = "a router, by its name"
         reason = reason or _why_dense(module, key, fmt)
         listed.append(Site(names, key, reason, counts=shared[0] == names[0]))
     unmatched = [pattern for pattern in patterns if pattern not in matched]
@@ -83,6 +86,21 @@ def sites(model: nn.Module, exclude: str | Sequence[str], fmt: QuantFormat) -> l
         msg = f"exclude={unmatched[0]!r} matches no linear layer: names, ends of paths or globs do"
         raise FormatError(msg)
     return listed
+
+
+def is_router(name: str, paths: Collection[str]) -> bool:
+    """Whether a linear layer chooses experts, by its path and those of the other modules.
+
+    Most models have a class of their own for it; some hold an ``nn.Linear``.
+    """
+    parent, _, last = name.rpartition(".")
+    above, _, kind = parent.rpartition(".")
+    if "router" in (last, kind):
+        return True
+    if "gate" not in (last, kind):
+        return False
+    block = parent if last == "gate" else above
+    return f"{block}.experts".removeprefix(".") in paths
 
 
 def is_conv1d(module: nn.Module) -> bool:
