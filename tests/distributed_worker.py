@@ -199,7 +199,7 @@ def fsdp2_checkpointing_and_compile() -> None:
 
 
 def fsdp2_shards_experts() -> None:
-    """Stacked experts, each whole on one rank: the same logits and gradients, and the same files."""
+    """Stacked experts, each whole on one rank: the same logits, gradients and state."""
     from architectures import ARCHITECTURES, output
 
     import qkern
