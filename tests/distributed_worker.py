@@ -256,6 +256,40 @@ def fsdp1_shards_adapters_alone() -> None:
         assert torch.equal(layer.weight.packed, packed), "FSDP1 changed the packed bytes"
 
 
+def fsdp2_shards_experts() -> None:
+    """Stacked experts, each whole on one rank: the same logits, gradients and state."""
+    from architectures import ARCHITECTURES, output
+
+    import qkern
+
+    model = next(a for a in ARCHITECTURES if a.name == "Mixtral").small()
+    qkern.quantize_model(model)
+    qkern.add_lora(model, r=4, init_lora_weights=False)
+    expected = output(model)
+    expected.square().mean().backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    model.zero_grad()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in (*model.model.layers, model):
+        fully_shard(layer, mesh=mesh)
+    experts = model.model.layers[0].mlp.experts
+    assert experts._parameters["down_proj"]._local_tensor.packed.shape[0] == 2
+    for turn in range(2):
+        found = output(model)
+        assert torch.equal(found, expected)
+        if turn == 0:
+            found.square().mean().backward()
+            for name, parameter in model.named_parameters():
+                if name in grads:
+                    torch.testing.assert_close(parameter.grad.full_tensor(), grads[name])
+            sharded_state = model.state_dict()
+            for key, value in sharded_state.items():
+                whole = value.full_tensor() if isinstance(value, DTensor) else value
+                assert torch.equal(whole.reshape(-1), state[key].reshape(-1)), key
+            model.load_state_dict(sharded_state)
+
+
 CPU = torch.device("cpu")
 DDP: tuple[Callable[[], None], ...] = (
     ddp_equals_one_process,
@@ -270,6 +304,7 @@ FSDP2: tuple[Callable[[], None], ...] = (
     fsdp2_mixed_precision_keeps_scales,
     fsdp2_state_dict_round_trip,
     fsdp2_checkpointing_and_compile,
+    fsdp2_shards_experts,
 )
 # Not in torch 2.6, where gathering shards between CPU processes ends with an AttributeError.
 HAS_FSDP2 = hasattr(torch.cpu.Stream, "record_event")

@@ -87,6 +87,24 @@ def test_other_layer_classes_are_named() -> None:
         qkern.quantize_model(model, min_coverage=0.5)
 
 
+def test_linear_layers_that_choose_experts_stay_dense() -> None:
+    def block(router: nn.Module) -> nn.ModuleDict:
+        return nn.ModuleDict({"gate": router, "experts": nn.ModuleList([nn.Linear(64, 64)])})
+
+    chooser, projection = nn.Linear(64, 4), nn.Linear(64, 64)
+    model = nn.ModuleDict(
+        {
+            "moe": block(chooser),
+            "wrapped": block(nn.ModuleDict({"wg": nn.Linear(64, 4)})),
+            "router": nn.ModuleDict({"classifier": nn.Linear(64, 4)}),
+            "mlp": nn.ModuleDict({"gate": projection}),  # gates values, and chooses nothing
+        }
+    )
+    left = {name: reason for name, reason in reasons(qkern.quantize_model(model)).items() if reason}
+    router = "a router, by its name"
+    assert left == dict.fromkeys(("moe.gate", "wrapped.gate.wg", "router.classifier"), router)
+
+
 def test_quantizing_again_changes_nothing() -> None:
     model = tiny_llama()
     qkern.quantize_model(model)

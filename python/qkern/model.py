@@ -45,11 +45,12 @@ def quantize_model(
     """Quantize a model's linear layers, and experts that it holds as 3-D weights, in place.
 
     ``nn.Linear`` and transformers' ``Conv1D`` become ``QuantizedLinear``; modules of experts become
-    ``QuantizedExperts`` and stay instances of their class. Left alone: the output head, weights
-    that another module shares, subclasses of ``nn.Linear``, weights that are computed from others,
-    and what ``exclude`` names. Each has its reason in the report. Layer by layer: an error (no
-    memory left, say) leaves a model whose layers are each done or untouched, and the next call
-    goes on. What ``torch.inference_mode`` made becomes ordinary tensors, which can be trained on.
+    ``QuantizedExperts`` and stay instances of their class. Left alone: the output head, routers of
+    experts, weights that another module shares, subclasses of ``nn.Linear``, weights that are
+    computed from others, and what ``exclude`` names. Each has its reason in the report. Layer by
+    layer: an error (no memory left, say) leaves a model whose layers are each done or untouched,
+    and the next call goes on. What ``torch.inference_mode`` made becomes ordinary tensors, which
+    can be trained on.
 
     Args:
         model: on any device; layers on meta stay there.

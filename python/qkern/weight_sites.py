@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch import Tensor, nn
 
@@ -58,24 +58,20 @@ def sites(model: nn.Module, exclude: str | Sequence[str], fmt: QuantFormat) -> l
                 found.append((module, names, key, owners[id(parameter)]))
     matched: set[str] = set()
     heads, listed = _output_heads(model), []
+    paths = {name for name, _ in model.named_modules()}
     for module, names, key, shared in found:
+        hits = [p for p in patterns if any(matches(name, p) for name in _called(module, names))]
+        matched.update(hits)
+        others = [other for other in shared if other != names[0]]
         reason = ""
-        stacked = experts.is_experts(module)
-        if isinstance(module, nn.Linear) or is_conv1d(module) or stacked:
-            called = list(names)
-            if stacked:  # both weights or none, by the name of either
-                called += [
-                    f"{n}.{weight}" for n in names for weight in experts.weight_names(module)
-                ]
-            hits = [p for p in patterns if any(matches(name, p) for name in called)]
-            matched.update(hits)
-            others = [other for other in shared if other != names[0]]
-            if hits:
-                reason = f"excluded by {hits[0]!r}"
-            elif id(module) in heads:
-                reason = "the output head"
-            elif others:
-                reason = f"shares its weight with {others[0]}"
+        if hits:
+            reason = f"excluded by {hits[0]!r}"
+        elif id(module) in heads and _is_linear(module):
+            reason = "the output head"
+        elif others and _is_linear(module):
+            reason = f"shares its weight with {others[0]}"
+        elif type(module) is nn.Linear and is_router(names[0], paths):
+            reason = "a router, by its name"
         reason = reason or _why_dense(module, key, fmt)
         listed.append(Site(names, key, reason, counts=shared[0] == names[0]))
     unmatched = [pattern for pattern in patterns if pattern not in matched]
@@ -83,6 +79,36 @@ def sites(model: nn.Module, exclude: str | Sequence[str], fmt: QuantFormat) -> l
         msg = f"exclude={unmatched[0]!r} matches no linear layer: names, ends of paths or globs do"
         raise FormatError(msg)
     return listed
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or is_conv1d(module) or experts.is_experts(module)
+
+
+def _called(module: nn.Module, names: list[str]) -> list[str]:
+    """What a user may exclude a module by; nothing for one that is never quantized."""
+    if not _is_linear(module):
+        return []
+    if not experts.is_experts(module):
+        return names
+    # Both weights or none, by the name of either.
+    weights = experts.weight_names(module)
+    return names + [f"{name}.{weight}" for name in names for weight in weights]
+
+
+def is_router(name: str, paths: Collection[str]) -> bool:
+    """Whether a linear layer chooses experts, by its path and those of the other modules.
+
+    Most models have a class of their own for it; some hold an ``nn.Linear``.
+    """
+    parent, _, last = name.rpartition(".")
+    above, _, kind = parent.rpartition(".")
+    if "router" in (last, kind):
+        return True
+    if "gate" not in (last, kind):
+        return False
+    block = parent if last == "gate" else above
+    return f"{block}.experts".removeprefix(".") in paths
 
 
 def is_conv1d(module: nn.Module) -> bool:

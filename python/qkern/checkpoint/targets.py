@@ -129,10 +129,12 @@ class _Rules:
     def _is_router(self, tensor: StoredTensor) -> bool:
         module = tensor.name.removesuffix(".weight")
         parent, _, last = module.rpartition(".")
-        if last == "gate":
-            prefix = f"{parent}.experts." if parent else "experts."
+        above, _, kind = parent.rpartition(".")
+        if "gate" in (last, kind):
+            block = parent if last == "gate" else above
+            prefix = f"{block}.experts." if block else "experts."
             return any(name.startswith(prefix) for name in self.names)
-        return last == "router" or parent.rpartition(".")[2] == "router"
+        return "router" in (last, kind)
 
 
 def is_conv1d(tensor: StoredTensor, config: Mapping[str, Any]) -> bool:
