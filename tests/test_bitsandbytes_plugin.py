@@ -392,6 +392,39 @@ def test_embeddings_and_qkern_read_the_same_weight(enabled: None) -> None:
     assert relative(table(rows), expected) < 0.02  # its scales are double-quantized
 
 
+def test_transformers_and_peft_above_it_compute_with_the_decoded_weights(
+    enabled: None, tmp_path: Path
+) -> None:
+    """in_features of 96 in blocks of 64: what bitsandbytes alone decodes wrongly or refuses."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    sizes = {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 50}
+    config = transformers.LlamaConfig(**sizes, tie_word_embeddings=False)
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    four_bits = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=four_bits, device_map="cpu", dtype=torch.float32
+    )
+    dense = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
+    assert len(layers) == 7
+    for name, layer in layers.items():
+        weight = decoded(layer.weight.data, layer.weight.quant_state, torch.float32)
+        dense.get_submodule(name).weight.data.copy_(weight)
+    ids = torch.arange(20).reshape(2, 10)
+    with torch.no_grad():
+        assert relative(model.eval()(ids).logits, dense.eval()(ids).logits) < 1e-5
+    settings = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    adapted = peft.get_peft_model(model, settings).train()
+    adapted(input_ids=ids, labels=ids).loss.backward()
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    assert len(trained) == 14
+    assert all(p.grad is not None and p.grad.any() for p in trained)
+
+
 def test_the_example_runs(own: None, capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(ROOT / "examples" / "bitsandbytes_plugin.py"), run_name="__main__")
     assert "largest error of a weight" in capsys.readouterr().out
