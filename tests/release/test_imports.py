@@ -76,8 +76,8 @@ def test_import_takes_milliseconds() -> None:
 
 def test_the_torch_part_adds_little_to_torch() -> None:
     timed = "import qkern\nqkern.quantize_model, qkern.QuantizedTensor, qkern.save"
-    # Each operator takes some milliseconds to register, and a busy machine twice as long.
-    assert best_seconds("import torch", timed, 0.300) < 0.300
+    # Each operator takes some milliseconds to register, and a busy machine takes twice as long.
+    assert best_seconds("import torch", timed, 0.400) < 0.400
 
 
 def test_numpy_door_where_torch_cannot_be_imported() -> None:
