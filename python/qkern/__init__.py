@@ -47,7 +47,8 @@ if TYPE_CHECKING:
     from qkern.formats import QuantFormat
     from qkern.integrations.pretrained import load
     from qkern.layers import QLoRALinear, QuantizedLinear
-    from qkern.merging import merge_adapter, unmerge_adapter
+    from qkern.merge_aware import MergeTarget
+    from qkern.merging import merge_adapter, merge_to_dense, unmerge_adapter
     from qkern.model import CoverageReport, add_lora, memory_footprint, quantize_model
     from qkern.projections import fuse_projections, unfuse_projections
     from qkern.tensor import QuantizedTensor, linear
@@ -64,6 +65,7 @@ __all__ = [
     "FrozenWeightError",
     "LockedError",
     "LostDeltaError",
+    "MergeTarget",
     "MissingDependencyError",
     "NativeError",
     "NonFiniteError",
@@ -89,6 +91,7 @@ __all__ = [
     "memory_footprint",
     "merge_adapter",
     "merge_checkpoint",
+    "merge_to_dense",
     "quantize",
     "quantize_checkpoint",
     "quantize_model",
@@ -101,6 +104,7 @@ __all__ = [
 # Where each name that is not defined here lives; resolved by __getattr__ on first use.
 _HOMES = {
     "CoverageReport": "qkern.model",
+    "MergeTarget": "qkern.merge_aware",
     "QLoRALinear": "qkern.layers",
     "QuantFormat": "qkern.formats",
     "QuantizedArray": "qkern.arrays",
@@ -116,6 +120,7 @@ _HOMES = {
     "memory_footprint": "qkern.model",
     "merge_adapter": "qkern.merging",
     "merge_checkpoint": "qkern.checkpoint.merging",
+    "merge_to_dense": "qkern.merging",
     "quantize_checkpoint": "qkern.checkpoint.quantizing",
     "quantize_model": "qkern.model",
     "save": "qkern.checkpoint",

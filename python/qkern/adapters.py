@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkern import shards
 from qkern.adapter_config import (
     BASE_KEY,
     CONFIG_NAME,
@@ -41,6 +40,7 @@ from qkern.files import pickle_advice, read_json, replacing, write_json
 from qkern.fingerprint import base_fingerprint
 from qkern.formats import QuantFormat
 from qkern.layers import QLoRALinear, QuantizedLinear
+from qkern.merging import unmerged_format
 from qkern.model import adapted_layers, attach_adapters
 
 
@@ -64,7 +64,7 @@ def save_adapter(model: nn.Module, path: str | PathLike[str]) -> None:
     for name, layer in layers.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = _plain(layer.lora_A)
         tensors[f"{PREFIX}{name}.lora_B.weight"] = _plain(layer.lora_B)
-    formats = [shards.local_part(layer.weight).format for layer in layers.values()]
+    formats = [unmerged_format(layer) for layer in layers.values()]
     # A tensor that 8-bit scales could not hold says nothing about what was asked for.
     fmt = formats[0].template.replace(double_quant=any(f.double_quant for f in formats))
     metadata = {"format": "pt", FORMAT_KEY: json.dumps(dataclasses.asdict(fmt))}

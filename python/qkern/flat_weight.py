@@ -103,7 +103,7 @@ class FlatWeight(nn.Module):
                 self.weight = nn.Parameter(loaded, requires_grad=False)
             elif loaded.format == mine.format:
                 mine.copy_(loaded.to(mine.dtype))
-                mine.undo.parts = None
+                mine.undo.keep(None)
             else:  # 8-bit scales on one side, fp32 on the other
                 mine.data = loaded.to(device=mine.device, dtype=mine.dtype)
 

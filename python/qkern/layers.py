@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from qkern import operands, shards
+from qkern import merge_aware, operands, shards
 from qkern.codec import COMPUTE, check_choice
 from qkern.errors import FormatError, ShapeError
 from qkern.flat_weight import FlatWeight
@@ -167,6 +167,9 @@ class QLoRALinear(QuantizedLinear):
         lora_mode: "separate", or "merged" for GPUs, see ``qkern.linear``. Like ``compute`` it is an
             attribute that may be set at any time, and no part of a file.
         compute: "exact" or "int8", see ``qkern.linear``; gradients are exact with either.
+        merge_into: train for a merge into this format ("nf4", a ``QuantFormat`` or a
+            ``MergeTarget``): the layer multiplies what such a merge would leave, see
+            ``qkern.merge_aware``. An attribute, too, as resolved: a ``MergeTarget`` or None.
     """
 
     lora_A: nn.Parameter
@@ -186,6 +189,7 @@ class QLoRALinear(QuantizedLinear):
         dtype: torch.dtype = torch.float32,
         lora_mode: str = "separate",
         compute: str = "exact",
+        merge_into: str | QuantFormat | merge_aware.MergeTarget | None = None,
     ) -> None:
         super().__init__(weight, bias, compute=compute)
         check_choice("lora_mode", lora_mode, operands.LORA_MODES)
@@ -199,6 +203,9 @@ class QLoRALinear(QuantizedLinear):
         self.r, self.lora_dropout, self.lora_mode = r, lora_dropout, lora_mode
         self.set_scaling(lora_alpha, use_rslora=use_rslora)
         self.merged = False
+        self.merge_into = merge_aware.resolve_target(merge_into, weight)
+        if self.merge_into is not None:
+            merge_aware.check_settings(lora_dropout, lora_mode)
         with torch.inference_mode(False):
             A = torch.empty(r, self.in_features, device=weight.device, dtype=dtype)
             B = torch.empty(self.out_features, r, device=weight.device, dtype=dtype)
@@ -269,6 +276,11 @@ class QLoRALinear(QuantizedLinear):
         """(..., in_features) to (..., out_features)."""
         if self.merged:
             return super().forward(x)
+        if self.merge_into is not None:
+            base, adapter = (self.quantized_weight, self.bias), (self.lora_A, self.lora_B)
+            return merge_aware.linear(
+                x, *base, *adapter, self.scaling, self.merge_into, compute=self.compute, layer=self
+            )
         shared = self._output_with_siblings(x)
         if shared is not None:
             return shared
@@ -296,7 +308,7 @@ class QLoRALinear(QuantizedLinear):
 
 
 # What nn.Module keeps of hooks on forward and backward.
-_HOOKS = (
+HOOKS = (
     *(f"_forward_hooks{kind}" for kind in ("", "_with_kwargs", "_always_called")),
     *(f"_forward_pre_hooks{kind}" for kind in ("", "_with_kwargs")),
     *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
@@ -306,6 +318,6 @@ _HOOKS = (
 def _take_over(layer: _Layer, replaced: nn.Linear) -> _Layer:
     """The new layer, in the mode, with hooks and settings of the one whose place it takes."""
     own = ("path", "compute", "siblings") if isinstance(replaced, QuantizedLinear) else ()
-    kept = (*_HOOKS, *own)
+    kept = (*HOOKS, *own)
     vars(layer).update({name: vars(replaced)[name] for name in kept if name in vars(replaced)})
     return layer.train(replaced.training)

@@ -16,6 +16,7 @@ from qkern.coverage import CoverageReport, CoverageRow
 from qkern.errors import AdapterMismatchError, FormatError, QkernError
 from qkern.formats import QuantFormat, resolve_format
 from qkern.layers import QLoRALinear, QuantizedLinear
+from qkern.merge_aware import MergeTarget
 from qkern.module_tree import leave_inference_mode, module_at, module_paths, replace_module
 from qkern.name_patterns import matches
 from qkern.tensor import QuantizedTensor
@@ -106,6 +107,7 @@ def add_lora(
     init_lora_weights: bool = True,
     dtype: torch.dtype = torch.float32,
     lora_mode: str = "separate",
+    merge_into: str | QuantFormat | MergeTarget | None = None,
 ) -> list[str]:
     """Give quantized layers a trainable adapter, in place, and freeze everything else.
 
@@ -122,13 +124,16 @@ def add_lora(
         init_lora_weights: True to start at the base model, False for a random adapter.
         dtype: of the adapters.
         lora_mode: "separate", or "merged" for GPUs, see ``qkern.linear``.
+        merge_into: train for a merge into this format ("nf4", ...), see ``QLoRALinear``: such a
+            merge then loses nothing. Needs ``lora_dropout=0``.
 
     Returns:
         The paths of the layers that got one.
 
     Raises:
         AdapterMismatchError: if a target matches no quantized layer, or one has an adapter already.
-        FormatError: for another ``lora_mode``, or "merged" with dropout.
+        FormatError: for another ``lora_mode``, or "merged" with dropout; for another format to
+            merge into, or dropout with one.
         ShapeError: for a rank below 1, or a dropout outside of [0, 1).
     """
     layers = _quantized_layers(model)
@@ -144,6 +149,7 @@ def add_lora(
         init_lora_weights=init_lora_weights,
         dtype=dtype,
         lora_mode=lora_mode,
+        merge_into=merge_into,
     )
     return names
 

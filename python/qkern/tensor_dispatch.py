@@ -8,7 +8,7 @@ rows is a dense copy.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +20,7 @@ from qkern.errors import DTypeError, FormatError, FrozenWeightError, ShapeError
 from qkern.operands import FLOATS
 
 if TYPE_CHECKING:
+    from qkern.formats import QuantFormat
     from qkern.tensor import QuantizedTensor
 
 aten = torch.ops.aten
@@ -38,15 +39,26 @@ class Undo:
     Args:
         parts: what was there before; None after any other write.
         label: what the adder calls its addition, to ask for ``take_back`` instead of subtracting.
+        format: of these parts, where it is another one than the tensor's; else None.
     """
 
     parts: tuple[Tensor | None, ...] | None = None
     label: str = ""
+    format: QuantFormat | None = None
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Undo:
         """The same on other parts, for a copy of the tensor."""
         parts = self.parts and tuple(None if part is None else fn(part) for part in self.parts)
-        return Undo(parts, self.label)
+        return Undo(parts, self.label, self.format)
+
+    def keep(
+        self,
+        parts: tuple[Tensor | None, ...] | None,
+        label: str = "",
+        fmt: QuantFormat | None = None,
+    ) -> None:
+        """Keep other parts, or none."""
+        self.parts, self.label, self.format = parts, label, fmt
 
 
 def dispatch(cls: type[QuantizedTensor], func: Any, args: Any, kwargs: Any) -> Any:
@@ -122,7 +134,7 @@ def _in_place(func: Any, args: Any, kwargs: Any) -> QuantizedTensor:
     rest = [a.dequantize() if isinstance(a, type(q)) else a for a in args[1:]]
     after = func(before.clone(), *rest, **kwargs)
     inverse = _INVERSE.get(func)
-    if inverse is not None and q.undo.parts is not None:
+    if inverse is not None and q.undo.parts is not None and q.undo.format is None:
         old = q.like([None if p is None else p.clone() for p in q.undo.parts])
         redone = inverse(old.dequantize(), *rest, **kwargs)
         if _same_bytes(q, _quantize_like(q, redone)):
@@ -131,7 +143,7 @@ def _in_place(func: Any, args: Any, kwargs: Any) -> QuantizedTensor:
     kept = tuple(None if p is None else p.clone() for p in q.parts)
     if not torch.equal(after, before):  # quantizing the same values again would change bytes
         assign(q, after)
-    q.undo.parts, q.undo.label = (kept if inverse is not None else None), ""
+    q.undo.keep(kept if inverse is not None else None)
     return q  # type: ignore[no-any-return]
 
 
@@ -143,11 +155,28 @@ def take_back(q: QuantizedTensor, label: str) -> bool:
     return True
 
 
+def replace(q: QuantizedTensor, merged: QuantizedTensor, label: str) -> None:
+    """Put other bytes in the place of q's, of any format; ``take_back`` undoes it by its label."""
+    kept = tuple(None if part is None else part.clone() for part in q.parts)
+    before = q.format
+    _take_parts(q, merged.parts, merged.format)
+    q.undo.keep(kept, label, None if q.format == before else before)
+
+
 def _put_back(q: QuantizedTensor) -> None:
-    for part, kept in zip(q.parts, q.undo.parts or (), strict=True):
+    _take_parts(q, q.undo.parts or (), q.undo.format or q.format)
+    q.undo.keep(None)
+
+
+def _take_parts(q: QuantizedTensor, parts: Sequence[Tensor | None], fmt: QuantFormat) -> None:
+    """Into the same memory where the format is the same, as what shares it or knows it expects."""
+    if fmt != q.format:
+        q.packed, q.absmax, q.nested_absmax, q.offset = parts  # type: ignore[assignment]
+        q.format = fmt
+        return
+    for part, kept in zip(q.parts, parts, strict=True):
         if part is not None and kept is not None:
             part.copy_(kept)
-    q.undo.parts, q.undo.label = None, ""
 
 
 _INVERSE = {aten.add_.Tensor: aten.sub_.Tensor, aten.sub_.Tensor: aten.add_.Tensor}
@@ -269,7 +298,7 @@ def _(
     # DDP spreads rank 0's parameters as dense values: bytes that already say so stay.
     if not torch.equal(q.dequantize(), dense):
         assign(q, dense)
-        q.undo.parts = None
+        q.undo.keep(None)
     return q
 
 

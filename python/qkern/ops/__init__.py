@@ -7,8 +7,15 @@ kernels, or where there are none by torch.
 from qkern.ops.dequantize import decoded, decoded_into, dequantize, has_kernels, parts_of_shard
 from qkern.ops.linear import linear
 from qkern.ops.lora_dropout import add_dropped, drops_in_kernel
+from qkern.ops.merged import (
+    adapter_gradients,
+    input_gradient,
+    merged_values,
+    quantize_merged,
+)
 from qkern.ops.projections import Layer, projections, share_a_launch
 from qkern.ops.quantize import (
+    check_finite,
     encode,
     has_data,
     quantize,
@@ -19,7 +26,9 @@ from qkern.ops.quantize import (
 
 __all__ = [
     "Layer",
+    "adapter_gradients",
     "add_dropped",
+    "check_finite",
     "decoded",
     "decoded_into",
     "dequantize",
@@ -27,11 +36,14 @@ __all__ = [
     "encode",
     "has_data",
     "has_kernels",
+    "input_gradient",
     "linear",
+    "merged_values",
     "parts_of_shard",
     "projections",
     "quantize",
     "quantize_absmax",
+    "quantize_merged",
     "search_scales",
     "share_a_launch",
     "to_parts",

@@ -1,0 +1,212 @@
+"""Training for a merge: the layer multiplies what a merge into a quantized format would leave.
+
+    W' = dequantize(quantize(W + s B A))        the weight of the forward pass
+    y  = x W'^T + bias
+    dX = dY W'
+    dA = (s dY B)^T x,  dB = s dY^T (x A^T)     as if W' were W + s B A
+
+The gradient of A and B goes straight through the rounding: Bengio et al.,
+https://arxiv.org/abs/1308.3432. So the adapter learns what the rounding leaves of it, and the merge
+into that format, which stores W', loses nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qkern import operands, ops, reference
+from qkern.codec import check_method
+from qkern.errors import DTypeError, FormatError, ShapeError
+from qkern.formats import QuantFormat, resolve_format
+from qkern.tensor import QuantizedTensor
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeTarget:
+    """What a merge will quantize to.
+
+    Args:
+        format: of the merged weight.
+        method: "absmax" or "search", see ``qkern.quantize``.
+
+    Raises:
+        FormatError: for a format that nothing is quantized to, or a method that it does not have.
+    """
+
+    format: QuantFormat
+    method: str = "absmax"
+
+    def __post_init__(self) -> None:
+        self.format.check_encodes()
+        check_method(self.method, self.format, has_importance=False)
+
+
+def resolve_target(
+    merge_into: str | QuantFormat | MergeTarget | None, weight: QuantizedTensor
+) -> MergeTarget | None:
+    """The target that a setting names for a weight.
+
+    A name is that of the weight's own format, where this is of that name; else it is the format of
+    64 values a scale, with 8-bit scales.
+    """
+    if merge_into is None:
+        return None
+    target = merge_into if isinstance(merge_into, MergeTarget) else None
+    if isinstance(merge_into, str):
+        own = weight.format
+        kept = own if own.quant_type == merge_into else QuantFormat("nf4")
+        fmt = resolve_format(merge_into, blocksize=kept.blocksize, double_quant=kept.double_quant)
+        target = MergeTarget(fmt)
+    elif isinstance(merge_into, QuantFormat):
+        target = MergeTarget(merge_into)
+    if target is None:
+        msg = f"merge_into is a name, a QuantFormat or a MergeTarget, got {merge_into!r}"
+        raise DTypeError(msg)
+    return dataclasses.replace(target, format=target.format.for_shape(weight.shape))
+
+
+def check_settings(lora_dropout: float, lora_mode: str) -> None:
+    """Refuse what a weight with the adapter in it cannot have.
+
+    Raises:
+        FormatError: for dropout of the adapter's input, and for ``lora_mode="merged"``.
+    """
+    if lora_dropout > 0.0:
+        msg = (
+            f"merge_into has one weight for base and adapter, and no input of the adapter's own to "
+            f"drop: got lora_dropout={lora_dropout:g}, set it to 0"
+        )
+        raise FormatError(msg)
+    if lora_mode != "separate":
+        msg = f'merge_into is a way of its own to apply an adapter: got lora_mode="{lora_mode}"'
+        raise FormatError(msg)
+
+
+def linear(
+    x: Tensor,
+    weight: QuantizedTensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    target: MergeTarget,
+    *,
+    compute: str = "exact",
+    layer: nn.Module | None = None,
+) -> Tensor:
+    """``x W'^T + bias`` with ``W' = dequantize(quantize(W + s B A))``, on the packed bytes of W'.
+
+    The sum is fp32, under autocast too. For the backward pass W' is kept as codes.
+
+    Args:
+        x: (..., in_features).
+        weight: W, (out_features, in_features).
+        bias: (out_features,) or None.
+        lora_A: (r, in_features).
+        lora_B: (out_features, r).
+        scaling: s.
+        target: what W' is stored as.
+        compute: "exact" or "int8", see ``qkern.linear``.
+        layer: what errors name.
+
+    Returns:
+        (..., out_features) in x's dtype, or in autocast's.
+
+    Raises:
+        ShapeError: for a size that does not fit, and for a shard of a weight.
+        DTypeError: for anything but floating-point tensors.
+        DeviceError: as ``qkern.linear``.
+    """
+    with torch._C.DisableTorchFunctionSubclass():  # a call for each property of the weight
+        operands.check_linear(x, weight, bias, lora_A, lora_B, layer)
+        if not weight.is_whole:
+            msg = "merge_into needs the whole weight: this is one rank's shard of it"
+            raise ShapeError(msg)
+        dense = operands.need_dense_weight(x, weight)
+    if dense:
+        return reference_linear(x, weight, bias, lora_A, lora_B, scaling, target)
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    bias = None if bias is None else bias.to(x.dtype)
+    how = (target.format, target.method)
+    base = (weight.parts, weight.format, weight.dtype)
+    packed, scales, _, _ = ops.quantize_merged(*base, lora_A, lora_B, scaling, *how)
+    fmt = target.format.replace(double_quant=False)
+    y: Tensor = _StraightThrough.apply(
+        x, bias, lora_A, lora_B, packed, scales, fmt, scaling, compute
+    )
+    return y
+
+
+class _StraightThrough(torch.autograd.Function):
+    """``x W'^T + bias`` of finished codes and scales, with gradients for what they came from."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        packed: Tensor,
+        scales: Tensor,
+        fmt: QuantFormat,
+        scaling: float,
+        compute: str,
+    ) -> Tensor:
+        ctx.save_for_backward(x, lora_A, lora_B, packed, scales)
+        ctx.format, ctx.scaling = fmt, scaling
+        parts = reference.Parts(packed, scales, None, None)
+        return ops.linear(x, parts, fmt, lora_B.shape[0], bias, compute=compute)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, lora_A, lora_B, packed, scales = ctx.saved_tensors
+        weight = reference.Parts(packed, scales, None, None)
+        need_x, need_bias, need_A, need_B = ctx.needs_input_grad[:4]
+        dX = dbias = dA = dB = None
+        if need_x:
+            dX = ops.input_gradient(grad, weight, ctx.format, x.shape[-1])
+        if need_bias:
+            dbias = grad.reshape(-1, grad.shape[-1]).sum(0)
+        if need_A or need_B:
+            dA, dB = ops.adapter_gradients(x, grad, lora_A, lora_B, ctx.scaling)
+        return dX, dbias, dA if need_A else None, dB if need_B else None, *[None] * 5
+
+
+def reference_linear(
+    x: Tensor,
+    weight: QuantizedTensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    target: MergeTarget,
+) -> Tensor:
+    """The same in plain operations of torch on dense weights: what ``linear`` is tested against.
+
+    It also serves float64 and the derivatives that operators have no rules for.
+    """
+    rounded = merged_weight(weight, lora_A, lora_B, scaling, target).dequantize(x.dtype)
+    delta = ((lora_B @ lora_A) * scaling).to(x.dtype)
+    through = delta - delta.detach()  # 0, with the gradient of the sum
+    y = torch.nn.functional.linear(x, rounded) + torch.nn.functional.linear(x.detach(), through)
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def merged_weight(
+    weight: QuantizedTensor, lora_A: Tensor, lora_B: Tensor, scaling: float, target: MergeTarget
+) -> QuantizedTensor:
+    """W', as a merge stores it.
+
+    Raises:
+        NonFiniteError: if the adapter holds NaN or infinity.
+    """
+    base = (weight.parts, weight.format, weight.shape, weight.dtype)
+    values = ops.merged_values(*base, lora_A, lora_B, scaling)
+    merged = QuantizedTensor.from_dense(values, target.format, method=target.method)
+    return merged.like(dtype=weight.dtype)
