@@ -47,8 +47,8 @@ if TYPE_CHECKING:
     from qkern.formats import QuantFormat
     from qkern.integrations.pretrained import load
     from qkern.layers import QLoRALinear, QuantizedLinear
-    from qkern.merge_aware import MergeTarget
-    from qkern.merging import merge_adapter, merge_to_dense, unmerge_adapter
+    from qkern.merge_target import MergeTarget
+    from qkern.merging import merge_adapter, merge_to_dense, set_merge_into, unmerge_adapter
     from qkern.model import CoverageReport, add_lora, memory_footprint, quantize_model
     from qkern.projections import fuse_projections, unfuse_projections
     from qkern.tensor import QuantizedTensor, linear
@@ -97,6 +97,7 @@ __all__ = [
     "quantize_model",
     "save",
     "save_adapter",
+    "set_merge_into",
     "unfuse_projections",
     "unmerge_adapter",
 ]
@@ -104,7 +105,7 @@ __all__ = [
 # Where each name that is not defined here lives; resolved by __getattr__ on first use.
 _HOMES = {
     "CoverageReport": "qkern.model",
-    "MergeTarget": "qkern.merge_aware",
+    "MergeTarget": "qkern.merge_target",
     "QLoRALinear": "qkern.layers",
     "QuantFormat": "qkern.formats",
     "QuantizedArray": "qkern.arrays",
@@ -125,6 +126,7 @@ _HOMES = {
     "quantize_model": "qkern.model",
     "save": "qkern.checkpoint",
     "save_adapter": "qkern.adapters",
+    "set_merge_into": "qkern.merging",
     "unfuse_projections": "qkern.projections",
     "unmerge_adapter": "qkern.merging",
 }

@@ -7,7 +7,8 @@ A directory holds ``adapter_config.json`` and ``adapter_model.safetensors`` with
 
 which PEFT loads over the same base model, and whose own files load here. The file's metadata, which
 PEFT ignores, keeps the format of the quantized base under "qkern", and under "qkern_base" a
-fingerprint of its bytes: an adapter is of use over the weights that it was trained on alone.
+fingerprint of its bytes: an adapter is of use over the weights that it was trained on alone. Under
+"qkern_merge_into" it says what the layers were trained to be merged into (``merge_into``).
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from qkern.files import pickle_advice, read_json, replacing, write_json
 from qkern.fingerprint import base_fingerprint
 from qkern.formats import QuantFormat
 from qkern.layers import QLoRALinear, QuantizedLinear
+from qkern.merge_target import MERGE_KEY, MergeTarget, targets_as_text, targets_of_text
 from qkern.merging import unmerged_format
 from qkern.model import adapted_layers, attach_adapters
 
@@ -68,6 +70,9 @@ def save_adapter(model: nn.Module, path: str | PathLike[str]) -> None:
     # A tensor that 8-bit scales could not hold says nothing about what was asked for.
     fmt = formats[0].template.replace(double_quant=any(f.double_quant for f in formats))
     metadata = {"format": "pt", FORMAT_KEY: json.dumps(dataclasses.asdict(fmt))}
+    targets = {name: layer.merge_into for name, layer in layers.items() if layer.merge_into}
+    if targets:
+        metadata[MERGE_KEY] = targets_as_text(targets)
     base = base_fingerprint(layers)
     if base is not None:
         metadata[BASE_KEY] = base
@@ -113,12 +118,14 @@ def load_adapter(model: nn.Module, path: str | PathLike[str], *, force: bool = F
             attach_adapters(model, names, r=r, lora_dropout=dropout)
         layers = dict(adapted_layers(model))
     use_rslora = bool(config.get("use_rslora"))
+    targets = _merge_targets(directory / WEIGHTS_NAME)
     with torch.no_grad():
         for name, (A, B) in pairs.items():
             layer = layers[name]
             layer.lora_A.copy_(A)
             layer.lora_B.copy_(B)
             layer.set_scaling(alphas[name], use_rslora=use_rslora)
+            layer.merge_into = targets.get(name)
 
 
 def read_quantization(path: str | PathLike[str]) -> QuantFormat | None:
@@ -145,6 +152,12 @@ def _check_base(layers: Mapping[str, QuantizedLinear], directory: Path) -> None:
         "Load it over its own base, quantized as it was, or pass force=True"
     )
     raise AdapterMismatchError(msg)
+
+
+def _merge_targets(file: Path) -> dict[str, MergeTarget]:
+    """What layers were trained to be merged into, by path."""
+    text = _read_metadata(file).get(MERGE_KEY)
+    return {} if text is None else targets_of_text(text, file)
 
 
 def _read_metadata(file: Path) -> dict[str, str]:

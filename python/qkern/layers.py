@@ -20,6 +20,7 @@ from qkern.codec import COMPUTE, check_choice
 from qkern.errors import FormatError, ShapeError
 from qkern.flat_weight import FlatWeight
 from qkern.formats import QuantFormat, resolve_format
+from qkern.merge_target import MergeTarget
 from qkern.tensor import QuantizedTensor, linear
 
 _Layer = TypeVar("_Layer", bound=nn.Linear)
@@ -189,7 +190,7 @@ class QLoRALinear(QuantizedLinear):
         dtype: torch.dtype = torch.float32,
         lora_mode: str = "separate",
         compute: str = "exact",
-        merge_into: str | QuantFormat | merge_aware.MergeTarget | None = None,
+        merge_into: str | QuantFormat | MergeTarget | None = None,
     ) -> None:
         super().__init__(weight, bias, compute=compute)
         check_choice("lora_mode", lora_mode, operands.LORA_MODES)

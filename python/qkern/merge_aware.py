@@ -8,6 +8,9 @@
 The gradient of A and B goes straight through the rounding: Bengio et al.,
 https://arxiv.org/abs/1308.3432. So the adapter learns what the rounding leaves of it, and the merge
 into that format, which stores W', loses nothing.
+
+W' changes where a sum crosses the border between two codes, or the largest of a block moves its
+scale: in steps, which training gets over once the adapter is as large as they are.
 """
 
 from __future__ import annotations
@@ -19,30 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from qkern import operands, ops, reference
-from qkern.codec import check_method
 from qkern.errors import DTypeError, FormatError, ShapeError
 from qkern.formats import QuantFormat, resolve_format
+from qkern.merge_target import MergeTarget
 from qkern.tensor import QuantizedTensor
-
-
-@dataclasses.dataclass(frozen=True)
-class MergeTarget:
-    """What a merge will quantize to.
-
-    Args:
-        format: of the merged weight.
-        method: "absmax" or "search", see ``qkern.quantize``.
-
-    Raises:
-        FormatError: for a format that nothing is quantized to, or a method that it does not have.
-    """
-
-    format: QuantFormat
-    method: str = "absmax"
-
-    def __post_init__(self) -> None:
-        self.format.check_encodes()
-        check_method(self.method, self.format, has_importance=False)
 
 
 def resolve_target(
@@ -169,7 +152,11 @@ class _StraightThrough(torch.autograd.Function):
         weight = reference.Parts(packed, scales, None, None)
         need_x, need_bias, need_A, need_B = ctx.needs_input_grad[:4]
         dX = dbias = dA = dB = None
-        if need_x:
+        if need_x and torch.is_grad_enabled():  # gradients of gradients, through the rounding too
+            shape = (lora_B.shape[0], lora_A.shape[1])
+            rounded = ops.decoded(weight, ctx.format, shape, grad.dtype)
+            dX = grad @ _straight(rounded, lora_A, lora_B, ctx.scaling)
+        elif need_x:
             dX = ops.input_gradient(grad, weight, ctx.format, x.shape[-1])
         if need_bias:
             dbias = grad.reshape(-1, grad.shape[-1]).sum(0)
@@ -192,10 +179,14 @@ def reference_linear(
     It also serves float64 and the derivatives that operators have no rules for.
     """
     rounded = merged_weight(weight, lora_A, lora_B, scaling, target).dequantize(x.dtype)
-    delta = ((lora_B @ lora_A) * scaling).to(x.dtype)
-    through = delta - delta.detach()  # 0, with the gradient of the sum
-    y = torch.nn.functional.linear(x, rounded) + torch.nn.functional.linear(x.detach(), through)
-    return y if bias is None else y + bias.to(y.dtype)
+    straight = _straight(rounded, lora_A, lora_B, scaling)
+    return torch.nn.functional.linear(x, straight, None if bias is None else bias.to(x.dtype))
+
+
+def _straight(rounded: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """The rounded weight, with the gradient of ``s B A``."""
+    delta = ((lora_B @ lora_A) * scaling).to(rounded.dtype)
+    return rounded + (delta - delta.detach())
 
 
 def merged_weight(

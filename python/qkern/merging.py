@@ -12,8 +12,9 @@ from qkern.codec import check_method
 from qkern.errors import AdapterMismatchError, FormatError, QkernError, ShapeError
 from qkern.formats import QuantFormat
 from qkern.layers import HOOKS, QLoRALinear, QuantizedLinear
-from qkern.merge_aware import merged_weight
+from qkern.merge_aware import check_settings, merged_weight, resolve_target
 from qkern.merge_loss import MergedLayer, MergeLoss
+from qkern.merge_target import MergeTarget
 from qkern.model import adapted_layers
 from qkern.module_tree import module_at, module_paths, replace_module
 from qkern.ops import check_finite, has_data
@@ -82,6 +83,35 @@ def unmerge_adapter(model: nn.Module) -> None:
     """
     for layer in _in_state(model, merged=True).values():
         _take_out(layer)
+
+
+def set_merge_into(model: nn.Module, merge_into: str | QuantFormat | MergeTarget | None) -> None:
+    """Train a model's adapters for a merge from now on, or with None no longer.
+
+    Adapters get farther if most of the training is an ordinary one, and only its end is for the
+    merge: see docs/convert-and-merge.md.
+
+    Args:
+        model: with adapters.
+        merge_into: "nf4", a ``QuantFormat`` or a ``MergeTarget``, see ``QLoRALinear``.
+
+    Raises:
+        AdapterMismatchError: if there is no adapter, or one is merged.
+        FormatError: for an unknown format, and for layers with ``lora_dropout`` or
+            ``lora_mode="merged"``; nothing is changed then.
+    """
+    targets = []
+    for name, layer in _in_state(model, merged=False).items():
+        try:
+            target = resolve_target(merge_into, layer.quantized_weight)
+            if target is not None:
+                check_settings(layer.lora_dropout, layer.lora_mode)
+        except QkernError as error:
+            msg = f"{name}: {error}"
+            raise type(error)(msg) from error
+        targets.append((layer, target))
+    for layer, target in targets:
+        layer.merge_into = target
 
 
 def merge_to_dense(model: nn.Module, *, dtype: torch.dtype | None = None) -> MergeLoss:

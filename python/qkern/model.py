@@ -16,7 +16,7 @@ from qkern.coverage import CoverageReport, CoverageRow
 from qkern.errors import AdapterMismatchError, FormatError, QkernError
 from qkern.formats import QuantFormat, resolve_format
 from qkern.layers import QLoRALinear, QuantizedLinear
-from qkern.merge_aware import MergeTarget
+from qkern.merge_target import MergeTarget
 from qkern.module_tree import leave_inference_mode, module_at, module_paths, replace_module
 from qkern.name_patterns import matches
 from qkern.tensor import QuantizedTensor

@@ -288,6 +288,8 @@ def _layer_of(layer: QuantizedLinear, x: Tensor) -> Layer | None:
     if isinstance(layer, QLoRALinear) and not layer.merged:
         if layer.lora_mode != "separate" or (layer.training and layer.lora_dropout > 0.0):
             return None
+        if layer.merge_into is not None:
+            return None
         A, B, scaling = layer.lora_A, layer.lora_B, layer.scaling
     with torch._C.DisableTorchFunctionSubclass():
         try:

@@ -26,6 +26,8 @@ class MergedTensor:
         is_quantized: whether the sum was quantized again.
         errors: sums over the measured values, ``squared_error`` of the result against the exact
             sum; None if nothing was written.
+        aware: whether the adapter was trained for this rounding (``merge_into``), so that nothing
+            is lost: the layer has been multiplying the result.
     """
 
     name: str
@@ -33,11 +35,19 @@ class MergedTensor:
     scaling: float
     is_quantized: bool
     errors: Errors | None
+    aware: bool = False
+
+    @property
+    def loss(self) -> Errors | None:
+        """The errors against what the adapter was trained with."""
+        if self.errors is None or not self.aware:
+            return self.errors
+        return self.errors._replace(squared_error=0.0)
 
     @property
     def kept(self) -> float | None:
         """``1 - ||result - exact|| / ||delta||``; None if none was measured, or delta is 0."""
-        return None if self.errors is None else kept_share([self.errors])
+        return None if self.loss is None else kept_share([self.loss])
 
     @property
     def relative_delta(self) -> float | None:
@@ -65,22 +75,24 @@ class MergeReport(ConversionReport):
         adapter: the directory of the adapter.
         base_check: whether the base is the one that the adapter was trained over.
         merged: weights that it was added to.
+        missed: what the adapter was trained to be merged into, if it is not the result; else empty.
     """
 
     adapter: Path
     base_check: str
     merged: tuple[MergedTensor, ...]
+    missed: str = ""
 
     @property
     def kept(self) -> float | None:
         """Over all weights as if they were one."""
-        return kept_share(row.errors for row in self.merged if row.errors is not None)
+        return kept_share(row.loss for row in self.merged if row.loss is not None)
 
     @property
     def kept_by_quantized(self) -> float | None:
         """Over those that were quantized again."""
         rows = (row for row in self.merged if row.is_quantized)
-        return kept_share(row.errors for row in rows if row.errors is not None)
+        return kept_share(row.loss for row in rows if row.loss is not None)
 
     @property
     def worst(self) -> tuple[MergedTensor, ...]:
@@ -93,6 +105,7 @@ class MergeReport(ConversionReport):
             "adapter": str(self.adapter),
             "base_check": self.base_check,
             "kept": plain(self.kept),
+            "missed": self.missed,
             "merged": [row.as_dict() for row in self.merged],
         }
 
@@ -106,6 +119,11 @@ class MergeReport(ConversionReport):
 
     def __str__(self) -> str:
         lines = [f"{self.adapter}: added to {len(self.merged)} weights; {self.base_check}"]
+        aware = sum(row.aware for row in self.merged)
+        if aware:
+            lines.append(f"{aware} of them were trained for this rounding: nothing of it is lost")
+        if self.missed:
+            lines.append(f"trained to be merged into {self.missed}: another result is not the same")
         if self.kept is not None:
             lines.append(f"kept of what it adds: {self.kept:.1%}; least of")
             lines.append(self.kept_table())
