@@ -2,8 +2,9 @@
 
 python benches/merge_quality.py --model DIR --text FILE [--save]
 
-A small Llama is quantized to NF4 and trained on the start of a text; gain is how far the loss on the
-rest falls below that of the quantized model. Every variant takes the same steps on the same batches:
+A small Llama is quantized to NF4 and trained on the start of a text; gain is how far the loss on
+the rest falls below that of the quantized model. Every variant takes the same steps, on the same
+batches:
 
     adapter           trained as usual, not merged: the gain that the shares are of
     bf16 merge        the same adapter, added to the dense base, rounded to bf16
@@ -12,13 +13,15 @@ rest falls below that of the quantized model. Every variant takes the same steps
     last half         the usual training, with merge_into in its last half only, then merged
     as PEFT applies   the adapter of that training, added without rounding
 
---time SIZE also measures what a training step takes with merge_into, against one without.
+--time SIZE also measures what a training step takes with merge_into, against one without. What a run
+does not measure stays in the results as it is (--seeds 0: times alone).
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import math
 import statistics
 import sys
@@ -233,33 +236,38 @@ def table(rows: list[dict[str, Any]]) -> str:
                 low, high = min(shares), max(shares)
                 shown = f"{statistics.fmean(shares):.1%} ({low:.1%} to {high:.1%})"
             cells.append((f"{lr:g}", name, f"{loss:.4f}", shown))
-    text = format_table(cells, ("learning rate", "variant", "loss", "share of the gain"))
+    headers = ("learning rate", "variant", "loss", "share of the gain")
+    text = format_table(cells, headers) if cells else ""
     times = [
         (row["model"], row["dtype"], row["merge_into"], f"{row['times none']:.2f}")
         for row in rows
         if "times none" in row
     ]
     headers = ("model", "dtype", "merge_into", "time of a step")
-    return f"{text}\n\n{format_table(times, headers)}" if times else text
+    return f"{text}\n\n{format_table(times, headers)}".strip() if times else text
 
 
 def main() -> None:
     """Run, print, and with --save write results/merge_quality.json."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", type=Path, required=True, help="directory of a small Llama")
-    parser.add_argument("--text", type=Path, required=True, help="what to train on")
+    parser.add_argument("--model", type=Path, help="directory of a small Llama")
+    parser.add_argument("--text", type=Path, help="what to train on")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3])
     parser.add_argument("--time", type=int, metavar="SIZE", help="hidden size, e.g. 1024")
     parser.add_argument("--save", action="store_true", help="write results/merge_quality.json")
     options = parser.parse_args()
-    rows = time_rows(options.time, repeats=5) if options.time else []
-    task = load_task(options.model, options.text)
-    how = {"seeds": options.seeds, "steps": options.steps, "rates": options.rates}
-    rows = run(task, **how, told=partial(print, flush=True)) + rows
+    rows = time_rows(options.time, repeats=3) if options.time else []
+    if options.seeds:
+        task = load_task(options.model, options.text)
+        how = {"seeds": options.seeds, "steps": options.steps, "rates": options.rates}
+        rows = run(task, **how, told=partial(print, flush=True)) + rows
     print(table(rows))
     if options.save:
+        file, cases = harness.RESULTS / "merge_quality.json", {row["case"] for row in rows}
+        before = json.loads(file.read_text())["rows"] if file.exists() else []
+        rows += [row for row in before if row["case"] not in cases]
         print(f"wrote {harness.save('merge_quality', rows)}")
 
 
