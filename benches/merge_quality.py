@@ -13,8 +13,8 @@ batches:
     last half         the usual training, with merge_into in its last half only, then merged
     as PEFT applies   the adapter of that training, added without rounding
 
---time SIZE also measures what a training step takes with merge_into, against one without. What a run
-does not measure stays in the results as it is (--seeds 0: times alone).
+--time SIZE also measures what a training step takes with merge_into, against one without. What a
+run does not measure stays in the results as it is (--seeds 0: times alone).
 """
 
 from __future__ import annotations
