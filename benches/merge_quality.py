@@ -25,7 +25,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -208,16 +208,24 @@ def _step(model: nn.Module, ids: Tensor) -> None:
     model.zero_grad()
 
 
-def run(
-    task: Task, *, seeds: int, steps: int, rates: list[float], told: Callable[[str], None]
-) -> list[dict[str, Any]]:
+def run(task: Task, *, seeds: int, steps: int, rates: list[float]) -> Iterator[dict[str, Any]]:
     """A row for each learning rate and seed."""
-    rows = []
     for lr in rates:
         for seed in range(seeds):
-            rows.append(seed_row(task, seed, steps, lr))
-            told(table(rows[-1:]))
-    return rows
+            yield seed_row(task, seed, steps, lr)
+
+
+def save(rows: list[dict[str, Any]]) -> Path:
+    """Add the rows to the results, in the place of those of the same case."""
+    file = harness.RESULTS / "merge_quality.json"
+    before = json.loads(file.read_text())["rows"] if file.exists() else []
+    every = {_case(row): row for row in (*before, *rows)}
+    return harness.save("merge_quality", [every[case] for case in sorted(every)])
+
+
+def _case(row: dict[str, Any]) -> tuple[str, ...]:
+    names = ("case", "learning rate", "seed", "model", "dtype", "merge_into")
+    return tuple(str(row.get(name, "")) for name in names)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -262,13 +270,14 @@ def main() -> None:
     if options.seeds:
         task = load_task(options.model, options.text)
         how = {"seeds": options.seeds, "steps": options.steps, "rates": options.rates}
-        rows = run(task, **how, told=partial(print, flush=True)) + rows
+        for row in run(task, **how):
+            rows.append(row)
+            print(table([row]), end="\n\n", flush=True)
+            if options.save:  # what takes long is kept
+                save(rows)
     print(table(rows))
     if options.save:
-        file, cases = harness.RESULTS / "merge_quality.json", {row["case"] for row in rows}
-        before = json.loads(file.read_text())["rows"] if file.exists() else []
-        rows += [row for row in before if row["case"] not in cases]
-        print(f"wrote {harness.save('merge_quality', rows)}")
+        print(f"wrote {save(rows)}")
 
 
 if __name__ == "__main__":

@@ -229,6 +229,19 @@ def test_a_name_is_the_weights_own_format() -> None:
     assert other.merge_into == MergeTarget(qkern.QuantFormat("nf4"))
 
 
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_a_searched_weight_is_searched_again_so_that_training_starts_at_it(
+    *, double_quant: bool
+) -> None:
+    torch.manual_seed(0)
+    dense = nn.Linear(256, 128)
+    how = {"double_quant": double_quant, "method": "search"}
+    base = qkern.QuantizedLinear.from_linear(dense, **how)
+    made = qkern.QLoRALinear.from_linear(base, merge_into="nf4")
+    assert made.merge_into.method == "search"
+    assert near(made(data(4, 256)), base(data(4, 256)), 0.01)
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "words"),
     [

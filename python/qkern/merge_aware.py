@@ -33,23 +33,35 @@ def resolve_target(
 ) -> MergeTarget | None:
     """The target that a setting names for a weight.
 
-    A name is that of the weight's own format, where this is of that name; else it is the format of
-    64 values a scale, with 8-bit scales.
+    A name is that of the weight's own format, where this is of that name, with scales that are
+    searched where the weight's were; else it is the format of 64 values a scale, with 8-bit scales.
     """
     if merge_into is None:
         return None
     target = merge_into if isinstance(merge_into, MergeTarget) else None
     if isinstance(merge_into, str):
-        own = weight.format
-        kept = own if own.quant_type == merge_into else QuantFormat("nf4")
+        own = weight.format.quant_type == merge_into
+        kept = weight.format if own else QuantFormat("nf4")
         fmt = resolve_format(merge_into, blocksize=kept.blocksize, double_quant=kept.double_quant)
-        target = MergeTarget(fmt)
+        target = MergeTarget(fmt, "search" if own and _was_searched(weight) else "absmax")
     elif isinstance(merge_into, QuantFormat):
         target = MergeTarget(merge_into)
     if target is None:
         msg = f"merge_into is a name, a QuantFormat or a MergeTarget, got {merge_into!r}"
         raise DTypeError(msg)
     return dataclasses.replace(target, format=target.format.for_shape(weight.shape))
+
+
+def _was_searched(weight: QuantizedTensor) -> bool:
+    """Whether scales have signs that a search chose: absmax has none below 0."""
+    scales, nested, offset = weight.absmax, weight.nested_absmax, weight.offset
+    if weight.format.bits != 4 or not ops.has_data(scales):
+        return False
+    if nested is not None and offset is not None:
+        if bool(offset.any()):  # which may turn signs; where they were chosen there is none
+            return False
+        scales = reference.dequantize_absmax(scales.reshape(-1), nested, offset)
+    return bool((scales < 0).any())
 
 
 def check_settings(lora_dropout: float, lora_mode: str) -> None:

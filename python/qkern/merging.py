@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qkern import shards
 from qkern.codec import check_method
-from qkern.errors import AdapterMismatchError, FormatError, QkernError, ShapeError
+from qkern.errors import AdapterMismatchError, FormatError, NonFiniteError, QkernError, ShapeError
 from qkern.formats import QuantFormat
 from qkern.layers import HOOKS, QLoRALinear, QuantizedLinear
 from qkern.merge_aware import check_settings, merged_weight, resolve_target
@@ -17,7 +17,7 @@ from qkern.merge_loss import MergedLayer, MergeLoss
 from qkern.merge_target import MergeTarget
 from qkern.model import adapted_layers
 from qkern.module_tree import module_at, module_paths, replace_module
-from qkern.ops import check_finite, has_data
+from qkern.ops import has_data
 from qkern.tensor import QuantizedTensor
 from qkern.tensor_dispatch import replace, take_back
 
@@ -197,7 +197,11 @@ def _dense(
         else:
             exact = merged.dequantize(torch.float32)
         values = exact.to(dtype)
-        check_finite(values)
+        if not bool(values.isfinite().all()):
+            fits = bool(exact.isfinite().all())
+            why = f"{dtype} cannot hold it, bfloat16 can" if fits else "the adapter is not finite"
+            msg = f"the weight with its adapter holds NaN or infinity: {why}"
+            raise NonFiniteError(msg)
         dense.weight = nn.Parameter(values, requires_grad=False)
         row = _row(name, layer, str(dtype).removeprefix("torch."), values.float(), exact, delta)
     vars(dense).update({key: value for key, value in vars(layer).items() if key in HOOKS})

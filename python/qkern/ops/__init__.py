@@ -15,7 +15,6 @@ from qkern.ops.merged import (
 )
 from qkern.ops.projections import Layer, projections, share_a_launch
 from qkern.ops.quantize import (
-    check_finite,
     encode,
     has_data,
     quantize,
@@ -28,7 +27,6 @@ __all__ = [
     "Layer",
     "adapter_gradients",
     "add_dropped",
-    "check_finite",
     "decoded",
     "decoded_into",
     "dequantize",
