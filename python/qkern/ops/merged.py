@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qkern import reference
 from qkern.formats import QuantFormat
-from qkern.ops import host
+from qkern.ops import device, host
 from qkern.ops.dequantize import FORMAT_SCHEMA, PARTS_SCHEMA, decoded
 from qkern.ops.direct import is_unobserved
 from qkern.ops.lora_gradients import lora_gradients
@@ -154,7 +154,11 @@ def input_gradient(
     grad: Tensor, parts: reference.Parts, fmt: QuantFormat, in_features: int
 ) -> Tensor:
     """``dY W``, (..., out_features) to (..., in_features); it can be differentiated again."""
-    if grad.is_cpu and not torch.is_grad_enabled() and is_unobserved(grad, parts.packed):
+    if not torch.is_grad_enabled() and is_unobserved(grad, parts.packed):
+        if device.serves(grad):
+            return device.linear_backward(
+                grad, device.Base(parts, fmt, (grad.shape[-1], in_features))
+            )
         return host.linear_backward(grad, parts, fmt, in_features, None, None, 1.0)
     weight = (*parts, fmt.quant_type, fmt.blocksize, in_features)
     found: Tensor = torch.ops.qkern.linear_backward(grad, *weight)
