@@ -359,7 +359,7 @@ def test_merge_bench_trains_merges_and_times_every_variant(
     model = tiny_llama(num_hidden_layers=1)
     ids = torch.randint(0, 8, (24, 16), generator=torch.Generator().manual_seed(0))
     task = bench.Task(model, ids[:16], ids[16:])
-    rows = list(bench.run(task, seeds=1, steps=4, rates=[1e-2])) + bench.time_rows(64, repeats=1)
+    rows = list(bench.run(task, seeds=[0], steps=4, rates=[1e-2])) + bench.time_rows(64, repeats=1)
     loss, share = rows[0]["loss"], rows[0]["share"]
     assert loss["adapter"] < loss["base"]
     assert set(loss) - set(share) == {"base", "adapter"}
