@@ -144,6 +144,18 @@ def test_float64_computes_the_same_on_dense_weights() -> None:
         assert near(found.float(), wanted)
 
 
+def test_transforms_of_the_input_work_and_those_of_the_adapter_are_refused() -> None:
+    made, x = layer(), data(3, 128).requires_grad_()
+    expected = torch.autograd.grad(made(x).square().sum(), x)[0]
+    assert near(torch.func.grad(lambda x: made(x).square().sum())(x.detach()), expected)
+
+    def of_adapter(A: Tensor) -> Tensor:
+        return torch.func.functional_call(made, {"lora_A": A}, (x.detach(),)).sum()
+
+    with pytest.raises(qkern.DTypeError, match=r"torch\.func"):
+        torch.func.grad(of_adapter)(made.lora_A.detach())
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_changes_no_gradient(reentrant: bool) -> None:
     made, x = layer(), data(5, 128).requires_grad_()
@@ -307,6 +319,10 @@ def test_a_saved_adapter_says_so_and_peft_reads_it(tmp_path: Path) -> None:
     qkern.load_adapter(again, tmp_path)
     with torch.no_grad():
         assert torch.equal(again(token_ids()).logits, model(token_ids()).logits)
+    again.model.layers[1].mlp.up_proj.lora_dropout = 0.1
+    with pytest.raises(qkern.FormatError, match=r"lora_dropout=0\.1"):
+        qkern.load_adapter(again, tmp_path)
+    again.model.layers[1].mlp.up_proj.lora_dropout = 0.0
     base = tiny_llama()
     qkern.quantize_model(base)
     peft = PeftModel.from_pretrained(base, tmp_path)

@@ -41,6 +41,7 @@ from qkern.files import pickle_advice, read_json, replacing, write_json
 from qkern.fingerprint import base_fingerprint
 from qkern.formats import QuantFormat
 from qkern.layers import QLoRALinear, QuantizedLinear
+from qkern.merge_aware import check_settings
 from qkern.merge_target import MERGE_KEY, MergeTarget, targets_as_text, targets_of_text
 from qkern.merging import unmerged_format
 from qkern.model import adapted_layers, attach_adapters
@@ -97,6 +98,7 @@ def load_adapter(model: nn.Module, path: str | PathLike[str], *, force: bool = F
         FileNotFoundError: if a file is missing.
         CorruptFileError: if a file cannot be read.
         AdapterMismatchError: if the adapter is of another kind, or of another model.
+        FormatError: if it was trained for a merge, and the model's layers have dropout.
     """
     directory = Path(path)
     config = read_json(directory / CONFIG_NAME)
@@ -119,6 +121,8 @@ def load_adapter(model: nn.Module, path: str | PathLike[str], *, force: bool = F
         layers = dict(adapted_layers(model))
     use_rslora = bool(config.get("use_rslora"))
     targets = _merge_targets(directory / WEIGHTS_NAME)
+    for name in targets.keys() & layers.keys():
+        check_settings(layers[name].lora_dropout, layers[name].lora_mode)
     with torch.no_grad():
         for name, (A, B) in pairs.items():
             layer = layers[name]

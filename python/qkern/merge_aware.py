@@ -208,8 +208,12 @@ def merged_weight(
 
     Raises:
         NonFiniteError: if the adapter holds NaN or infinity.
+        DTypeError: for a sharded adapter, and inside of a ``torch.func`` transform of it.
     """
+    operands.check_dense(lora_A)
+    operands.check_dense(lora_B)
     base = (weight.parts, weight.format, weight.shape, weight.dtype)
-    values = ops.merged_values(*base, lora_A, lora_B, scaling)
-    merged = QuantizedTensor.from_dense(values, target.format, method=target.method)
+    with torch._C._DisableFuncTorch():  # transforms of the input are none of the weight
+        values = ops.merged_values(*base, lora_A, lora_B, scaling)
+        merged = QuantizedTensor.from_dense(values, target.format, method=target.method)
     return merged.like(dtype=weight.dtype)
