@@ -153,7 +153,8 @@ class _StraightThrough(torch.autograd.Function):
         scaling: float,
         compute: str,
     ) -> Tensor:
-        ctx.save_for_backward(x, lora_A, lora_B, packed, scales)
+        kept = x if any(ctx.needs_input_grad[2:4]) else None
+        ctx.save_for_backward(kept, lora_A, lora_B, packed, scales)
         ctx.format, ctx.scaling = fmt, scaling
         parts = reference.Parts(packed, scales, None, None)
         return ops.linear(x, parts, fmt, lora_B.shape[0], bias, compute=compute)
@@ -169,7 +170,7 @@ class _StraightThrough(torch.autograd.Function):
             rounded = ops.decoded(weight, ctx.format, shape, grad.dtype)
             dX = grad @ _straight(rounded, lora_A, lora_B, ctx.scaling)
         elif need_x:
-            dX = ops.input_gradient(grad, weight, ctx.format, x.shape[-1])
+            dX = ops.input_gradient(grad, weight, ctx.format, lora_A.shape[1])
         if need_bias:
             dbias = grad.reshape(-1, grad.shape[-1]).sum(0)
         if need_A or need_B:
