@@ -93,8 +93,8 @@ def unmerge_adapter(model: nn.Module) -> None:
 def set_merge_into(model: nn.Module, merge_into: str | QuantFormat | MergeTarget | None) -> None:
     """Train a model's active adapter for a merge from now on, or with None no longer.
 
-    Adapters get farther if most of the training is an ordinary one, and only its end is for the
-    merge: see docs/merging.md.
+    A large adapter gets farther if the first half of its training is an ordinary one, a small one
+    if all of it is for the merge: see docs/merging.md.
 
     Args:
         model: with adapters.
