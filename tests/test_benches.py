@@ -379,3 +379,37 @@ def test_figures_in_the_readme_are_those_of_the_results(monkeypatch: pytest.Monk
     readme = importlib.import_module("readme")
     text = readme.README.read_text()
     assert readme.updated(text) == text
+
+
+def test_merge_bench_trains_merges_and_times_every_variant(
+    load: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = load("merge_quality")
+    monkeypatch.setattr(bench, "LENGTH", 16)
+    model = tiny_llama(num_hidden_layers=1)
+    ids = torch.randint(0, 8, (24, 16), generator=torch.Generator().manual_seed(0))
+    task = bench.Task(model, ids[:16], ids[16:])
+    rows = list(bench.run(task, seeds=[0], steps=4, rates=[1e-2])) + bench.time_rows(64, repeats=1)
+    loss, share = rows[0]["loss"], rows[0]["share"]
+    assert loss["adapter"] < loss["base"]
+    assert set(loss) - set(share) == {"base", "adapter"}
+    assert share["bf16 merge"] == pytest.approx(1, abs=0.05)
+    assert [row["merge_into"] for row in rows[1:4]] == ["none", "absmax", "search"]
+    monkeypatch.setattr(bench.harness, "RESULTS", tmp_path)
+    bench.save(rows[1:])
+    bench.save(rows[:2])
+    assert len(json.loads((tmp_path / "merge_quality.json").read_text())["rows"]) == len(rows)
+    assert all(name in bench.table(rows) for name in (*loss, "bfloat16"))
+
+
+def test_unmerge_bench_tells_exact_kinds_from_others(
+    load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = load("peft_unmerge")
+    monkeypatch.setattr(bench, "WIDTH", 64)
+    kinds = {"LoRA": bench.SETTINGS["LoRA"], "DoRA": bench.SETTINGS["DoRA"]}
+    monkeypatch.setattr(bench, "SETTINGS", kinds | {"bad": ("LoraConfig", {"r": 0})})
+    rows = {row["kind"]: row for row in bench.rows()}
+    assert rows["LoRA"]["unmerged"] == 0 < rows["LoRA"]["merged"]
+    assert rows["DoRA"]["unmerged"] > 0
+    assert "ValueError" in bench.table(list(rows.values()))

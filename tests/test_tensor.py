@@ -16,9 +16,10 @@ from torch.utils.checkpoint import checkpoint
 from toys import Stack, tiny_llama, token_ids
 
 import qkern
-from qkern import reference, tensor_dispatch
+from qkern import reference
 from qkern.layers import QLoRALinear, QuantizedLinear
 from qkern.tensor import QuantizedTensor
+from qkern.undo import take_back
 
 # (rows, columns): whole blocks; blocks across rows; odd count; fewer values than a block
 SHAPES = [(8, 128), (5, 96), (7, 33), (3, 5), (192, 172)]
@@ -406,5 +407,5 @@ def test_a_merge_that_was_overwritten_is_not_taken_back() -> None:
     q.data += torch.ones(8, 64)
     q.undo.label = "adapter"
     q.data = torch.zeros(8, 64)
-    assert not tensor_dispatch.take_back(q, "adapter")
+    assert not take_back(q, "adapter")
     assert not q.dequantize().any()

@@ -49,7 +49,9 @@ if TYPE_CHECKING:
     from qkern.integrations.pretrained import load
     from qkern.layers import QLoRALinear, QuantizedLinear
     from qkern.lora_plus import lora_plus_groups
-    from qkern.merging import merge_adapter, unmerge_adapter
+    from qkern.merge_dense import merge_to_dense
+    from qkern.merge_target import MergeTarget
+    from qkern.merging import merge_adapter, set_merge_into, unmerge_adapter
     from qkern.model import CoverageReport, add_lora, memory_footprint, quantize_model
     from qkern.named_adapters import (
         adapter_names,
@@ -74,6 +76,7 @@ __all__ = [
     "FrozenWeightError",
     "LockedError",
     "LostDeltaError",
+    "MergeTarget",
     "MissingDependencyError",
     "NativeError",
     "NonFiniteError",
@@ -106,12 +109,14 @@ __all__ = [
     "memory_footprint",
     "merge_adapter",
     "merge_checkpoint",
+    "merge_to_dense",
     "quantize",
     "quantize_checkpoint",
     "quantize_model",
     "save",
     "save_adapter",
     "set_adapter",
+    "set_merge_into",
     "unfuse_projections",
     "unmerge_adapter",
 ]
@@ -119,6 +124,7 @@ __all__ = [
 # Where each name that is not defined here lives; resolved by __getattr__ on first use.
 _HOMES = {
     "CoverageReport": "qkern.model",
+    "MergeTarget": "qkern.merge_target",
     "QLoRALinear": "qkern.layers",
     "QuantFormat": "qkern.formats",
     "QuantizedArray": "qkern.arrays",
@@ -141,11 +147,13 @@ _HOMES = {
     "memory_footprint": "qkern.model",
     "merge_adapter": "qkern.merging",
     "merge_checkpoint": "qkern.checkpoint.merging",
+    "merge_to_dense": "qkern.merge_dense",
     "quantize_checkpoint": "qkern.checkpoint.quantizing",
     "quantize_model": "qkern.model",
     "save": "qkern.checkpoint",
     "save_adapter": "qkern.adapters",
     "set_adapter": "qkern.named_adapters",
+    "set_merge_into": "qkern.merging",
     "unfuse_projections": "qkern.projections",
     "unmerge_adapter": "qkern.merging",
 }

@@ -102,7 +102,12 @@ class AdapterHolder(NamedAdapters):
         """The adapter of that name; None if there is none."""
         return self.adapters._modules.get(name)  # type: ignore[arg-type, return-value]
 
-    def _active(self) -> LoRAAdapter:
+    def active(self) -> LoRAAdapter:
+        """The active adapter.
+
+        Raises:
+            AttributeError: if the base alone is computed.
+        """
         adapter = self.adapter
         if adapter is None:  # an AttributeError, so that hasattr tells
             msg = f"{self._name()} has no active adapter"
@@ -112,47 +117,47 @@ class AdapterHolder(NamedAdapters):
     @property
     def lora_A(self) -> nn.Parameter:  # noqa: N802 - the field's name
         """(r, in_features), of the active adapter."""
-        return self._active().lora_A
+        return self.active().lora_A
 
     @property
     def lora_B(self) -> nn.Parameter:  # noqa: N802 - the field's name
         """(out_features, r), of the active adapter."""
-        return self._active().lora_B
+        return self.active().lora_B
 
     @property
     def r(self) -> int:
         """Rank of the active adapter."""
-        return self._active().r
+        return self.active().r
 
     @property
     def lora_alpha(self) -> float:
         """Of the active adapter."""
-        return self._active().lora_alpha
+        return self.active().lora_alpha
 
     @property
     def use_rslora(self) -> bool:
         """Of the active adapter."""
-        return self._active().use_rslora
+        return self.active().use_rslora
 
     @property
     def scaling(self) -> float:
         """Factor of the active adapter's part."""
-        return self._active().scaling
+        return self.active().scaling
 
     @property
     def lora_dropout(self) -> float:
         """Of the active adapter; may be set at any time."""
-        return self._active().lora_dropout
+        return self.active().lora_dropout
 
     @lora_dropout.setter
     def lora_dropout(self, lora_dropout: float) -> None:
         operands.check_dropout(lora_dropout)
-        self._active().lora_dropout = lora_dropout
+        self.active().lora_dropout = lora_dropout
 
     def set_scaling(self, lora_alpha: float, *, use_rslora: bool) -> None:
         """Set the factor of the active adapter's part."""
-        self._active().set_scaling(lora_alpha, use_rslora=use_rslora)
+        self.active().set_scaling(lora_alpha, use_rslora=use_rslora)
 
     def reset_adapter(self, *, init_lora_weights: bool | str = True) -> None:
         """Initialize the active adapter as PEFT does."""
-        self._active().reset(init_lora_weights=init_lora_weights)
+        self.active().reset(init_lora_weights=init_lora_weights)

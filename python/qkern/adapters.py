@@ -10,7 +10,8 @@ A directory holds ``adapter_config.json`` and ``adapter_model.safetensors`` with
 which PEFT loads over the same base model, and whose own files load here. The file's metadata, which
 PEFT ignores, keeps the format of the quantized base under "qkern", a fingerprint of its bytes under
 "qkern_base", and the number of tokens of its embeddings under "qkern_tokens": an adapter is of use
-over the weights that it was trained on alone.
+over the weights that it was trained on alone. Under "qkern_merge_into" it says what the layers were
+trained to be merged into (``merge_into``).
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkern import shards
 from qkern.adapted import adapted_layers, attach_adapters, check_unmerged
 from qkern.adapter_checks import check_finite, check_place, check_tokens, token_count
 from qkern.adapter_config import (
@@ -54,6 +54,9 @@ from qkern.fingerprint import base_fingerprint
 from qkern.formats import QuantFormat
 from qkern.layers import QLoRALinear, QuantizedLinear
 from qkern.lora_adapter import DEFAULT, LoRAAdapter, check_name
+from qkern.merge_aware import check_settings
+from qkern.merge_target import MERGE_KEY, MergeTarget, targets_as_text, targets_of_text
+from qkern.merging import unmerged_format
 from qkern.saved_modules import (
     check_modules,
     find_modules,
@@ -100,11 +103,14 @@ def save_adapter(
         for key, tensor in module.state_dict().items():
             tensors[f"{PREFIX}{name}.{key}"] = _plain(tensor).clone()  # tied ones twice
     check_finite(tensors)
-    formats = [shards.local_part(layer.weight).format for layer in layers.values()]
+    formats = [unmerged_format(layer) for layer in layers.values()]
     # A tensor that 8-bit scales could not hold says nothing about what was asked for.
     fmt = formats[0].template.replace(double_quant=any(f.double_quant for f in formats))
     changed = {adapter.changed_base for adapter in adapters.values()} - {""}
     metadata = {"format": "pt", FORMAT_KEY: json.dumps(dataclasses.asdict(fmt))}
+    targets = {name: a.merge_into for name, a in adapters.items() if a.merge_into is not None}
+    if targets:
+        metadata[MERGE_KEY] = targets_as_text(targets)
     base = base_fingerprint(layers)
     if base is not None:
         metadata[BASE_KEY] = base
@@ -154,6 +160,8 @@ def load_adapter(
         FileNotFoundError: if a file is missing.
         CorruptFileError: if a file cannot be read.
         AdapterMismatchError: if the adapter is of another kind, or of another model.
+        FormatError: if it was trained for a merge, and the model's layers have dropout, DoRA or
+            ``lora_mode="merged"``.
         DeviceError: if the model is on meta, where there is no place for its values.
     """
     directory = Path(path)
@@ -174,6 +182,8 @@ def load_adapter(
         if adapter.use_dora != found.use_dora:
             msg = f"{directory}: use_dora={found.use_dora} for {name}, which has another kind"
             raise AdapterMismatchError(msg)
+    targets = _merge_targets(directory / WEIGHTS_NAME)
+    _check_targets(model, adapters, targets)
     alphas = alphas_of(config, pairs, directory)
     check_place(bases)
     if not force:
@@ -183,7 +193,7 @@ def load_adapter(
     if not adapters:
         attach_adapters(
             model,
-            {name: {"r": pair.A.shape[0]} for name, pair in pairs.items()},
+            {n: {"r": p.A.shape[0], "merge_into": targets.get(n)} for n, p in pairs.items()},
             copies=lambda: make_copies(model, list(states), tied=_are_tied(model, states)),
             lora_dropout=number_of(config, "lora_dropout", 0.0, directory),
             use_dora=found.use_dora,
@@ -200,7 +210,7 @@ def load_adapter(
             if adapter.lora_magnitude is not None and pair.magnitude is not None:
                 adapter.lora_magnitude.copy_(pair.magnitude)
             adapter.set_scaling(alphas[name], use_rslora=use_rslora)
-            adapter.changed_base = changed
+            adapter.changed_base, adapter.merge_into = changed, targets.get(name)
     for name, module in saved_copies(model, adapter_name).items():
         module.load_state_dict(states[name])
 
@@ -281,6 +291,21 @@ def _check_base(layers: Mapping[str, QuantizedLinear], directory: Path) -> None:
             "add_lora; force=True loads it all the same"
         )
     raise AdapterMismatchError(msg)
+
+
+def _merge_targets(file: Path) -> dict[str, MergeTarget]:
+    """What layers were trained to be merged into, by path."""
+    text = _read_metadata(file).get(MERGE_KEY)
+    return {} if text is None else targets_of_text(text, file)
+
+
+def _check_targets(
+    model: nn.Module, adapters: Mapping[str, LoRAAdapter], targets: Mapping[str, MergeTarget]
+) -> None:
+    """Refuse targets of layers whose adapters cannot be trained for them."""
+    layers = dict(adapted_layers(model))
+    for name in targets.keys() & adapters.keys():
+        check_settings(adapters[name], layers[name].lora_mode, name)
 
 
 def _read_metadata(file: Path) -> dict[str, str]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qkern.layers import QuantizedLinear
-from qkern.merging import unmerged_parts
+from qkern.merging import unmerged_format, unmerged_parts
 
 # Values of each part of a weight that are read, evenly spaced: all of a small part.
 _SAMPLES = 4096
@@ -33,7 +33,7 @@ def base_fingerprint(layers: Mapping[str, QuantizedLinear]) -> str | None:
         parts = unmerged_parts(layer)
         if parts is None:
             return None
-        shape, fmt = tuple(layer.weight.shape), layer.quantized_weight.format
+        shape, fmt = tuple(layer.weight.shape), unmerged_format(layer)
         said = (name, shape, fmt.quant_type, fmt.blocksize, fmt.double_quant)
         digest.update(f"{said}\n".encode())
         for part in parts:

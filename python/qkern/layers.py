@@ -11,151 +11,24 @@ https://arxiv.org/abs/2305.14314.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qkern import operands, shards
+from qkern import merge_aware, operands
 from qkern.adapter_holder import AdapterHolder
 from qkern.codec import COMPUTE, check_choice
 from qkern.dora import RowNorms
-from qkern.errors import AdapterMismatchError, FormatError, ShapeError
-from qkern.flat_weight import FlatWeight
+from qkern.errors import AdapterMismatchError, FormatError
 from qkern.formats import QuantFormat, resolve_format
 from qkern.lora_adapter import DEFAULT, PLAIN_INITS, LoRAAdapter
 from qkern.lora_init import Start, start_from_weight
+from qkern.merge_target import MergeTarget
+from qkern.quantized_linear import QuantizedLinear, take_over
 from qkern.tensor import QuantizedTensor, linear
 
-_Layer = TypeVar("_Layer", bound=nn.Linear)
-
-
-class QuantizedLinear(FlatWeight, nn.Linear):
-    """``nn.Linear`` whose frozen weight is a ``QuantizedTensor``.
-
-    Its ``state_dict`` holds bitsandbytes' flat keys (of ``Linear4bit``, or of ``Linear8bitLt`` for
-    int8_row) and loads strictly. Build it with ``from_linear``.
-
-    Args:
-        weight: (out_features, in_features).
-        bias: (out_features,) or None.
-        compute: "exact" or "int8", see ``qkern.linear``. It is no part of a ``state_dict``.
-
-    Attributes:
-        path: where a model holds the layer, for errors; empty until a model is quantized or loaded.
-        compute: as above; may be set at any time.
-        siblings: set by ``qkern.fuse_projections``: what computes the layer with others.
-        fan_in_fan_out: whether it took the place of a ``Conv1D``, of which dense checkpoints hold
-            the weight as (in_features, out_features).
-
-    Raises:
-        ShapeError: for a weight that has not 2 dimensions, or a bias that does not fit.
-        FormatError: for another ``compute``.
-    """
-
-    weight: nn.Parameter
-    path: str = ""
-    compute: str = "exact"
-    siblings: Any = None
-    fan_in_fan_out: bool = False
-
-    def __init__(
-        self,
-        weight: QuantizedTensor,
-        bias: nn.Parameter | None = None,
-        *,
-        compute: str = "exact",
-    ) -> None:
-        nn.Module.__init__(self)
-        check_choice("compute", compute, COMPUTE)
-        self.compute = compute
-        if weight.dim() != 2:
-            msg = f"a linear layer needs a weight of 2 dimensions, got {tuple(weight.shape)}"
-            raise ShapeError(msg)
-        self.out_features, self.in_features = weight.shape
-        if bias is not None:
-            operands.check_bias(bias, self.out_features, self)
-        with torch.inference_mode(False):  # what is made under it could never be trained on
-            self.weight = nn.Parameter(weight, requires_grad=False)
-            if bias is not None and bias.is_inference():
-                bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
-        self.register_parameter("bias", bias)
-
-    @classmethod
-    def from_linear(
-        cls,
-        layer: nn.Linear,
-        *,
-        quant_type: str | QuantFormat = "nf4",
-        blocksize: int = 64,
-        double_quant: bool = True,
-        method: str = "absmax",
-        importance: Tensor | None = None,
-        nonfinite: str = "error",
-        compute: str = "exact",
-    ) -> QuantizedLinear:
-        """Quantize a dense layer's weight; its bias is kept, frozen.
-
-        Args:
-            layer: ``nn.Linear``.
-            quant_type: "nf4", "fp4", "int8", "int8_row", or a ``QuantFormat``.
-            blocksize: values that share a scale; unused by int8_row, where a row does.
-            double_quant: store the scales in 8 bits; unused by int8_row.
-            method: "absmax" or "search", see ``qkern.quantize``.
-            importance: (in_features,) weights of the errors for "search".
-            nonfinite: "error" or "keep", see ``qkern.quantize``.
-            compute: "exact" or "int8", see ``qkern.linear``.
-
-        Raises:
-            FormatError: if the layer is quantized already, has a forward of its own, or computes
-                its weight from other parameters (``parametrize``, weight norm, pruning), and for
-                an unknown format or setting.
-            DTypeError: unless the layer is an ``nn.Linear`` and its weight a plain float32, float16
-                or bfloat16 tensor.
-            NonFiniteError: for NaN or infinity in the weight.
-        """
-        if isinstance(layer, QuantizedLinear):
-            msg = "the layer is quantized already"
-            raise FormatError(msg)
-        operands.check_layer(layer)
-        check_choice("compute", compute, COMPUTE)
-        fmt = resolve_format(quant_type, blocksize=blocksize, double_quant=double_quant)
-        weight = QuantizedTensor.from_dense(
-            layer.weight, fmt, method=method, importance=importance, nonfinite=nonfinite
-        )
-        if layer.bias is not None:
-            layer.bias.requires_grad_(False)
-        return _take_over(cls(weight, layer.bias, compute=compute), layer)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) to (..., out_features)."""
-        shared = self._output_with_siblings(x)
-        if shared is not None:
-            return shared
-        return linear(x, self.quantized_weight, self.bias, compute=self.compute, layer=self)
-
-    def _output_with_siblings(self, x: Tensor) -> Tensor | None:
-        """The output, if it is computed with those of other layers."""
-        if self.siblings is None or torch.compiler.is_compiling():
-            return None
-        shared: Tensor | None = self.siblings.output(self, x)
-        return shared
-
-    def extra_repr(self) -> str:
-        """Sizes and format, for ``print(model)``."""
-        weight = self.weight
-        fmt = getattr(shards.local_part(weight), "format", None)
-        how = "" if self.compute == "exact" else f", compute={self.compute}"
-        return f"{super().extra_repr()}, {fmt}{how}"
-
-    def dequantize(self, dtype: torch.dtype | None = None) -> nn.Linear:
-        """A dense ``nn.Linear`` with the weight that this layer multiplies."""
-        weight = self.quantized_weight.dequantize(dtype)
-        layer = nn.Linear(self.in_features, self.out_features, self.bias is not None, "meta")
-        layer.weight = nn.Parameter(weight, requires_grad=False)
-        if self.bias is not None:
-            layer.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=False)
-        return layer.train(self.training)
+__all__ = ["QLoRALinear", "QuantizedLinear"]
 
 
 class QLoRALinear(AdapterHolder, QuantizedLinear):
@@ -184,6 +57,10 @@ class QLoRALinear(AdapterHolder, QuantizedLinear):
         lora_mode: "separate", or "merged" for GPUs, see ``qkern.linear``. Like ``compute`` it is an
             attribute that may be set at any time, and no part of a file.
         compute: "exact" or "int8", see ``qkern.linear``; gradients are exact with either.
+        merge_into: train the first adapter for a merge into this format ("nf4", a ``QuantFormat``
+            or a ``MergeTarget``): the layer multiplies what such a merge would leave, see
+            ``qkern.merge_aware``. An attribute, too, of the active adapter, as resolved: a
+            ``MergeTarget`` or None.
         adapter_name: of the first adapter.
 
     Attributes:
@@ -259,7 +136,7 @@ class QLoRALinear(AdapterHolder, QuantizedLinear):
             layer = QuantizedLinear.from_linear(
                 layer, quant_type=fmt, method=method, importance=importance, nonfinite=nonfinite
             )
-        made = _take_over(cls(layer.quantized_weight, layer.bias, method=method, **lora), layer)
+        made = take_over(cls(layer.quantized_weight, layer.bias, method=method, **lora), layer)
         made.compute = made.compute if compute is None else compute
         return made
 
@@ -270,13 +147,15 @@ class QLoRALinear(AdapterHolder, QuantizedLinear):
         dense: Tensor | None = None,
         loftq_iterations: int = 1,
         method: str = "absmax",
+        merge_into: str | QuantFormat | MergeTarget | None = None,
         **lora: Any,
     ) -> LoRAAdapter:
         """An adapter that fits the layer, see there for the arguments.
 
         Raises:
             ShapeError: for a rank below 1, or a dropout outside of [0, 1).
-            FormatError: for an unknown setting, or what ``lora_mode="merged"`` has not.
+            FormatError: for an unknown setting, or what ``lora_mode="merged"`` or ``merge_into``
+                has not.
             AdapterMismatchError: for another layer's dense weight, or if the base would change
                 under other adapters.
         """
@@ -292,6 +171,7 @@ class QLoRALinear(AdapterHolder, QuantizedLinear):
         is_plain = init_lora_weights in PLAIN_INITS
         lora["init_lora_weights"] = init_lora_weights if is_plain else True
         adapter = LoRAAdapter(*sizes, device=weight.device, **lora)
+        adapter.merge_into = self.target_of(adapter, merge_into)
         if isinstance(init_lora_weights, str) and not is_plain:
             start = start_from_weight(
                 init_lora_weights,
@@ -305,6 +185,7 @@ class QLoRALinear(AdapterHolder, QuantizedLinear):
             if start is not None:
                 self._start(adapter, start, init_lora_weights)
                 weight = self.quantized_weight
+                adapter.merge_into = self.target_of(adapter, merge_into)  # of the new base
         if adapter.lora_magnitude is not None and not weight.is_meta:
             with torch.no_grad():
                 adapter.lora_magnitude.copy_(self.row_norms.of(weight, adapter))
@@ -343,6 +224,8 @@ class QLoRALinear(AdapterHolder, QuantizedLinear):
         """The product with one of the adapters, or with none."""
         if adapter is None:
             return linear(x, self.quantized_weight, self.bias, compute=self.compute, layer=self)
+        if adapter.merge_into is not None:
+            return self._multiply_rounded(x, adapter, adapter.merge_into)
         if adapter.use_dora:
             return self._multiply_dora(x, adapter)
         return linear(
@@ -356,6 +239,14 @@ class QLoRALinear(AdapterHolder, QuantizedLinear):
             lora_mode=self.lora_mode,
             compute=self.compute,
             layer=self,
+        )
+
+    def _multiply_rounded(self, x: Tensor, adapter: LoRAAdapter, target: MergeTarget) -> Tensor:
+        """The product with what a merge would leave."""
+        merge_aware.check_settings(adapter, self.lora_mode, self.path)
+        base, factors = (self.quantized_weight, self.bias), (adapter.lora_A, adapter.lora_B)
+        return merge_aware.linear(
+            x, *base, *factors, adapter.scaling, target, compute=self.compute, layer=self
         )
 
     def _multiply_dora(self, x: Tensor, adapter: LoRAAdapter) -> Tensor:
@@ -385,6 +276,29 @@ class QLoRALinear(AdapterHolder, QuantizedLinear):
         self.row_norms.forget()
         return super().train(mode)
 
+    @property
+    def merge_into(self) -> MergeTarget | None:
+        """What the active adapter is trained to be merged into; may be set at any time."""
+        return self.active().merge_into
+
+    @merge_into.setter
+    def merge_into(self, merge_into: str | QuantFormat | MergeTarget | None) -> None:
+        adapter = self.active()
+        adapter.merge_into = self.target_of(adapter, merge_into)
+
+    def target_of(
+        self, adapter: LoRAAdapter, merge_into: str | QuantFormat | MergeTarget | None
+    ) -> MergeTarget | None:
+        """What ``merge_into`` names for this layer's weight.
+
+        Raises:
+            FormatError: for an unknown format, and for an adapter that cannot be trained for it.
+        """
+        target = merge_aware.resolve_target(merge_into, self.quantized_weight)
+        if target is not None:
+            merge_aware.check_settings(adapter, self.lora_mode)
+        return target
+
     def _check_merged(self) -> None:
         adapter = self.adapter
         trained = adapter is not None and adapter.lora_B.requires_grad
@@ -400,7 +314,7 @@ class QLoRALinear(AdapterHolder, QuantizedLinear):
 
         Of a merged one: what it has added, but for the rounding of the sum.
         """
-        adapter = self._active()
+        adapter = self.active()
         if not adapter.use_dora:
             return adapter.product()
         with torch.no_grad():
@@ -415,29 +329,3 @@ class QLoRALinear(AdapterHolder, QuantizedLinear):
         """Sizes, format and the active adapter, for ``print(model)``."""
         how = "" if self.lora_mode == "separate" else f", lora_mode={self.lora_mode}"
         return f"{super().extra_repr()}, active_adapter={self.active_adapter}{how}"
-
-
-# What nn.Module keeps of hooks on forward and backward, and on state dicts.
-_HOOKS = (
-    *(f"_forward_hooks{kind}" for kind in ("", "_with_kwargs", "_always_called")),
-    *(f"_forward_pre_hooks{kind}" for kind in ("", "_with_kwargs")),
-    *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
-    *("_state_dict_hooks", "_state_dict_pre_hooks"),
-    *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
-)
-
-
-def _take_over(layer: _Layer, replaced: nn.Linear) -> _Layer:
-    """The new layer, in the mode, with hooks and settings of the one whose place it takes."""
-    own = (
-        ("path", "compute", "siblings", "fan_in_fan_out")
-        if isinstance(replaced, QuantizedLinear)
-        else ()
-    )
-    kept = (*_HOOKS, *own)
-    vars(layer).update({name: vars(replaced)[name] for name in kept if name in vars(replaced)})
-    before_load: dict[int, Any] = layer._load_state_dict_pre_hooks
-    for key, hook in before_load.items():  # these know the module that they were put on
-        if getattr(hook, "with_module", False):
-            before_load[key] = type(hook)(hook.hook, layer)
-    return layer.train(replaced.training)

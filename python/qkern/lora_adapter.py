@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qkern import operands
 from qkern.errors import FormatError, ShapeError
+from qkern.merge_target import MergeTarget
 
 DEFAULT: Final = "default"
 # Initializations that need no weight: those with one are made by ``lora_init``.
@@ -38,6 +39,7 @@ class LoRAAdapter(nn.Module):
         lora_B: (out_features, r).
         lora_magnitude: (out_features,), None without DoRA.
         changed_base: the initialization that took a part out of the base, empty if none did.
+        merge_into: what it is trained to be merged into, see ``qkern.merge_aware``.
 
     Raises:
         ShapeError: for a rank below 1, or a dropout outside of [0, 1).
@@ -47,6 +49,7 @@ class LoRAAdapter(nn.Module):
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_magnitude: nn.Parameter | None
+    merge_into: MergeTarget | None = None
 
     def __init__(
         self,
@@ -116,7 +119,10 @@ class LoRAAdapter(nn.Module):
 
     def extra_repr(self) -> str:
         """Rank, scaling and kind, for ``print(model)``."""
-        return f"r={self.r}, scaling={self.scaling:g}{', DoRA' if self.use_dora else ''}"
+        kind = ", DoRA" if self.use_dora else ""
+        if self.merge_into is not None:
+            kind += f", merge_into={self.merge_into.format} by {self.merge_into.method}"
+        return f"r={self.r}, scaling={self.scaling:g}{kind}"
 
 
 def check_name(name: str) -> None:

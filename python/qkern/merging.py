@@ -1,57 +1,80 @@
-"""Adapters merged into their quantized weights, and taken out again."""
+"""Adapters merged into their quantized weights, and out again."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
 from torch import Tensor, nn
 
 from qkern import shards
 from qkern.adapted import adapted_layers
-from qkern.errors import AdapterMismatchError, DeviceError, QkernError
+from qkern.adapter_holder import NamedAdapters
+from qkern.codec import check_method
+from qkern.errors import AdapterMismatchError, DeviceError, QkernError, ShapeError
+from qkern.formats import QuantFormat
 from qkern.layers import QLoRALinear, QuantizedLinear
+from qkern.merge_aware import check_settings, merged_weight
+from qkern.merge_loss import MergedLayer, MergeLoss
+from qkern.merge_target import MergeTarget
 from qkern.ops import has_data
-from qkern.tensor_dispatch import take_back
+from qkern.tensor import QuantizedTensor
+from qkern.undo import replace, take_back
 
 # What merging calls its addition to a weight.
 _MERGED = "adapter"
 
 
-def merge_adapter(model: nn.Module) -> None:
+def merge_adapter(
+    model: nn.Module, *, method: str = "absmax", min_kept: float | None = None
+) -> MergeLoss:
     """Add every adapter to its quantized weight; ``unmerge_adapter`` restores the bytes.
 
-    It is the active adapter that is merged. The sum is quantized again, which loses a part of a
-    small adapter.
+    It is the active adapter that is merged. The base in its dtype and what the adapter adds are
+    added in fp32, and the sum is quantized again: to the weight's own format, which loses a part of
+    a small adapter, or to what ``merge_into`` names: such a layer has been multiplying the result
+    all along, and nothing is lost.
+
+    Args:
+        model: with adapters.
+        method: "absmax" or "search" (4-bit only), how codes are chosen, see ``qkern.quantize``;
+            a layer with ``merge_into`` has its own.
+        min_kept: least share of what the adapters add that must be left, 0 to 1; None for any.
+
+    Returns:
+        How much of each adapter is kept: ``1 - ||result - exact|| / ||delta||``, as
+        ``merge_checkpoint`` tells it; ``print`` shows it as a table.
 
     Raises:
         AdapterMismatchError: if no adapter is active, one is merged already, or several are in use
             (``qkern.adapter_rows``).
         NonFiniteError: if an adapter holds NaN or infinity; nothing is merged then.
-        FormatError: if 8-bit scales cannot hold a sum; nothing is merged then.
-        DeviceError: if an adapter is on another device than its weight, or both are on meta.
+        LostDeltaError: if less than ``min_kept`` would be left; nothing is merged then.
+        FormatError: for an unknown method, and for settings that ``merge_into`` has not; nothing is
+            merged then.
+        ShapeError: for a shard of a weight; nothing is merged then.
+        DeviceError: if an adapter is on another device than its weight, or both are on meta;
+            nothing is merged then.
     """
     done: list[QLoRALinear] = []
-    for name, layer in _in_state(model, merged=False).items():
-        try:
-            _check_device(layer)
-            layer.weight.data.add_(layer.delta().to(layer.weight.dtype))
-            layer.quantized_weight.undo.label = _MERGED
-        except QkernError as error:
-            for merged in done:
-                _take_out(merged)
-            msg = f"{name}: {error}; nothing was merged"
-            raise type(error)(msg) from error
-        layer.merged = True
-        done.append(layer)
-
-
-def _check_device(layer: QLoRALinear) -> None:
-    here, devices = layer.weight.device, {layer.lora_A.device, layer.lora_B.device}
-    if devices != {here} or here.type == "meta":
-        found = ", ".join(sorted(map(str, devices)))
-        msg = (
-            f"its weight is on {here}, its adapter on {found}: a merge needs both on one device "
-            "that holds values; move the model with .to()"
-        )
-        raise DeviceError(msg)
+    rows: list[MergedLayer] = []
+    try:
+        for name, layer in _in_state(model, merged=False).items():
+            try:
+                rows.append(_merge(name, layer, method))
+            except QkernError as error:
+                msg = f"{name}: {error}; nothing was merged"
+                raise type(error)(msg) from error
+            layer.merged = True
+            done.append(layer)
+        loss = MergeLoss(tuple(rows))
+        if min_kept is not None:
+            loss.check(min_kept)
+    except BaseException:
+        for layer in done:
+            _take_out(layer)
+        raise
+    return loss
 
 
 def unmerge_adapter(model: nn.Module) -> None:
@@ -67,6 +90,110 @@ def unmerge_adapter(model: nn.Module) -> None:
         _take_out(layer)
 
 
+def set_merge_into(model: nn.Module, merge_into: str | QuantFormat | MergeTarget | None) -> None:
+    """Train a model's active adapter for a merge from now on, or with None no longer.
+
+    A large adapter gets farther if the first half of its training is an ordinary one, a small one
+    if all of it is for the merge: see docs/merging.md.
+
+    Args:
+        model: with adapters.
+        merge_into: "nf4", a ``QuantFormat`` or a ``MergeTarget``, see ``QLoRALinear``.
+
+    Raises:
+        AdapterMismatchError: if no adapter is active, one is merged, or several are in use
+            (``qkern.adapter_rows``).
+        FormatError: for an unknown format, and for adapters with ``lora_dropout``, DoRA or
+            ``lora_mode="merged"``; nothing is changed then.
+    """
+    targets = []
+    for name, layer in _in_state(model, merged=False).items():
+        adapter = layer.active()
+        try:
+            target = layer.target_of(adapter, merge_into)
+        except QkernError as error:
+            msg = f"{name}: {error}"
+            raise type(error)(msg) from error
+        targets.append((adapter, target))
+    for adapter, target in targets:
+        adapter.merge_into = target
+
+
+def _merge(name: str, layer: QLoRALinear, method: str) -> MergedLayer:
+    """Quantize a layer's weight with its adapter into the weight."""
+    check_place(layer)
+    weight, delta = layer.quantized_weight, layer.delta().float()
+    merged = aware_weight(layer)
+    if merged is not None:
+        exact = merged.dequantize(torch.float32)
+    else:
+        exact = exact_sum(weight, delta)
+        check_method(method, weight.format, has_importance=False)
+        merged = weight  # if nothing is added: quantizing the same again would change bytes
+        if bool(delta.any()):
+            merged = QuantizedTensor.from_dense(exact, weight.format, method=method)
+    row = merged_row(
+        name, layer, merged.format.quant_type, merged.dequantize(torch.float32), exact, delta
+    )
+    replace(weight, merged, _MERGED)
+    return row
+
+
+def exact_sum(weight: QuantizedTensor, delta: Tensor) -> Tensor:
+    """The base in its dtype and the adapter's part, added in fp32."""
+    dtype = torch.float32 if weight.dtype == torch.float64 else weight.dtype
+    return weight.dequantize(dtype).float() + delta
+
+
+def aware_weight(layer: QLoRALinear) -> QuantizedTensor | None:
+    """What a layer that is trained for its merge multiplies; None for any other."""
+    if layer.merge_into is None:
+        return None
+    check_settings(layer.active(), layer.lora_mode)
+    adapter = (layer.lora_A, layer.lora_B, layer.scaling)
+    return merged_weight(layer.quantized_weight, *adapter, layer.merge_into)
+
+
+def merged_row(
+    name: str, layer: QLoRALinear, into: str, result: Tensor, exact: Tensor, delta: Tensor
+) -> MergedLayer:
+    """What a report says of a layer whose adapter was merged."""
+    norms = (
+        torch.linalg.vector_norm(t, dtype=torch.float64) for t in (exact, result - exact, delta)
+    )
+    sums = (float(norm) ** 2 for norm in norms)
+    return MergedLayer(name, layer.r, layer.scaling, into, layer.merge_into is not None, *sums)
+
+
+def check_place(layer: QuantizedLinear) -> None:
+    """Refuse what is not here as a whole, and an adapter that is not where its weight is.
+
+    Raises:
+        ShapeError: for a shard.
+        DeviceError: for an active adapter that is elsewhere, or without values.
+    """
+    if shards.is_sharded(layer.weight) or not layer.quantized_weight.is_whole:
+        msg = "a merge needs the whole weight, this is one rank's shard: gather it first"
+        raise ShapeError(msg)
+    if not isinstance(layer, QLoRALinear) or layer.adapter is None:
+        return
+    here, devices = layer.weight.device, {layer.lora_A.device, layer.lora_B.device}
+    if devices != {here} or here.type == "meta":
+        found = ", ".join(sorted(map(str, devices)))
+        msg = (
+            f"its weight is on {here}, its adapter on {found}: a merge needs both on one device "
+            "that holds values; move the model with .to()"
+        )
+        raise DeviceError(msg)
+
+
+def check_rows(held: Iterable[NamedAdapters]) -> None:
+    """Refuse to merge one adapter while rows of a batch have others."""
+    if any(holder.rows is not None for holder in held):
+        msg = "rows of a batch have adapters of their own: leave qkern.adapter_rows first"
+        raise AdapterMismatchError(msg)
+
+
 def _take_out(layer: QLoRALinear) -> None:
     if not take_back(layer.quantized_weight, _MERGED):
         layer.weight.data.sub_(layer.delta().to(layer.weight.dtype))
@@ -76,9 +203,7 @@ def _take_out(layer: QLoRALinear) -> None:
 def _in_state(model: nn.Module, *, merged: bool) -> dict[str, QLoRALinear]:
     found = dict(adapted_layers(model))
     layers = {name: layer for name, layer in found.items() if layer.adapter is not None}
-    if any(layer.rows is not None for layer in found.values()):
-        msg = "rows of a batch have adapters of their own: leave qkern.adapter_rows first"
-        raise AdapterMismatchError(msg)
+    check_rows(found.values())
     wrong = [name for name, layer in layers.items() if layer.merged is not merged]
     if not layers or wrong:
         what = "not merged" if merged else "merged already"
@@ -96,3 +221,10 @@ def unmerged_parts(layer: QuantizedLinear) -> tuple[Tensor | None, ...] | None:
         return layer.quantized_weight.parts
     undo = layer.quantized_weight.undo
     return undo.parts if undo.label == _MERGED else None
+
+
+def unmerged_format(layer: QuantizedLinear) -> QuantFormat:
+    """The format of these parts."""
+    weight: QuantizedTensor = shards.local_part(layer.weight)
+    merged = getattr(layer, "merged", False) and weight.undo.label == _MERGED
+    return (weight.undo.format if merged else None) or weight.format

@@ -22,6 +22,7 @@ from qkern.experts import hold_quantized, is_experts
 from qkern.formats import QuantFormat, resolve_format
 from qkern.layers import QuantizedLinear
 from qkern.lora_adapter import DEFAULT
+from qkern.merge_target import MergeTarget
 from qkern.module_tree import leave_inference_mode, module_at, module_paths, replace_module
 from qkern.tensor import QuantizedTensor
 from qkern.weight_sites import Site, is_conv1d, linear_of_conv1d, sites
@@ -111,6 +112,7 @@ def add_lora(
     init_lora_weights: bool | str = True,
     dtype: torch.dtype = torch.float32,
     lora_mode: str = "separate",
+    merge_into: str | QuantFormat | MergeTarget | None = None,
     adapter_name: str = DEFAULT,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
@@ -140,6 +142,8 @@ def add_lora(
         dtype: of the adapters.
         lora_mode: "separate", or "merged" for GPUs, see ``qkern.linear``; layers that have an
             adapter keep theirs.
+        merge_into: train for a merge into this format ("nf4", ...), see ``QLoRALinear``: such a
+            merge then loses nothing. Needs ``lora_dropout=0``, and no DoRA.
         adapter_name: several adapters of a model have different ones.
         rank_pattern: ranks of layers whose paths end in a match of a regular expression, as in
             PEFT; the first that matches counts.
@@ -163,7 +167,7 @@ def add_lora(
             a module to save is quantized, a layer has an adapter of that name already, an adapter
             is merged, or ``dense`` is of another model.
         FormatError: for another ``lora_mode``, "merged" with dropout or DoRA, or a name with a
-            dot.
+            dot; for another format to merge into, or dropout or DoRA with one.
         ShapeError: for a rank below 1, or a dropout outside of [0, 1).
     """
     layers = quantized_layers(model)
@@ -188,6 +192,7 @@ def add_lora(
         init_lora_weights=init_lora_weights,
         dtype=dtype,
         lora_mode=lora_mode,
+        merge_into=merge_into,
         adapter_name=adapter_name,
         dense=dense,
         loftq_iterations=loftq_iterations,

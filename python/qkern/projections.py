@@ -292,6 +292,8 @@ def _layer_of(layer: QuantizedLinear, x: Tensor) -> Layer | None:
         dropped = layer.training and adapter.lora_dropout > 0.0
         if layer.lora_mode != "separate" or dropped or adapter.use_dora:
             return None
+        if adapter.merge_into is not None:
+            return None
         A, B, scaling = adapter.lora_A, adapter.lora_B, adapter.scaling
     with torch._C.DisableTorchFunctionSubclass():
         try:

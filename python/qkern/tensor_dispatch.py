@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from qkern import ops
 from qkern.errors import DTypeError, FormatError, FrozenWeightError, ShapeError
 from qkern.operands import FLOATS
-from qkern.undo import Kept
+from qkern.undo import Kept, put_back
 
 if TYPE_CHECKING:
     from qkern.tensor import QuantizedTensor
@@ -87,7 +87,7 @@ def set_data(q: QuantizedTensor, value: Tensor) -> None:
         if before is None:
             q.undo.clear()
         else:
-            q.undo.push(before)
+            q.undo.push(before, q.format)
         return
     if value.shape != q.shape:
         msg = f"cannot set data of {tuple(value.shape)} on a quantized {tuple(q.shape)}"
@@ -122,11 +122,11 @@ def _in_place(func: Any, args: Any, kwargs: Any) -> QuantizedTensor:
     rest = [a.dequantize() if isinstance(a, type(q)) else a for a in args[1:]]
     after = func(before.clone(), *rest, **kwargs)
     inverse = _INVERSE.get(func)
-    if inverse is not None and q.undo.parts is not None:
+    if inverse is not None and q.undo.parts is not None and q.undo.format == q.format:
         old = q.like([None if p is None else p.clone() for p in q.undo.parts])
         redone = inverse(old.dequantize(), *rest, **kwargs)
         if _same_bytes(q, _quantize_like(q, redone)):
-            _put_back(q)
+            put_back(q)
             return q  # type: ignore[no-any-return]
     kept = tuple(None if p is None else p.clone() for p in q.parts)
     if not torch.equal(after, before):  # quantizing the same values again would change bytes
@@ -134,24 +134,8 @@ def _in_place(func: Any, args: Any, kwargs: Any) -> QuantizedTensor:
     if inverse is None:
         q.undo.clear()
     else:
-        q.undo.push(kept)
+        q.undo.push(kept, q.format)
     return q  # type: ignore[no-any-return]
-
-
-def take_back(q: QuantizedTensor, label: str) -> bool:
-    """Put back what the addition of this label replaced, if it was the last write."""
-    if q.undo.parts is None or q.undo.label != label:
-        return False
-    _put_back(q)
-    return True
-
-
-def _put_back(q: QuantizedTensor) -> None:
-    for part, kept in zip(q.parts, q.undo.parts or (), strict=True):
-        if part is not None and kept is not None:
-            part.copy_(kept)
-    q.undo.pop()
-    q.undo.writes += 1
 
 
 _INVERSE = {aten.add_.Tensor: aten.sub_.Tensor, aten.sub_.Tensor: aten.add_.Tensor}

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from qkern.formats import QuantFormat
+    from qkern.tensor import QuantizedTensor
 
 # Codes and scales of one state.
 Kept = tuple[Tensor | None, ...]
@@ -22,15 +27,17 @@ class Undo:
 
     Args:
         parts: what was there before; None after any other write.
+        format: of these parts: a merge may change it.
         label: what the adder calls its addition, to ask for ``take_back`` instead of subtracting.
-        older: parts and label of the additions before the last one, where several adapters were
-            merged; the latest is the last.
+        older: parts, format and label of the additions before the last one, where several adapters
+            were merged; the latest is the last.
         writes: how often the tensor was written to: torch counts no writes into its parts.
     """
 
     parts: Kept | None = None
+    format: QuantFormat | None = None
     label: str = ""
-    older: tuple[tuple[Kept, str], ...] = ()
+    older: tuple[tuple[Kept, QuantFormat | None, str], ...] = ()
     writes: int = 0
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Undo:
@@ -39,25 +46,59 @@ class Undo:
         def mapped(parts: Kept) -> Kept:
             return tuple(None if part is None else fn(part) for part in parts)
 
-        older = tuple((mapped(parts), label) for parts, label in self.older)
-        return Undo(self.parts and mapped(self.parts), self.label, older)
+        older = tuple((mapped(parts), *rest) for parts, *rest in self.older)
+        return Undo(self.parts and mapped(self.parts), self.format, self.label, older)  # type: ignore[arg-type]
 
     def tensors(self) -> Iterator[Tensor]:
         """All that is kept."""
-        for parts in (self.parts or (), *(parts for parts, _ in self.older)):
+        for parts in (self.parts or (), *(parts for parts, *_ in self.older)):
             yield from (part for part in parts if part is not None)
 
-    def push(self, parts: Kept) -> None:
+    def push(self, parts: Kept, fmt: QuantFormat, label: str = "") -> None:
         """Keep what an addition has replaced."""
         if self.parts is not None:
-            self.older = (*self.older, (self.parts, self.label))[1 - _DEPTH :]
-        self.parts, self.label = parts, ""
+            self.older = (*self.older, (self.parts, self.format, self.label))[1 - _DEPTH :]
+        self.parts, self.format, self.label = parts, fmt, label
 
     def pop(self) -> None:
         """Forget the last addition: it was taken back."""
-        self.parts, self.label = self.older[-1] if self.older else (None, "")
+        self.parts, self.format, self.label = self.older[-1] if self.older else (None, None, "")
         self.older = self.older[:-1]
 
     def clear(self) -> None:
         """Forget all: something else was written."""
-        self.parts, self.label, self.older = None, "", ()
+        self.parts, self.format, self.label, self.older = None, None, "", ()
+
+
+def replace(q: QuantizedTensor, merged: QuantizedTensor, label: str) -> None:
+    """Put other bytes in the place of q's, of any format; ``take_back`` undoes it by its label."""
+    kept = tuple(None if part is None else part.clone() for part in q.parts)
+    before = q.format
+    _take_parts(q, merged.parts, merged.format)
+    q.undo.push(kept, before, label)
+
+
+def take_back(q: QuantizedTensor, label: str) -> bool:
+    """Put back what the addition of this label replaced, if it was the last write."""
+    if q.undo.parts is None or q.undo.label != label:
+        return False
+    put_back(q)
+    return True
+
+
+def put_back(q: QuantizedTensor) -> None:
+    """Put back what the last addition replaced."""
+    _take_parts(q, q.undo.parts or (), q.undo.format or q.format)
+    q.undo.pop()
+
+
+def _take_parts(q: QuantizedTensor, parts: Sequence[Tensor | None], fmt: QuantFormat) -> None:
+    """Into the same memory where the format is the same, as what shares it or knows it expects."""
+    q.undo.writes += 1
+    if fmt != q.format:
+        q.packed, q.absmax, q.nested_absmax, q.offset = parts  # type: ignore[assignment]
+        q.format = fmt
+        return
+    for part, kept in zip(q.parts, parts, strict=True):
+        if part is not None and kept is not None:
+            part.copy_(kept)

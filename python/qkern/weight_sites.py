@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Collection, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qkern import experts
@@ -128,6 +131,16 @@ def linear_of_conv1d(module: nn.Module) -> nn.Linear:
     layer.weight = nn.Parameter(weight.detach().mT, requires_grad=False)
     layer.bias = module.bias  # type: ignore[assignment]
     return layer.train(module.training)
+
+
+def conv1d_of_linear(layer: nn.Linear) -> nn.Module:
+    """The ``Conv1D`` of the same values, where a layer took the place of one."""
+    conv1d: Any = vars(sys.modules["transformers.pytorch_utils"])["Conv1D"]
+    with torch.device("meta"):
+        made: nn.Module = conv1d(layer.out_features, layer.in_features)
+    made.weight = nn.Parameter(layer.weight.detach().mT.contiguous(), requires_grad=False)
+    made.bias = layer.bias
+    return made
 
 
 def _why_dense(module: nn.Module, parameter: str, fmt: QuantFormat) -> str:

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "python" / "qkern"
 SCRIPT = Path(__file__).with_name("without_torch.py")
 LARGEST = 3_000_000  # bytes
-EXTRAS = {"inspect", "lint", "test", "torch", "train"}
+EXTRAS = {"eval", "inspect", "lint", "peft", "test", "torch", "train"}
 
 
 def run(*command: str | Path, cwd: Path) -> str:

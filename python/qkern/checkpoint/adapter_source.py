@@ -22,6 +22,7 @@ from qkern.codec import F32
 from qkern.errors import AdapterMismatchError, CorruptFileError, NonFiniteError
 from qkern.files import pickle_advice, read_json
 from qkern.formats import DTYPES
+from qkern.merge_target import MERGE_KEY, MergeTarget, targets_of_text
 
 # Settings beyond plain LoRA that a merge applies.
 _APPLIED: Final = ("bias", "fan_in_fan_out", "modules_to_save")
@@ -124,6 +125,16 @@ class AdapterSource:
             if tensor.dtype not in DTYPES:
                 msg = f"{self.path}: {key} is {tensor.dtype}: allowed are {', '.join(DTYPES)}"
                 raise AdapterMismatchError(msg)
+
+    def targets(self, weights: Mapping[str, StoredTensor]) -> dict[str, MergeTarget]:
+        """What the adapter was trained to be merged into, by the name of the base's tensor.
+
+        Raises:
+            CorruptFileError: if the file does not say it readably.
+        """
+        text = self.source.metadata.get(MERGE_KEY)
+        found = {} if text is None else targets_of_text(text, self.path)
+        return {weights[name].name: target for name, target in found.items() if name in weights}
 
     def check_finite(self) -> None:
         """Refuse NaN and infinity, before anything is written.

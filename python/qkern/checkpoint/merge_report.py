@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +10,8 @@ from qkern.checkpoint.conversion_report import ConversionReport
 from qkern.checkpoint.run_report import plain
 from qkern.checkpoint.stream import Errors
 from qkern.checkpoint.weight_statistics import relative
-from qkern.text_table import format_table
+from qkern.merge_loss import SHOWN, kept_cells, kept_share, kept_table, worst_of
 
-_SHOWN = 5  # worst tensors of a text
 _LITTLE = 0.5  # what is worth a word
 
 
@@ -29,6 +26,8 @@ class MergedTensor:
         is_quantized: whether the sum was quantized again.
         errors: sums over the measured values, ``squared_error`` of the result against the exact
             sum; None if nothing was written.
+        aware: whether the adapter was trained for this rounding (``merge_into``), so that nothing
+            is lost: the layer has been multiplying the result.
     """
 
     name: str
@@ -36,11 +35,19 @@ class MergedTensor:
     scaling: float
     is_quantized: bool
     errors: Errors | None
+    aware: bool = False
+
+    @property
+    def loss(self) -> Errors | None:
+        """The errors against what the adapter was trained with."""
+        if self.errors is None or not self.aware:
+            return self.errors
+        return self.errors._replace(squared_error=0.0)
 
     @property
     def kept(self) -> float | None:
         """``1 - ||result - exact|| / ||delta||``; None if none was measured, or delta is 0."""
-        return _kept([self])
+        return None if self.loss is None else kept_share([self.loss])
 
     @property
     def relative_delta(self) -> float | None:
@@ -68,27 +75,29 @@ class MergeReport(ConversionReport):
         adapter: the directory of the adapter.
         base_check: whether the base is the one that the adapter was trained over.
         merged: weights that it was added to.
+        missed: what the adapter was trained to be merged into, if it is not the result; else empty.
     """
 
     adapter: Path
     base_check: str
     merged: tuple[MergedTensor, ...]
+    missed: str = ""
 
     @property
     def kept(self) -> float | None:
         """Over all weights as if they were one."""
-        return _kept(self.merged)
+        return kept_share(row.loss for row in self.merged if row.loss is not None)
 
     @property
     def kept_by_quantized(self) -> float | None:
         """Over those that were quantized again."""
-        return _kept(row for row in self.merged if row.is_quantized)
+        rows = (row for row in self.merged if row.is_quantized)
+        return kept_share(row.loss for row in rows if row.loss is not None)
 
     @property
     def worst(self) -> tuple[MergedTensor, ...]:
         """Measured weights by how much is kept, least first."""
-        rows = [(kept, row) for row in self.merged if (kept := row.kept) is not None]
-        return tuple(row for _, row in sorted(rows, key=lambda pair: pair[0]))
+        return worst_of(self.merged)
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as JSON values; NaN and infinity, which JSON has not, become None."""
@@ -96,34 +105,28 @@ class MergeReport(ConversionReport):
             "adapter": str(self.adapter),
             "base_check": self.base_check,
             "kept": plain(self.kept),
+            "missed": self.missed,
             "merged": [row.as_dict() for row in self.merged],
         }
 
     def kept_table(self) -> str:
         """The weights of which least is kept."""
-        headers = ("tensor", "rank", "delta / weight", "kept")
-        return format_table(self.kept_rows(_SHOWN), headers)
+        return kept_table(self.worst[:SHOWN])
 
     def kept_rows(self, count: int) -> list[tuple[str, int, str, str]]:
         """Name, rank, size of the delta, what is kept, of the worst."""
-        return [
-            (row.name, row.rank, f"{row.relative_delta:.3g}", f"{row.kept:.1%}")
-            for row in self.worst[:count]
-        ]
+        return kept_cells(self.worst[:count])
 
     def __str__(self) -> str:
         lines = [f"{self.adapter}: added to {len(self.merged)} weights; {self.base_check}"]
+        aware = sum(row.aware for row in self.merged)
+        if aware:
+            lines.append(f"{aware} of them were trained for this rounding: nothing of it is lost")
+        if self.missed:
+            lines.append(f"trained to be merged into {self.missed}: another result is not the same")
         if self.kept is not None:
             lines.append(f"kept of what it adds: {self.kept:.1%}; least of")
             lines.append(self.kept_table())
             if self.kept < _LITTLE and self.kept_by_quantized is None and self.to != "float32":
                 lines.append(f"{self.to} rounds most of it away: float32 keeps it")
         return "\n".join(lines) + f"\n\n{super().__str__()}"
-
-
-def _kept(rows: Iterable[MergedTensor]) -> float | None:
-    errors = [row.errors for row in rows if row.errors is not None]
-    delta = math.fsum(error.squared_delta for error in errors)
-    if not delta:
-        return None
-    return 1 - math.sqrt(math.fsum(error.squared_error for error in errors) / delta)

@@ -35,6 +35,7 @@ from qkern.checkpoint.stream import Done
 from qkern.checkpoint.targets import choose_targets
 from qkern.errors import FormatError, LostDeltaError
 from qkern.formats import DTYPES, QuantFormat, resolve_format
+from qkern.merge_target import MergeTarget
 
 
 def merge_checkpoint(
@@ -64,7 +65,8 @@ def merge_checkpoint(
 
     Rounding loses a part of what is added, the more the fewer bits. The report tells of each weight
     how much is kept: ``1 - ||rounded - exact|| / ||delta||``; 0 or less means that nothing of it
-    survives. A small delta of 2 % of the weight is lost entirely in 4 bits.
+    survives. A small delta of 2 % of the weight is lost entirely in 4 bits; not so one that was
+    trained for this format and method (``merge_into``), of which all is kept.
 
     Applied are ``r``, ``lora_alpha``, ``rank_pattern``, ``alpha_pattern``, ``use_rslora``,
     ``fan_in_fan_out`` (Conv1D), ``bias`` and ``modules_to_save``; what else changes an adapter
@@ -120,7 +122,8 @@ def merge_checkpoint(
         "adapter": settings_of(lora),
     }
     plan = OutputPlan(source, outcomes, settings, more=[lora.source])
-    task = _Merging(plan, lora, fmt, dtype, found, 0.0 if fmt is None or force else min_kept)
+    least = 0.0 if fmt is None or force else min_kept
+    task = _Merging(plan, lora, fmt, method, dtype, found, lora.targets(weights), least)
     run = Run(task, Path(dst), threads=threads, mmap=mmap, force=force, progress=progress)
     return run.check_only() if dry_run else run.write()
 
@@ -133,16 +136,20 @@ class _Merging:
         plan: what is written.
         adapter: that is merged.
         format: of a quantized result; None for a dense one.
+        method: how its codes are chosen.
         dtype: of a dense result.
         base_check: what is known of the base.
+        targets: what the adapter was trained to be merged into, by tensor.
         min_kept: least share of what is added; 0 to ask for none.
     """
 
     plan: OutputPlan
     adapter: AdapterSource
     format: QuantFormat | None
+    method: str
     dtype: str
     base_check: str
+    targets: Mapping[str, MergeTarget]
     min_kept: float
 
     def report(self, directory: Path, done: Mapping[str, Done], **run: Any) -> MergeReport:
@@ -160,12 +167,26 @@ class _Merging:
             adapter=self.adapter.path,
             base_check=self.base_check,
             merged=tuple(
-                _merged(outcome, done.get(outcome.name))
+                _merged(outcome, done.get(outcome.name), aware=self._is_aware(outcome))
                 for outcome in plan.outcomes
                 if outcome.name in plan.factors
             ),
+            missed=self._missed(),
             **run,
         )
+
+    def _is_aware(self, outcome: Outcome) -> bool:
+        """Whether the adapter was trained for this result."""
+        target = self.targets.get(outcome.name)
+        if target is None or outcome.format is None or target.method != self.method:
+            return False
+        same_scales = target.format.double_quant == outcome.format.double_quant
+        return same_scales and _is_like(target.format, outcome.format.template)
+
+    def _missed(self) -> str:
+        outcomes = (o for o in self.plan.outcomes if o.name in self.targets)
+        missed = {self.targets[o.name] for o in outcomes if not self._is_aware(o)}
+        return ", ".join(sorted(f"{t.format.quant_type} by {t.method}" for t in missed))
 
     def check(self, report: MergeReport) -> None:
         """Refuse a result that keeps too little."""
@@ -274,10 +295,10 @@ def _is_like(stored: QuantFormat, fmt: QuantFormat) -> bool:
     return (stored.quant_type, stored.template.blocksize) == (fmt.quant_type, fmt.blocksize)
 
 
-def _merged(outcome: Outcome, done: Done | None) -> MergedTensor:
+def _merged(outcome: Outcome, done: Done | None, *, aware: bool) -> MergedTensor:
     factors = outcome.steps[0].factors
     assert isinstance(factors, LoraFactors)
     errors = None if done is None else done.errors
     return MergedTensor(
-        outcome.name, factors.rank, factors.scaling, outcome.format is not None, errors
+        outcome.name, factors.rank, factors.scaling, outcome.format is not None, errors, aware
     )

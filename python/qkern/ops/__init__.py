@@ -16,6 +16,12 @@ from qkern.ops.experts import Stack
 from qkern.ops.grouped_linear import grouped_linear
 from qkern.ops.linear import linear
 from qkern.ops.lora_dropout import add_dropped, drops_in_kernel
+from qkern.ops.merged import (
+    adapter_gradients,
+    input_gradient,
+    merged_values,
+    quantize_merged,
+)
 from qkern.ops.projections import Layer, projections, share_a_launch
 from qkern.ops.quantize import (
     encode,
@@ -29,6 +35,7 @@ from qkern.ops.quantize import (
 __all__ = [
     "Layer",
     "Stack",
+    "adapter_gradients",
     "add_dropped",
     "decoded",
     "decoded_into",
@@ -38,12 +45,15 @@ __all__ = [
     "grouped_linear",
     "has_data",
     "has_kernels",
+    "input_gradient",
     "linear",
+    "merged_values",
     "parts_of_expert",
     "parts_of_shard",
     "projections",
     "quantize",
     "quantize_absmax",
+    "quantize_merged",
     "search_scales",
     "share_a_launch",
     "to_parts",

@@ -1,0 +1,110 @@
+"""A quantized model made dense, with its adapter merged into its layers."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import nn
+
+from qkern.adapted import holders
+from qkern.errors import AdapterMismatchError, FormatError, NonFiniteError, QkernError
+from qkern.layers import QLoRALinear, QuantizedLinear
+from qkern.merge_loss import MergedLayer, MergeLoss
+from qkern.merging import aware_weight, check_place, check_rows, exact_sum, merged_row
+from qkern.module_tree import module_at, module_paths, replace_module
+from qkern.quantized_linear import take_hooks
+from qkern.saved_modules import SavedModule
+from qkern.weight_sites import conv1d_of_linear
+
+
+def merge_to_dense(model: nn.Module, *, dtype: torch.dtype | None = None) -> MergeLoss:
+    """Replace every quantized layer by a plain ``nn.Linear`` with its adapter in it, in place.
+
+    The base in its dtype, exactly as it was trained over, and what the active adapter adds are
+    added in fp32 and rounded once; a layer with ``merge_into`` becomes the rounded weight that it
+    multiplies. What was a ``Conv1D`` becomes one again, and modules that the adapter trains as a
+    whole (``modules_to_save``) take their places. Adapters that are not active are dropped; experts
+    and embeddings stay quantized. Nothing undoes it. Layer by layer, so that only one is there
+    twice.
+
+    Args:
+        model: after ``quantize_model``, with or without adapters.
+        dtype: float32, float16 or bfloat16 of the weights and their biases; None for what each
+            weight reports, so that the model goes on as it is.
+
+    Returns:
+        How much of each adapter the rounding kept, see ``merge_adapter``.
+
+    Raises:
+        AdapterMismatchError: if an adapter is merged (call ``unmerge_adapter`` first), or several
+            are in use (``qkern.adapter_rows``).
+        FormatError: if there is no quantized layer, or the model is a single one, which cannot be
+            replaced in place: its ``dequantize()`` makes a dense one. Also for settings that
+            ``merge_into`` has not.
+        NonFiniteError: if an adapter holds NaN or infinity, or float16 cannot hold a sum.
+        ShapeError: for a shard of a weight.
+        DeviceError: if an adapter is on another device than its weight, or both are on meta.
+    """
+    paths = _paths_to_merge(model)
+    rows = []
+    for names in paths:
+        layer = cast("QuantizedLinear", module_at(model, names[0]))
+        try:
+            dense, row = _dense(names[0], layer, dtype)
+        except QkernError as error:
+            msg = f"{names[0]}: {error}; layers before it are dense already"
+            raise type(error)(msg) from error
+        replace_module(model, names, dense)
+        if row is not None:
+            rows.append(row)
+    for module, names in module_paths(model):
+        if isinstance(module, SavedModule):
+            kept = module.module_of(module.active_adapter).requires_grad_(requires_grad=False)
+            replace_module(model, names, kept)
+    return MergeLoss(tuple(rows))
+
+
+def _paths_to_merge(model: nn.Module) -> list[list[str]]:
+    """All paths of each quantized layer, if every one can be made dense."""
+    found = [(names, m) for m, names in module_paths(model) if isinstance(m, QuantizedLinear)]
+    if not found or found[0][0][0] == "":
+        msg = "the model is a single layer" if found else "the model has no quantized layer"
+        raise FormatError(msg)
+    check_rows(holders(model))
+    for names, layer in found:
+        try:
+            check_place(layer)
+        except QkernError as error:
+            msg = f"{names[0]}: {error}; nothing was merged"
+            raise type(error)(msg) from error
+        if isinstance(layer, QLoRALinear) and layer.merged:
+            msg = f"{names[0]} is merged already: call qkern.unmerge_adapter first"
+            raise AdapterMismatchError(msg)
+    return [names for names, _ in found]
+
+
+def _dense(
+    name: str, layer: QuantizedLinear, dtype: torch.dtype | None
+) -> tuple[nn.Module, MergedLayer | None]:
+    """The dense layer, and what became of its adapter if one is active."""
+    dtype = layer.weight.dtype if dtype is None else dtype
+    dense, row = layer.dequantize(dtype), None
+    if dense.bias is not None:
+        dense.bias = nn.Parameter(dense.bias.to(dtype), requires_grad=False)
+    if isinstance(layer, QLoRALinear) and layer.adapter is not None:
+        delta, merged = layer.delta().float(), aware_weight(layer)
+        if merged is None:
+            exact = exact_sum(layer.quantized_weight, delta)
+        else:
+            exact = merged.dequantize(torch.float32)
+        values = exact.to(dtype)
+        if not bool(values.isfinite().all()):
+            fits = bool(exact.isfinite().all())
+            why = f"{dtype} cannot hold it, bfloat16 can" if fits else "the adapter is not finite"
+            msg = f"the weight with its adapter holds NaN or infinity: {why}"
+            raise NonFiniteError(msg)
+        dense.weight = nn.Parameter(values, requires_grad=False)
+        into = str(dtype).removeprefix("torch.")
+        row = merged_row(name, layer, into, values.float(), exact, delta)
+    return take_hooks(conv1d_of_linear(dense) if layer.fan_in_fan_out else dense, layer), row
