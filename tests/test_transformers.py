@@ -278,7 +278,5 @@ def test_files_of_another_model_are_a_typed_error(tmp_path: Path, dense: Path) -
     load(dense, quantization_config=QkernConfig()).save_pretrained(tmp_path)
     config = transformers.AutoConfig.from_pretrained(tmp_path)
     config.intermediate_size = 192
-    with pytest.raises(
-        qkern.CorruptFileError, match=r"down_proj.*\(64, 128\), the model needs \(64, 192\)"
-    ):
+    with pytest.raises(qkern.CorruptFileError, match=r"down_proj.*\(64, 128\), \(64, 192\) needed"):
         load(tmp_path, config=config)

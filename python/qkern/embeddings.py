@@ -50,6 +50,13 @@ def hold_quantized(module: nn.Embedding, weight: QuantizedTensor) -> None:
         module.__class__ = _class_of(kind)
 
 
+def hold_dense(module: QuantizedEmbedding, weight: nn.Parameter) -> None:
+    """Make a quantized embedding what it was, with a dense weight; in place."""
+    module.weight = weight
+    kind: Any = type(module).__bases__[1]
+    module.__class__ = kind
+
+
 @functools.cache
 def _class_of(embedding: Any) -> Any:
     return type(f"Quantized{embedding.__name__}", (QuantizedEmbedding, embedding), {})

@@ -148,6 +148,24 @@ def hold_quantized(module: nn.Module, name: str, weight: QuantizedTensor, path: 
     module.path = path  # type: ignore[assignment]
 
 
+def hold_dense(module: QuantizedExperts, dtype: torch.dtype | None = None) -> None:
+    """Make quantized experts what they were, with the values that they multiply; in place.
+
+    Args:
+        module: changed in place.
+        dtype: of the weights; the one that they report if None.
+    """
+    for name in module.quantized_names():
+        weight: Any = module._parameters[name]
+        values = weight.dequantize(dtype)
+        if module.is_transposed and not is_transposed(module, weight.format):
+            values = values.mT.contiguous()
+        module._parameters[name] = nn.Parameter(values)
+    vars(module).pop("path", None)
+    kind: Any = type(module).__bases__[1]
+    module.__class__ = kind
+
+
 @functools.cache
 def _class_of(experts: Any) -> Any:
     return type(f"Quantized{experts.__name__}", (QuantizedExperts, experts), {})

@@ -60,18 +60,18 @@ def sites(model: nn.Module, exclude: str | Sequence[str], fmt: QuantFormat) -> l
                 owners.setdefault(id(parameter), []).append(names[0])
                 found.append((module, names, key, owners[id(parameter)]))
     matched: set[str] = set()
-    heads, listed = _output_heads(model), []
+    heads, listed = output_heads(model), []
     paths = {name for name, _ in model.named_modules()}
     for module, names, key, shared in found:
-        hits = [p for p in patterns if any(matches(name, p) for name in _called(module, names))]
+        hits = [p for p in patterns if any(matches(name, p) for name in called(module, names))]
         matched.update(hits)
         others = [other for other in shared if other != names[0]]
         reason = ""
         if hits:
             reason = f"excluded by {hits[0]!r}"
-        elif id(module) in heads and _is_linear(module):
+        elif id(module) in heads and is_linear(module):
             reason = "the output head"
-        elif others and _is_linear(module):
+        elif others and is_linear(module):
             reason = f"shares its weight with {others[0]}"
         elif type(module) is nn.Linear and is_router(names[0], paths):
             reason = "a router, by its name"
@@ -84,13 +84,14 @@ def sites(model: nn.Module, exclude: str | Sequence[str], fmt: QuantFormat) -> l
     return listed
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module multiplies by weights, which ``quantize_model`` may quantize."""
     return isinstance(module, nn.Linear) or is_conv1d(module) or experts.is_experts(module)
 
 
-def _called(module: nn.Module, names: list[str]) -> list[str]:
-    """What a user may exclude a module by; nothing for one that is never quantized."""
-    if not _is_linear(module):
+def called(module: nn.Module, names: list[str]) -> list[str]:
+    """What a user may exclude a module of these paths by; nothing for one never quantized."""
+    if not is_linear(module):
         return []
     if not experts.is_experts(module):
         return names
@@ -164,7 +165,7 @@ def _why_dense(module: nn.Module, parameter: str, fmt: QuantFormat) -> str:
     return f"{kind}{'' if parameter == 'weight' else f'.{parameter}'}, not nn.Linear"
 
 
-def _output_heads(model: nn.Module) -> set[int]:
+def output_heads(model: nn.Module) -> set[int]:
     """Ids of the layers that make logits, as transformers' models place them.
 
     The output embeddings, and whatever is outside of the base model (a classifier): these are

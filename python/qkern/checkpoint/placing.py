@@ -26,8 +26,8 @@ def place(
 ) -> None:
     """Let the module that holds a parameter take the quantized tensor at ``prefix``.
 
-    A linear layer is replaced at all of its paths; experts become quantized ones in their place.
-    What is there already, is left. Values are not read: the strict load does that.
+    As ``place_empty`` does. What is there already, is left. Values are not read: the strict load
+    does that.
 
     Args:
         model: changed in place.
@@ -49,18 +49,37 @@ def place(
     held: Any = module._parameters.get(parameter)
     if isinstance(module, QuantizedLinear) or isinstance(held, QuantizedTensor):
         return
-    if not _takes(module, parameter):
-        msg = f"{prefix}: a quantized weight for a {type(module).__name__}, nn.Linear is needed"
-        raise CorruptFileError(msg)
+    _check_takes(module, prefix)
     loaded = flat_keys.unflatten(tensors, prefix, dtype or held.dtype)
-    expected = held.shape
-    if _is_swapped(module, loaded.format):
-        expected = torch.Size((*expected[:-2], expected[-1], expected[-2]))
-    if loaded.shape != expected:
-        msg = f"{prefix}: the file holds {tuple(loaded.shape)}, {tuple(expected)} needed"
-        raise CorruptFileError(msg)
     # On meta the strict load hands over the file's own memory; else it copies.
-    empty: Any = torch.empty_like(loaded, device=held.device)
+    place_empty(model, prefix, torch.empty_like(loaded, device=held.device), paths)
+
+
+def place_empty(model: nn.Module, prefix: str, empty: Any, paths: Mapping[str, list[str]]) -> None:
+    """Let the module that holds a parameter have a quantized tensor in its place.
+
+    A linear layer is replaced at all of its paths; experts become quantized ones in their place.
+
+    Args:
+        model: changed in place.
+        prefix: name of the parameter.
+        empty: what it gets, without values.
+        paths: every path of each module, by each of them.
+
+    Raises:
+        CorruptFileError: if the module takes no quantized weight, or none of this shape.
+        FormatError: for an embedding in another format than int8_row.
+    """
+    name, _, parameter = prefix.rpartition(".")
+    module = module_at(model, name)
+    _check_takes(module, prefix)
+    held: Any = module._parameters[parameter]
+    expected = held.shape
+    if is_swapped(module, empty.format):
+        expected = torch.Size((*expected[:-2], expected[-1], expected[-2]))
+    if empty.shape != expected:
+        msg = f"{prefix}: the file holds {tuple(empty.shape)}, {tuple(expected)} needed"
+        raise CorruptFileError(msg)
     if experts.is_experts(module):
         experts.hold_quantized(module, parameter, empty, name)
         return
@@ -112,14 +131,19 @@ def _replace_linear(model: nn.Module, paths: list[str], module: Any, weight: Any
     replace_module(model, paths, layer)
 
 
-def _takes(module: nn.Module, parameter: str) -> bool:
+def _check_takes(module: nn.Module, prefix: str) -> None:
+    parameter = prefix.rpartition(".")[2]
     if experts.is_experts(module):
-        return parameter in experts.weight_names(module)
-    linear = type(module) is nn.Linear or is_conv1d(module)
-    return parameter == "weight" and (linear or isinstance(module, nn.Embedding))
+        takes = parameter in experts.weight_names(module)
+    else:
+        linear = type(module) is nn.Linear or is_conv1d(module)
+        takes = parameter == "weight" and (linear or isinstance(module, nn.Embedding))
+    if not takes:
+        msg = f"{prefix}: a quantized weight for a {type(module).__name__}, nn.Linear is needed"
+        raise CorruptFileError(msg)
 
 
-def _is_swapped(module: nn.Module, fmt: QuantFormat) -> bool:
+def is_swapped(module: nn.Module, fmt: QuantFormat) -> bool:
     """Whether the file holds (..., out, in) of what the module holds as (..., in, out)."""
     if is_conv1d(module):
         return True

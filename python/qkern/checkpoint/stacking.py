@@ -9,7 +9,8 @@ cross them. Second-level scales are each expert's own, so they are decoded, exac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from qkern import entry_keys, flat_keys, ops
 from qkern.errors import CorruptFileError
+from qkern.formats import QuantFormat
 from qkern.reference import Parts
 from qkern.tensor import QuantizedTensor
 
@@ -69,7 +71,7 @@ def restack(tensors: Mapping[str, Tensor], pieces: Pieces) -> dict[str, Tensor]:
         if found == {True}:
             weights = [flat_keys.unflatten(tensors, name) for name in parts]
             experts = len({pieces[name].expert for name in parts})
-            out |= flat_keys.flatten(_join(target, weights, experts), target)
+            out |= flat_keys.flatten(join(target, weights, experts), target)
         else:
             out[target] = join_dense(target, parts, pieces, tensors.__getitem__)
     return out
@@ -129,23 +131,46 @@ def _dense_name(key: str, quantized: set[str]) -> str:
     return owner if owner in quantized else key
 
 
-def _join(target: str, weights: list[QuantizedTensor], experts: int) -> QuantizedTensor:
-    formats = {weight.format.replace(double_quant=False) for weight in weights}
-    columns = {weight.shape[1:] for weight in weights}
-    rows, fmt = sum(weight.shape[0] for weight in weights), weights[0].format
-    blocks = all(weight.dim() == 2 and weight.numel() % fmt.blocksize == 0 for weight in weights)
-    if len(formats) > 1 or len(columns) > 1 or rows % experts or not blocks or fmt.kind.per_row:
-        found = ", ".join(sorted({f"{w.format.quant_type} {tuple(w.shape)}" for w in weights}))
+def check_parts(
+    target: str, parts: Sequence[tuple[QuantFormat, Sequence[int]]], experts: int
+) -> tuple[QuantFormat, tuple[int, ...]]:
+    """Format and shape of what quantized parts are stacked to.
+
+    Args:
+        target: its name, for errors.
+        parts: format and shape of each part, by expert and slot.
+        experts: how many there are.
+
+    Raises:
+        CorruptFileError: if they cannot be stacked.
+    """
+    formats = {fmt.replace(double_quant=False) for fmt, _ in parts}
+    columns = {tuple(shape[1:]) for _, shape in parts}
+    rows, fmt = sum(shape[0] for _, shape in parts), next(iter(formats))
+    blocks = not fmt.kind.per_row and all(
+        len(shape) == 2 and math.prod(shape) % fmt.blocksize == 0 for _, shape in parts
+    )
+    if len(formats) > 1 or len(columns) > 1 or rows % experts or not blocks:
+        found = ", ".join(sorted({f"{fmt.quant_type} {tuple(shape)}" for fmt, shape in parts}))
         msg = (
             f"{target} is to be stacked of {found}: one format of blocks, one width and whole "
             f"blocks of {fmt.blocksize} are needed; quantize the dense model with other settings"
         )
         raise CorruptFileError(msg)
+    return fmt, (experts, rows // experts, *columns.pop())
+
+
+def join(target: str, weights: Sequence[QuantizedTensor], experts: int) -> QuantizedTensor:
+    """The stacked tensor of quantized parts, (experts, rows, columns); their codes as they are.
+
+    Raises:
+        CorruptFileError: if they cannot be stacked.
+    """
+    fmt, shape = check_parts(target, [(w.format, w.shape) for w in weights], experts)
     codes, scales = [], []
     for weight in weights:
         parts = ops.parts_of_shard(weight.parts, weight.format, 0)
         codes.append(parts.packed.reshape(-1))
         scales.append(parts.absmax.reshape(-1))
-    shape = (experts, rows // experts, *columns.pop())
     parts = Parts(torch.cat(codes), torch.cat(scales), None, None)
-    return QuantizedTensor.from_parts(parts, formats.pop(), shape, weights[0].dtype)
+    return QuantizedTensor.from_parts(parts, fmt, shape, weights[0].dtype)

@@ -75,6 +75,7 @@ class QkernConfig(QuantizationConfigMixin):
         self.save_as = save_as
         self._format = fmt
         self._dtype = "float32"
+        self._plain = True
 
     @property
     def format(self) -> QuantFormat:
@@ -138,20 +139,27 @@ class QkernConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """The entries for ``config.json``: the method that is named there says who opens it."""
-        by_others = self.save_as == _BITSANDBYTES or self._format.kind.state is None
+        rows = self._format.kind.state is None
+        by_others = self._plain and (self.save_as == _BITSANDBYTES or rows)
         entries: dict[str, Any] = quantization_config(
             self._format, self.modules_to_not_convert, self._dtype, bitsandbytes=by_others
         )["quantization_config"]
         return entries
 
-    def describe(self, fmt: QuantFormat, dense: Sequence[str], dtype: str) -> None:
-        """Take over what a model was found to be: its format, dense layers and dtype."""
+    def describe(
+        self, fmt: QuantFormat, dense: Sequence[str], dtype: str, *, plain: bool = True
+    ) -> None:
+        """Take over what a model was found to be: its format, dense layers and dtype.
+
+        ``plain``: whether only linear layers are quantized, which bitsandbytes has too.
+        """
         self._format = fmt
         self.quant_type, self.blocksize = fmt.quant_type, fmt.blocksize
         self.double_quant = fmt.double_quant
         self.modules_to_not_convert = list(dense)
         self._dtype = dtype
-        if not _is_bitsandbytes(fmt):
+        self._plain = plain
+        if not plain or not _is_bitsandbytes(fmt):
             self.save_as = METHOD
 
 

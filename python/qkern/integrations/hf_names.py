@@ -42,6 +42,11 @@ class Renaming:
         key, _ = rename_source_key(name, self._renamings, [], self._prefix, self.state)
         return key
 
+    def prefixed(self, name: str) -> str:
+        """A name after renaming, with the base model's prefix added or taken off."""
+        key, _ = rename_source_key(name, [], [], self._prefix, self.state)
+        return key
+
     def parameters(self, name: str) -> list[str]:
         """All parameters that a tensor is a part of, conversions included."""
         key, pattern = rename_source_key(

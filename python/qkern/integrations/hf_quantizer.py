@@ -10,16 +10,19 @@ from torch import Tensor, nn
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.base import HfQuantizer
 
+from qkern import flat_keys
+from qkern.checkpoint.placing import place_tied
 from qkern.coverage import CoverageReport
-from qkern.errors import AdapterMismatchError, DeviceError, QkernError
-from qkern.flat_weight import FlatWeight
-from qkern.integrations import hf_loading
-from qkern.integrations.hf_config import QkernConfig
-from qkern.integrations.hf_selection import quantize_empty
-from qkern.integrations.pretrained import cast_parameters
-from qkern.layers import QLoRALinear, QuantizedLinear
-from qkern.module_tree import module_paths, replace_module
+from qkern.errors import DeviceError, QkernError
+from qkern.flat_weight import FlatParameters
+from qkern.integrations import hf_entries, hf_files, hf_loading
+from qkern.integrations.hf_config import METHOD, QkernConfig
+from qkern.integrations.hf_dequantizing import dequantize_modules, with_hook
+from qkern.integrations.hf_selection import quantize_empty, tied_keys
+from qkern.layers import QuantizedLinear
+from qkern.module_tree import module_at, module_paths
 from qkern.tensor import QuantizedTensor
+from qkern.weight_sites import is_conv1d
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,7 +47,9 @@ class QkernQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.coverage: CoverageReport | None = None
         self.error: QkernError | None = None
-        self._names: dict[str, bool] = {}
+        self._placed: hf_files.Placed | None = None
+        self._quantized: list[str] = []
+        self._conversions: list[Any] | None = None
 
     # -- what transformers asks before it reads -----------------------------------------------
 
@@ -88,15 +93,17 @@ class QkernQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         files = kwargs.get("checkpoint_files")
         if self.pre_quantized:
-            source = hf_loading.open_source(files)
-            self._names = hf_loading.place_layers(model, source)
-            self.quantization_config.describe(hf_loading.main_format(source), (), "float32")
+            source = hf_files.open_source(files)
+            self._placed = hf_files.place_layers(model, source)
+            self.quantization_config.describe(hf_files.main_format(source), (), "float32")
         else:
             config = self.quantization_config
             names = config.modules_to_not_convert
-            self.coverage = quantize_empty(model, config.format, names, files)
+            plain = config.save_as != METHOD
+            self.coverage = quantize_empty(model, config.format, names, files, plain=plain)
             if config.min_coverage is not None:
                 self.coverage.check(config.min_coverage)
+        self._quantized = _quantized_names(model)
         hf_loading.begin_filling(model)
 
     # -- what it asks while it reads ----------------------------------------------------------
@@ -105,7 +112,7 @@ class QkernQuantizer(HfQuantizer):
         self, weight_conversions: list[Any], model: Any = None
     ) -> list[Any]:
         """The model's own conversions, and that of a quantized file's entries."""
-        mine = [hf_loading.converter(self, self._names)] if self._names else []
+        mine = [] if self._placed is None else hf_entries.converters(self, self._placed)
         return [*mine, *weight_conversions]
 
     def get_quantize_ops(self) -> hf_loading.Quantize:
@@ -143,26 +150,51 @@ class QkernQuantizer(HfQuantizer):
         if self.error is not None:
             raise self.error
         hf_loading.end_filling(model)
-        quantized = {n: m for n, m in model.named_modules() if isinstance(m, FlatWeight)}
-        for name, module in quantized.items():
+        for name in self._quantized:
+            path, _, key = name.rpartition(".")
+            module = model.get_submodule(path)
+            weight = module._parameters[key]
             # Of a tensor that is split into several, transformers asks about the first alone.
-            if not isinstance(module.weight, QuantizedTensor):
-                made = self.quantize(f"{name}.weight", module.weight.detach())
-                module.weight = nn.Parameter(made, requires_grad=False)
-            bias = getattr(module, "bias", None)
-            if bias is not None:
-                bias.requires_grad_(False)
-        _keep_conversions_of_dense(model, [f"{name}.weight" for name in quantized])
+            if weight is not None and not isinstance(weight, QuantizedTensor):
+                values = hf_loading.as_held(model, name, weight.detach())
+                made = self.quantize(name, values)
+                module._parameters[key] = nn.Parameter(made, requires_grad=False)
+            if isinstance(module, QuantizedLinear) and module.bias is not None:
+                module.bias.requires_grad_(False)
+        _place_tied(model)
+        self._conversions = getattr(model, "_weight_conversions", None)
+        _keep_conversions_of_dense(model, self._quantized)
+        quantized = {n: m for n, m in model.named_modules() if isinstance(m, FlatParameters)}
         dense = [
             name
             for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and name not in quantized
+            if (isinstance(module, nn.Linear) or is_conv1d(module)) and name not in quantized
         ]
-        fmt = self.quantization_config.format
-        self.quantization_config.describe(fmt, dense, str(model.dtype).removeprefix("torch."))
+        fmt, plain = self.quantization_config.format, _is_plain(quantized)
+        dtype = str(model.dtype).removeprefix("torch.")
+        self.quantization_config.describe(fmt, dense, dtype, plain=plain)
         return model
 
     # -- what it asks of a loaded model -------------------------------------------------------
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> Any:
+        """The ``state_dict``, if a head shares its quantized weight: without the head's entries.
+
+        Of a dense head transformers leaves them out by itself.
+        """
+        parameters: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
+        shared = {
+            target: parameters[target]
+            for target, owner in tied_keys(model).items()
+            if isinstance(parameters.get(target), QuantizedTensor)
+            and parameters[target] is parameters.get(owner)
+        }
+        if not shared or getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}
+        left = {
+            key for target, weight in shared.items() for key in flat_keys.known_keys(weight, target)
+        }
+        return {key: t for key, t in model.state_dict().items() if key not in left}, {}
 
     def is_serializable(self) -> bool:
         """Layers write their weights under flat keys."""
@@ -179,21 +211,38 @@ class QkernQuantizer(HfQuantizer):
         return True
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> Any:
-        layers = [
-            (layer, names)
-            for layer, names in module_paths(model)
-            if isinstance(layer, QuantizedLinear)
-        ]
-        for layer, names in layers:
-            if isinstance(layer, QLoRALinear) and not layer.merged:
-                msg = f"{names[0]} has an adapter, which would be lost: qkern.merge_adapter first"
-                raise AdapterMismatchError(msg)
-        for layer, names in layers:
-            dense = layer.dequantize(dtype).requires_grad_(True)
-            replace_module(model, names, _with_hook(dense, layer))
-        if dtype is not None:
-            cast_parameters(model, dtype)
+        dequantize_modules(model, dtype)
+        if self._conversions is not None:
+            model._weight_conversions = [  # type: ignore[assignment] # torch's type
+                entry for entry in self._conversions if not _is_ours(entry)
+            ]
         return model
+
+
+def _quantized_names(model: nn.Module) -> list[str]:
+    return [
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if isinstance(module, FlatParameters)
+        for name in module.quantized_names()
+    ]
+
+
+def _is_plain(modules: Mapping[str, nn.Module]) -> bool:
+    """Whether bitsandbytes has modules of these kinds."""
+    return all(isinstance(module, QuantizedLinear) for module in modules.values())
+
+
+def _place_tied(model: nn.Module) -> None:
+    """Make heads quantized ones that got their weight from a quantized embedding."""
+    heads = {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and isinstance(module.weight, QuantizedTensor)
+    }
+    place_tied(model, {name: names for _, names in module_paths(model) for name in names})
+    for name, module in heads.items():
+        with_hook(module_at(model, name), module)
 
 
 def _keep_conversions_of_dense(model: PreTrainedModel, names: list[str]) -> None:
@@ -209,19 +258,15 @@ def _keep_conversions_of_dense(model: PreTrainedModel, names: list[str]) -> None
     ]
 
 
+def _is_ours(entry: Any) -> bool:
+    return any(isinstance(op, hf_loading.Operation) for op in getattr(entry, "operations", ()))
+
+
 def _touches(entry: WeightConverter, names: list[str]) -> bool:
+    if _is_ours(entry):
+        return True
     try:
         back = entry.reverse_transform()
     except NotImplementedError:
         return True
     return any(back.rename_source_key(name)[1] is not None for name in names)
-
-
-def _with_hook(layer: nn.Module, replaced: nn.Module) -> nn.Module:
-    """The layer with the hook by which accelerate moves inputs to its device."""
-    hook = getattr(replaced, "_hf_hook", None)
-    if hook is not None:
-        from accelerate.hooks import add_hook_to_module
-
-        add_hook_to_module(layer, hook)
-    return layer

@@ -1,0 +1,176 @@
+"""Quantized files that transformers reads: checked, and their modules put in place."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from qkern.checkpoint.placing import check_transposed, place_empty
+from qkern.checkpoint.source import Source, StoredTensor
+from qkern.checkpoint.stacking import Pieces, check_parts, stacked
+from qkern.errors import CorruptFileError
+from qkern.formats import QuantFormat
+from qkern.integrations.expert_names import pieces_of
+from qkern.integrations.hf_names import Renaming
+from qkern.module_tree import module_paths
+from qkern.tensor import QuantizedTensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """Experts that a file holds one by one, and a model as one tensor.
+
+    Args:
+        stem: what their names begin with: "model.layers.0.mlp.experts".
+        parameter: of the model: "gate_up_proj".
+        tails: what follows the number of an expert, by slot: "gate_proj.weight", "up_proj.weight".
+    """
+
+    stem: str
+    parameter: str
+    tails: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """What a file holds, by names after transformers' renamings.
+
+    They are those before it adds or takes off the base model's prefix.
+
+    Args:
+        names: for each tensor, whether it is quantized; experts of a stack are not here.
+        stacks: whether each is quantized.
+    """
+
+    names: dict[str, bool]
+    stacks: dict[Stack, bool]
+
+
+def open_source(files: list[str] | None) -> Source:
+    """The quantized checkpoint that transformers reads, checked.
+
+    Raises:
+        CorruptFileError: if it holds no safetensors, no quantized weight, or contradicts itself.
+    """
+    found = [Path(file) for file in files or []]
+    if not found or any(file.suffix != ".safetensors" for file in found):
+        msg = f"config.json says that qkern quantized it, which writes safetensors: got {files}"
+        raise CorruptFileError(msg)
+    source = Source(found[0] if len(found) == 1 else found[0].parent)
+    if not source.is_quantized:
+        msg = f"{source.path}: config.json says that qkern quantized it, but no weight is"
+        raise CorruptFileError(msg)
+    return source
+
+
+def place_layers(model: PreTrainedModel, source: Source) -> Placed:
+    """Put quantized modules on meta wherever the file holds a quantized weight.
+
+    Args:
+        model: on meta.
+        source: of the checkpoint.
+
+    Raises:
+        CorruptFileError: if the file does not fit the model.
+    """
+    paths = {name: names for _, names in module_paths(model) for name in names}
+    renaming, names = Renaming(model), {}
+    pieces = pieces_of(model, source.tensors)
+    filled = []
+    for stored in source.tensors.values():
+        key = renaming.parameter(stored.name)
+        piece = pieces.get(stored.name)
+        if stored.format is None:
+            _check_dense(source, stored.name, key, renaming.state)
+        if piece is not None and piece.expert is not None:
+            continue
+        names[renaming.renamed(stored.name)] = stored.format is not None
+        if stored.format is not None:
+            empty = _empty(stored.format, stored.shape, getattr(torch, stored.dtype))
+            _place(model, f"{stored.file}: {stored.name}", key, empty, paths)
+            filled.append(key)
+    stacks = {}
+    for target, parts in stacked(source.tensors, pieces).items():
+        found = {source.tensors[name].format is not None for name in parts}
+        if len(found) > 1:
+            msg = f"{target}: the file holds some of its experts quantized and others dense"
+            raise CorruptFileError(msg)
+        stacks[_stack(target, parts, pieces, renaming)] = found == {True}
+        if found == {True}:
+            key = renaming.prefixed(target)
+            empty = _empty_stack(target, [source.tensors[name] for name in parts], pieces)
+            _place(model, f"{source.path}: {target}", key, empty, paths)
+    check_transposed(model, filled)
+    return Placed(names, stacks)
+
+
+def main_format(source: Source) -> QuantFormat:
+    """The format, before ``for_shape``, that most of the quantized weights have."""
+    formats = [t.format.template for t in source.tensors.values() if t.format is not None]
+    return max(set(formats), key=formats.count)
+
+
+def _place(
+    model: nn.Module, what: str, key: str, empty: Tensor, paths: Mapping[str, list[str]]
+) -> None:
+    if key.rpartition(".")[0] not in paths:
+        msg = f"{what} is quantized, for a layer that the model has not: found none at {key}"
+        raise CorruptFileError(msg)
+    place_empty(model, key, empty, paths)
+
+
+def _empty(fmt: QuantFormat, shape: tuple[int, ...], dtype: torch.dtype) -> QuantizedTensor:
+    """A quantized tensor on meta, of any format."""
+    values = torch.empty(shape, dtype=dtype, device="meta")
+    if not fmt.kind.decode_only:
+        return QuantizedTensor.from_dense(values, fmt.template)
+    # Of the same sizes.
+    like = QuantizedTensor.from_dense(values, QuantFormat("nf4", fmt.blocksize, double_quant=False))
+    return QuantizedTensor.from_parts(like.parts, fmt, shape, dtype)
+
+
+def _empty_stack(target: str, parts: list[StoredTensor], pieces: Pieces) -> QuantizedTensor:
+    experts = len({pieces[part.name].expert for part in parts})
+    found = [(part.format, part.shape) for part in parts if part.format is not None]
+    fmt, shape = check_parts(target, found, experts)
+    return _empty(fmt, shape, getattr(torch, parts[0].dtype))
+
+
+def _stack(target: str, parts: list[str], pieces: Pieces, renaming: Renaming) -> Stack:
+    """How the parts of a tensor are called.
+
+    Raises:
+        CorruptFileError: if a part's name is not the stack's, its number and the rest.
+    """
+    stem, _, parameter = target.rpartition(".")
+    tails: dict[str, None] = {}
+    for part in parts:
+        name, before = renaming.renamed(part), f"{stem}.{pieces[part].expert}."
+        if not name.startswith(before):
+            msg = f"{part} is a part of {target}, which transformers cannot read: qkern.load can"
+            raise CorruptFileError(msg)
+        tails[name.removeprefix(before)] = None
+    return Stack(stem, parameter, tuple(tails))
+
+
+def _check_dense(source: Source, name: str, key: str, state: Mapping[str, Tensor]) -> None:
+    """Refuse what transformers would take for weights, or pass over with a warning."""
+    stored = source.tensors[name]
+    if key in state and state[key].is_floating_point() and stored.dtype in ("int8", "uint8"):
+        msg = f"{stored.file}: {name} holds {stored.dtype} codes without scales beside them"
+        raise CorruptFileError(msg)
+    if key not in state and name.rpartition(".")[2].startswith("lora_"):
+        msg = (
+            f"{stored.file}: {name} is an adapter's, kept with its base, as a Trainer does: build "
+            "the model as it was (qkern.add_lora) and give the Trainer resume_from_checkpoint, or "
+            "keep adapters by qkern.save_adapter"
+        )
+        raise CorruptFileError(msg)
