@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -69,8 +68,9 @@ def method_of(path: Path) -> str:
 # -- from dense weights ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*MOE, "GPT-2"])
-@pytest.mark.parametrize("quant_type", ["nf4", "int8"])
+@pytest.mark.parametrize(
+    ("name", "quant_type"), [*((name, "nf4") for name in (*MOE, "GPT-2")), ("gpt-oss", "int8")]
+)
 def test_bytes_and_coverage_are_those_of_quantize_model(
     name: str, quant_type: str, written: Any, tmp_path: Path
 ) -> None:
@@ -188,8 +188,9 @@ def test_directories_of_qkern_save_open(name: str, written: Any, tmp_path: Path)
     assert_same(load(name, tmp_path / "again", config=model_config(tmp_path / "again")), model)
 
 
-@pytest.mark.parametrize("name", MOE)
-@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize(
+    ("name", "double_quant"), [*((name, True) for name in MOE), ("Mixtral", False)]
+)
 def test_experts_that_were_quantized_one_by_one_open(
     name: str, double_quant: bool, written: Any, tmp_path: Path
 ) -> None:
@@ -265,31 +266,39 @@ def test_a_dense_conv1d_stays_one_beside_quantized_ones(written: Any, tmp_path: 
 
 def test_mxfp4_experts_open_as_they_are_stored(written: Any, tmp_path: Path) -> None:
     """(experts, out, in), which the class of gpt-oss holds as (experts, in, out)."""
-    model = qkern.load(written("gpt-oss"), quant_type="nf4")
-    for layer in model.model.layers:
-        for name in ("gate_up_proj", "down_proj"):
-            dense = layer.mlp.experts._parameters[name]
-            values = dense.dequantize().mT.contiguous()
-            made = qkern.quantize(values, "nf4", blocksize=32, double_quant=False)
-            fmt = dataclasses.replace(made.format, quant_type="mxfp4")
-            scales = torch.exp2(torch.round(torch.log2(made.absmax)))
-            parts = made.parts._replace(absmax=scales)
-            weight = QuantizedTensor.from_parts(parts, fmt, made.shape, made.dtype)
-            layer.mlp.experts._parameters[name] = nn.Parameter(weight, requires_grad=False)
-    qkern.save(model, tmp_path / "q")
-    opened = load("gpt-oss", tmp_path / "q", config=model_config(tmp_path / "q"))
-    assert opened.model.layers[1].mlp.experts.down_proj.format.quant_type == "mxfp4"
-    assert_same(opened, model)
-    opened.save_pretrained(tmp_path / "again")
+    source, tensors = tmp_path / "src", {}
+    source.mkdir()
+    for key, tensor in tensors_of(written("gpt-oss")).items():
+        if not key.endswith(("gate_up_proj", "down_proj")):
+            tensors[key] = tensor
+            continue
+        count, columns, rows = tensor.shape
+        blocks = (count, rows, columns // 32)
+        tensors[f"{key}_blocks"] = torch.randint(0, 256, (*blocks, 16), dtype=torch.uint8)
+        tensors[f"{key}_scales"] = torch.randint(118, 123, blocks, dtype=torch.uint8)
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    config = json.loads((written("gpt-oss") / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (source / "config.json").write_text(json.dumps(config))
+    qkern.convert_checkpoint(source, tmp_path / "q", "qkern")
+    model = load("gpt-oss", tmp_path / "q", config=model_config(tmp_path / "q"))
+    assert model.model.layers[1].mlp.experts.down_proj.format.quant_type == "mxfp4"
+    assert_same(model, qkern.load(tmp_path / "q"))
+    model.save_pretrained(tmp_path / "again")
     again = load("gpt-oss", tmp_path / "again")
     assert_same(again, model)
     dense = again.dequantize()
     assert (logits(dense) - logits(model)).norm() < 2e-6 * logits(model).norm()
+    settings = {"quant_method": "qkern", "quant_type": "mxfp4", "blocksize": 32}
+    with pytest.raises(qkern.FormatError, match="nothing is quantized to mxfp4"):
+        load("gpt-oss", written("gpt-oss"), quantization_config=settings)
 
 
 # A head of its own; a tied one and an embedding that scales; one that shifts; three tied ones.
-@pytest.mark.parametrize("name", ["Llama", "Gemma 3", "OPT", "T5"])
-@pytest.mark.parametrize("quant_type", ["nf4", "int8_row"])
+@pytest.mark.parametrize(
+    ("name", "quant_type"),
+    [*((name, "nf4") for name in ("Llama", "Gemma 3", "OPT", "T5")), ("Gemma 3", "int8_row")],
+)
 def test_embeddings_and_heads_in_int8_rows_open(
     name: str, quant_type: str, written: Any, tmp_path: Path
 ) -> None:
@@ -302,10 +311,15 @@ def test_embeddings_and_heads_in_int8_rows_open(
     tied = model.config.tie_word_embeddings
     assert (head.weight is embedding.weight) is tied
     assert torch.equal(logits(model), logits(expected))
+    qkern.save(model, tmp_path / "0")
     for i in range(2):
-        model.save_pretrained(tmp_path / str(i))
-        model = load(name, tmp_path / str(i), config=model_config(tmp_path / str(i)))
-        assert torch.equal(logits(model), logits(expected))
+        model, info = type(model).from_pretrained(
+            tmp_path / str(i), config=model_config(tmp_path / str(i)), output_loading_info=True
+        )
+        assert torch.equal(logits(model.eval()), logits(expected))
+        assert not info["unexpected_keys"]
+        assert not info["missing_keys"]
+        model.save_pretrained(tmp_path / str(i + 1))
     dense = model.dequantize()
     embedding, head = dense.get_input_embeddings(), dense.get_output_embeddings()
     assert (head.weight is embedding.weight) is tied

@@ -12,7 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from qkern.checkpoint.quantization_config import quantization_config
 from qkern.codec import check_choice, check_method
 from qkern.errors import FormatError
-from qkern.formats import QuantFormat, resolve_format
+from qkern.formats import KINDS, QuantFormat, resolve_format
 
 METHOD: Final = "qkern"
 _SAVE_AS: Final = (METHOD, "bitsandbytes")
@@ -135,7 +135,16 @@ class QkernConfig(QuantizationConfigMixin):
                 f"qkern?): known are {', '.join(_ARGUMENTS)}"
             )
             raise FormatError(msg)
-        return super().from_dict(given, return_unused_kwargs, **kwargs)  # type: ignore[no-untyped-call]
+        named = str(given.get("quant_type"))
+        only_read = named in KINDS and bool(KINDS[named].decode_only)
+        if only_read:
+            given["quant_type"] = "nf4"
+        made: Any = super().from_dict(given, return_unused_kwargs, **kwargs)  # type: ignore[no-untyped-call]
+        if only_read:
+            config: QkernConfig = made[0] if return_unused_kwargs else made
+            fmt = QuantFormat(named, config.blocksize)
+            config.describe(fmt, config.modules_to_not_convert, config._dtype)
+        return made
 
     def to_dict(self) -> dict[str, Any]:
         """The entries for ``config.json``: the method that is named there says who opens it."""

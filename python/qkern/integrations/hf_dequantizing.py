@@ -22,8 +22,8 @@ def dequantize_modules(model: nn.Module, named: torch.dtype | str | None) -> Non
 
     Args:
         model: changed in place.
-        named: dtype of its parameters, or its name, as transformers has it after
-            ``save_pretrained``; each keeps its own if None.
+        named: dtype of its parameters, or its name, which a configuration has once it was saved;
+            each keeps its own if None.
 
     Raises:
         AdapterMismatchError: if a layer has an adapter that is not merged; nothing is changed.

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from qkern import entry_keys
 from qkern.checkpoint.placing import check_transposed, place_empty
 from qkern.checkpoint.source import Source, StoredTensor
 from qkern.checkpoint.stacking import Pieces, check_parts, stacked
@@ -94,8 +96,8 @@ def place_layers(model: PreTrainedModel, source: Source) -> Placed:
             continue
         names[renaming.renamed(stored.name)] = stored.format is not None
         if stored.format is not None:
-            empty = _empty(stored.format, stored.shape, getattr(torch, stored.dtype))
-            _place(model, f"{stored.file}: {stored.name}", key, empty, paths)
+            dtype = _dtype_of(f"{stored.file}: {stored.name}", key, renaming.state)
+            place_empty(model, key, _empty(stored.format, stored.shape, dtype), paths)
             filled.append(key)
     stacks = {}
     for target, parts in stacked(source.tensors, pieces).items():
@@ -106,9 +108,16 @@ def place_layers(model: PreTrainedModel, source: Source) -> Placed:
         stacks[_stack(target, parts, pieces, renaming)] = found == {True}
         if found == {True}:
             key = renaming.prefixed(target)
-            empty = _empty_stack(target, [source.tensors[name] for name in parts], pieces)
-            _place(model, f"{source.path}: {target}", key, empty, paths)
+            dtype = _dtype_of(f"{source.path}: {target}", key, renaming.state)
+            fmt, shape = _joined(target, [source.tensors[name] for name in parts], pieces)
+            place_empty(model, key, _empty(fmt, shape, dtype), paths)
     check_transposed(model, filled)
+    # Tables and layout of a head that shares its codes: transformers would report them.
+    stray = {renaming.renamed(k) for k in source.entries if entry_keys.owner(k) in source.tied}
+    if stray:
+        known = model._keys_to_ignore_on_load_unexpected or ()
+        ignored: Any = {*known, *map(re.escape, stray)}
+        model._keys_to_ignore_on_load_unexpected = ignored
     return Placed(names, stacks)
 
 
@@ -118,13 +127,12 @@ def main_format(source: Source) -> QuantFormat:
     return max(set(formats), key=formats.count)
 
 
-def _place(
-    model: nn.Module, what: str, key: str, empty: Tensor, paths: Mapping[str, list[str]]
-) -> None:
-    if key.rpartition(".")[0] not in paths:
-        msg = f"{what} is quantized, for a layer that the model has not: found none at {key}"
+def _dtype_of(what: str, key: str, state: Mapping[str, Tensor]) -> torch.dtype:
+    """That of the parameter in the model."""
+    if key not in state:
+        msg = f"{what} is quantized, for a parameter {key} that the model has not"
         raise CorruptFileError(msg)
-    place_empty(model, key, empty, paths)
+    return state[key].dtype
 
 
 def _empty(fmt: QuantFormat, shape: tuple[int, ...], dtype: torch.dtype) -> QuantizedTensor:
@@ -137,11 +145,13 @@ def _empty(fmt: QuantFormat, shape: tuple[int, ...], dtype: torch.dtype) -> Quan
     return QuantizedTensor.from_parts(like.parts, fmt, shape, dtype)
 
 
-def _empty_stack(target: str, parts: list[StoredTensor], pieces: Pieces) -> QuantizedTensor:
+def _joined(
+    target: str, parts: list[StoredTensor], pieces: Pieces
+) -> tuple[QuantFormat, tuple[int, ...]]:
+    """Format and shape of a stack."""
     experts = len({pieces[part.name].expert for part in parts})
     found = [(part.format, part.shape) for part in parts if part.format is not None]
-    fmt, shape = check_parts(target, found, experts)
-    return _empty(fmt, shape, getattr(torch, parts[0].dtype))
+    return check_parts(target, found, experts)
 
 
 def _stack(target: str, parts: list[str], pieces: Pieces, renaming: Renaming) -> Stack:
