@@ -285,7 +285,7 @@ def test_it_can_begin_and_end_in_mid_training() -> None:
     with pytest.raises(qkern.FormatError, match=r"layers\.1: .*lora_dropout"):
         qkern.set_merge_into(model, "nf4")
     assert model.layers[0].merge_into is None
-    with pytest.raises(qkern.AdapterMismatchError, match="no active adapter"):
+    with pytest.raises(qkern.AdapterMismatchError, match="no adapter, or none is active"):
         qkern.set_merge_into(nn.Linear(2, 2), "nf4")
 
 

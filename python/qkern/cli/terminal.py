@@ -11,9 +11,12 @@ from typing import TextIO
 
 
 def say(line: str) -> None:
-    """A line on stderr."""
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()
+    """A line on stderr, from a signal handler too."""
+    try:
+        sys.stderr.write(line + "\n")
+        sys.stderr.flush()
+    except RuntimeError:  # the signal came in the middle of another write, which locks the stream
+        os.write(sys.stderr.fileno(), f"{line}\n".encode())
 
 
 def wants_colour(stream: TextIO) -> bool:
