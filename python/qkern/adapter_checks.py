@@ -1,4 +1,4 @@
-"""What would be lost in silence where adapters are written and loaded: checks that say so."""
+"""What would be lost in silence, or does not fit, where adapters are written and loaded."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from qkern.adapter_config import nearest
+from qkern.adapter_tensors import AdapterTensors
 from qkern.errors import AdapterMismatchError, DeviceError, NonFiniteError
 from qkern.layers import QuantizedLinear
+from qkern.lora_adapter import LoRAAdapter
+from qkern.saved_modules import check_modules, original_module, saved_copies
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
@@ -71,3 +75,74 @@ def token_count(model: nn.Module) -> int | None:
         return None
     weight = getattr(embeddings, "weight", None)
     return weight.shape[0] if isinstance(weight, Tensor) and weight.dim() == 2 else None
+
+
+def check_copies(
+    model: nn.Module,
+    states: Mapping[str, Mapping[str, Tensor]],
+    adapter_name: str | None,
+    directory: Path,
+) -> None:
+    """Refuse entries of whole modules that do not fit the model's, or the adapter that is there.
+
+    Args:
+        model: to load into.
+        states: entries of the file, by the path of their module.
+        adapter_name: of the adapter that is there, None if there is none.
+        directory: of the file, for errors.
+
+    Raises:
+        AdapterMismatchError: naming the module.
+    """
+    if states:
+        check_modules(model, list(states))
+    for name, state in states.items():
+        module = original_module(model, name)
+        here = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+        there = {key: tuple(tensor.shape) for key, tensor in state.items()}
+        if here != there:
+            msg = f"{directory}: {name} is saved as {there}, the model has {here}"
+            if here.keys() == there.keys():
+                msg += ": were tokens added? Resize the model's embeddings before the adapter"
+            raise AdapterMismatchError(msg)
+    if adapter_name is not None and set(saved_copies(model, adapter_name)) != set(states):
+        have = sorted(saved_copies(model, adapter_name))
+        msg = f"{directory}: saves the modules {sorted(states)}, the adapter here has {have}"
+        raise AdapterMismatchError(msg)
+
+
+def check_fit(
+    model: nn.Module,
+    pairs: Mapping[str, AdapterTensors],
+    adapted: Mapping[str, LoRAAdapter],
+) -> dict[str, QuantizedLinear]:
+    """The layers that a file's entries are for.
+
+    Args:
+        model: to load into.
+        pairs: entries of the file, by the path of their layer.
+        adapted: the adapter that is there, by the path of its layers.
+
+    Raises:
+        AdapterMismatchError: for a layer that the model has not, other sizes, and for an adapter
+            that the file does not fill.
+    """
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    for name, (A, B, _) in pairs.items():
+        layer = layers.get(name)
+        if layer is None:
+            msg = f"the model has no quantized layer {name}; nearest: {nearest(name, layers)}"
+            raise AdapterMismatchError(msg)
+        expected = (layer.out_features, layer.in_features)
+        ranks = (adapted[name].r,) if name in adapted else (A.shape[0],)
+        if (B.shape[0], A.shape[1]) != expected or A.shape[0] not in ranks:
+            msg = (
+                f"{name}: the adapter is (out, in, r) = {(B.shape[0], A.shape[1], A.shape[0])}, "
+                f"the layer is {(*expected, *ranks)}: is this the adapter's base model?"
+            )
+            raise AdapterMismatchError(msg)
+    left = sorted(set(adapted) - set(pairs))
+    if left:
+        msg = f"the file has no entry for {len(left)} adapted layers, the first is {left[0]}"
+        raise AdapterMismatchError(msg)
+    return {name: layers[name] for name in pairs}

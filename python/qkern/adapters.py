@@ -18,8 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,14 @@ import torch
 from torch import Tensor, nn
 
 from qkern.adapted import adapted_layers, attach_adapters, check_unmerged
-from qkern.adapter_checks import check_finite, check_place, check_tokens, token_count
+from qkern.adapter_checks import (
+    check_copies,
+    check_finite,
+    check_fit,
+    check_place,
+    check_tokens,
+    token_count,
+)
 from qkern.adapter_config import (
     BASE_KEY,
     CHANGED_KEY,
@@ -39,10 +45,10 @@ from qkern.adapter_config import (
     WEIGHTS_NAME,
     alphas_of,
     check_config,
-    nearest,
     number_of,
 )
-from qkern.adapter_tensors import MAGNITUDE, AdapterTensors, read_tensors
+from qkern.adapter_description import describe
+from qkern.adapter_tensors import MAGNITUDE, read_tensors
 from qkern.errors import (
     AdapterMismatchError,
     CorruptFileError,
@@ -58,7 +64,6 @@ from qkern.merge_aware import check_settings
 from qkern.merge_target import MERGE_KEY, MergeTarget, targets_as_text, targets_of_text
 from qkern.merging import unmerged_format
 from qkern.saved_modules import (
-    check_modules,
     find_modules,
     make_copies,
     original_module,
@@ -122,7 +127,7 @@ def save_adapter(
     directory = Path(path)
     with replacing(directory / WEIGHTS_NAME) as temporary:
         save_file(tensors, temporary, metadata)
-    write_json(directory / CONFIG_NAME, _config(model, adapters, list(copies)))
+    write_json(directory / CONFIG_NAME, describe(model, adapters, list(copies)))
 
 
 def _adapters_of(
@@ -176,8 +181,8 @@ def load_adapter(
     check_name(adapter_name)
     check_unmerged(model)
     adapters = _adapters_of(dict(adapted_layers(model)), adapter_name)
-    bases = _check_fit(model, pairs, adapters)
-    _check_copies(model, states, adapter_name if adapters else None, directory)
+    bases = check_fit(model, pairs, adapters)
+    check_copies(model, states, adapter_name if adapters else None, directory)
     for name, adapter in adapters.items():
         if adapter.use_dora != found.use_dora:
             msg = f"{directory}: use_dora={found.use_dora} for {name}, which has another kind"
@@ -221,30 +226,6 @@ def _saved_names(config: Mapping[str, Any], directory: Path) -> list[str]:
         msg = f"{directory}: modules_to_save is {str(names)[:80]}, a list of names is needed"
         raise CorruptFileError(msg)
     return names
-
-
-def _check_copies(
-    model: nn.Module,
-    states: Mapping[str, Mapping[str, Tensor]],
-    adapter_name: str | None,
-    directory: Path,
-) -> None:
-    """Refuse entries of whole modules that do not fit the model's, or the adapter that is there."""
-    if states:
-        check_modules(model, list(states))
-    for name, state in states.items():
-        module = original_module(model, name)
-        here = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
-        there = {key: tuple(tensor.shape) for key, tensor in state.items()}
-        if here != there:
-            msg = f"{directory}: {name} is saved as {there}, the model has {here}"
-            if here.keys() == there.keys():
-                msg += ": were tokens added? Resize the model's embeddings before the adapter"
-            raise AdapterMismatchError(msg)
-    if adapter_name is not None and set(saved_copies(model, adapter_name)) != set(states):
-        have = sorted(saved_copies(model, adapter_name))
-        msg = f"{directory}: saves the modules {sorted(states)}, the adapter here has {have}"
-        raise AdapterMismatchError(msg)
 
 
 def _are_tied(model: nn.Module, states: Mapping[str, Mapping[str, Tensor]]) -> bool:
@@ -326,89 +307,3 @@ def _plain(parameter: Tensor) -> Tensor:
     full = getattr(parameter, "full_tensor", None)  # a DTensor is gathered
     tensor: Tensor = full() if full is not None else parameter
     return tensor.detach().cpu().contiguous()
-
-
-def _config(
-    model: nn.Module, layers: dict[str, LoRAAdapter], copies: Collection[str]
-) -> dict[str, Any]:
-    """The keys that every version of PEFT knows; others only where they are needed."""
-    first = next(iter(layers.values()))
-    kinds = {(layer.lora_dropout, layer.use_rslora, layer.use_dora) for layer in layers.values()}
-    if len(kinds) > 1:
-        msg = (
-            f"layers differ in (lora_dropout, use_rslora, use_dora): {sorted(kinds)}; PEFT has one "
-            "of each"
-        )
-        raise AdapterMismatchError(msg)
-    base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
-        "base_model_name_or_path": base,
-        "r": first.r,
-        "lora_alpha": first.lora_alpha,
-        "lora_dropout": first.lora_dropout,
-        "use_rslora": first.use_rslora,
-        "target_modules": _target_names(model, layers),
-        "rank_pattern": {_pattern(n): v.r for n, v in layers.items() if v.r != first.r},
-        "alpha_pattern": {
-            _pattern(n): v.lora_alpha for n, v in layers.items() if v.lora_alpha != first.lora_alpha
-        },
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "inference_mode": True,
-        "modules_to_save": _saved_targets(model, copies) or None,
-    }
-    return config | {"use_dora": True} if first.use_dora else config
-
-
-def _pattern(name: str) -> str:
-    """The regular expression that PEFT matches with this path alone."""
-    return f"^{re.escape(name)}"
-
-
-def _target_names(model: nn.Module, layers: Collection[str]) -> list[str] | str:
-    """What names the adapted layers and no others: ends of paths, paths, or an expression."""
-    modules = [name for name, _ in model.named_modules()]
-    ends = {name.rpartition(".")[2] for name in layers}
-    for targets in (sorted(ends), sorted(layers)):
-        named = {n for n in modules if any(n == t or n.endswith(f".{t}") for t in targets)}
-        if named == set(layers):
-            return targets
-    return "|".join(re.escape(name) for name in sorted(layers))
-
-
-def _saved_targets(model: nn.Module, copies: Collection[str]) -> list[str]:
-    """What PEFT finds these modules by, and no others: ends of paths, or paths."""
-    ends = sorted({name.rpartition(".")[2] for name in copies})
-    if set(find_modules(model, ends)) == set(copies):
-        return ends
-    return sorted(copies)
-
-
-def _check_fit(
-    model: nn.Module,
-    pairs: Mapping[str, AdapterTensors],
-    adapted: Mapping[str, LoRAAdapter],
-) -> dict[str, QuantizedLinear]:
-    """The layers that the file's entries are for."""
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
-    for name, (A, B, _) in pairs.items():
-        layer = layers.get(name)
-        if layer is None:
-            msg = f"the model has no quantized layer {name}; nearest: {nearest(name, layers)}"
-            raise AdapterMismatchError(msg)
-        expected = (layer.out_features, layer.in_features)
-        ranks = (adapted[name].r,) if name in adapted else (A.shape[0],)
-        if (B.shape[0], A.shape[1]) != expected or A.shape[0] not in ranks:
-            msg = (
-                f"{name}: the adapter is (out, in, r) = {(B.shape[0], A.shape[1], A.shape[0])}, "
-                f"the layer is {(*expected, *ranks)}: is this the adapter's base model?"
-            )
-            raise AdapterMismatchError(msg)
-    left = sorted(set(adapted) - set(pairs))
-    if left:
-        msg = f"the file has no entry for {len(left)} adapted layers, the first is {left[0]}"
-        raise AdapterMismatchError(msg)
-    return {name: layers[name] for name in pairs}
