@@ -400,16 +400,3 @@ def test_merge_bench_trains_merges_and_times_every_variant(
     bench.save(rows[:2])
     assert len(json.loads((tmp_path / "merge_quality.json").read_text())["rows"]) == len(rows)
     assert all(name in bench.table(rows) for name in (*loss, "bfloat16"))
-
-
-def test_unmerge_bench_tells_exact_kinds_from_others(
-    load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bench = load("peft_unmerge")
-    monkeypatch.setattr(bench, "WIDTH", 64)
-    kinds = {"LoRA": bench.SETTINGS["LoRA"], "DoRA": bench.SETTINGS["DoRA"]}
-    monkeypatch.setattr(bench, "SETTINGS", kinds | {"bad": ("LoraConfig", {"r": 0})})
-    rows = {row["kind"]: row for row in bench.rows()}
-    assert rows["LoRA"]["unmerged"] == 0 < rows["LoRA"]["merged"]
-    assert rows["DoRA"]["unmerged"] > 0
-    assert "ValueError" in bench.table(list(rows.values()))
