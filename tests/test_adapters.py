@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from toys import tiny_llama, token_ids
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import qkern
 from qkern.adapters import read_quantization
+from qkern.weight_sites import conv1d_of_linear
 
 
 def adapted(seed: int = 1, quant_type: str = "nf4", **lora: object) -> nn.Module:
@@ -209,3 +213,32 @@ def test_a_failing_write_keeps_the_old_file(saved: Path, monkeypatch: pytest.Mon
         qkern.save_adapter(adapted(seed=5), saved)
     assert (saved / "adapter_model.safetensors").read_bytes() == before
     assert len(list(saved.iterdir())) == 2
+
+
+def test_a_file_for_more_layers_than_the_adapter_has_changes_nothing(saved: Path) -> None:
+    model = adapted(target_modules=["q_proj"])
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    with pytest.raises(qkern.AdapterMismatchError, match="12 layers that the adapter here has not"):
+        qkern.load_adapter(model, saved)
+    assert all(torch.equal(parameter, before[n]) for n, parameter in model.named_parameters())
+
+
+def test_pefts_adapter_of_conv1d_loads(tmp_path: Path) -> None:
+    """PEFT sets fan_in_fan_out for it, of which the factors do not depend."""
+    sizes = {"n_embd": 64, "n_layer": 1, "n_head": 2, "vocab_size": 96}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=1)).eval()
+    qkern.quantize_model(model, "int8")
+    theirs = copy.deepcopy(model)
+    for name in ("attn.c_attn", "attn.c_proj"):
+        layer = theirs.get_submodule(f"transformer.h.0.{name}")
+        theirs.set_submodule(f"transformer.h.0.{name}", conv1d_of_linear(layer.dequantize()))
+    config = LoraConfig(
+        r=4, target_modules=["c_attn", "c_proj"], exclude_modules=["mlp.c_proj"],
+        init_lora_weights=False, fan_in_fan_out=True,
+    )  # fmt: skip
+    peft = get_peft_model(theirs, config).eval()
+    peft.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["fan_in_fan_out"]
+    qkern.load_adapter(model, tmp_path)
+    ids = token_ids()
+    torch.testing.assert_close(model(ids).logits, peft(ids).logits, rtol=1e-4, atol=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from toys import tiny_llama, token_ids
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import qkern
 from qkern.lora_init import low_rank, start_from_weight
@@ -52,11 +54,16 @@ def test_the_randomized_svd_is_near_the_best_and_the_scaling_taken_out(
     torch.testing.assert_close(A.norm(), B.norm(), rtol=1e-3, atol=0)
 
 
-def test_it_is_the_same_on_every_run_and_draws_nothing_from_the_users_generator() -> None:
+def test_it_is_the_same_on_every_run_and_draws_nothing_from_the_users_generators(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # It seeds the generators of all devices; only this one's is put back.
+    monkeypatch.setattr(torch, "manual_seed", None)
+    monkeypatch.setattr(torch.random, "manual_seed", None)
     state = torch.random.get_rng_state()
     first = low_rank(weight(), 4, 1.0)
     assert torch.equal(torch.random.get_rng_state(), state)
-    torch.manual_seed(99)
+    torch.default_generator.manual_seed(99)
     assert all(map(torch.equal, first, low_rank(weight(), 4, 1.0)))
 
 
@@ -232,6 +239,31 @@ def test_a_base_under_other_adapters_stays() -> None:
         qkern.add_lora(model, **{**settings, "loftq_iterations": 3})
     assert qkern.adapter_names(model) == ["default"]
     qkern.add_lora(model, **settings)  # one iteration fits the base that is there
+
+
+def test_a_base_stays_if_a_later_layer_cannot_start() -> None:
+    """Layers that held an adapter before are changed in place, not replaced."""
+    model = nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 40))
+    qkern.quantize_model(model)
+    qkern.add_lora(model)
+    qkern.delete_adapter(model, "default")
+    before = [layer.weight.packed for layer in model]
+    with pytest.raises(qkern.FormatError, match=r"1: .* at most 40, got 50"):
+        qkern.add_lora(model, r=50, init_lora_weights="pissa")
+    assert all(layer.weight.packed is packed for layer, packed in zip(model, before, strict=True))
+    assert not qkern.adapter_names(model)
+
+
+@pytest.mark.parametrize("start", ["loftq", "pissa"])
+def test_a_conv1d_has_its_dense_weight_the_other_way_round(start: str) -> None:
+    sizes = {"n_embd": 64, "n_layer": 1, "n_head": 2, "vocab_size": 96}
+    special = {"bos_token_id": 1, "eos_token_id": 1}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, **special)).eval()
+    dense = copy.deepcopy(model)
+    qkern.quantize_model(model)
+    far = (model(token_ids()).logits - dense(token_ids()).logits).norm()
+    qkern.add_lora(model, r=32, init_lora_weights=start, dense=dense)
+    assert (model(token_ids()).logits - dense(token_ids()).logits).norm() < 0.8 * far
 
 
 # -- files -----------------------------------------------------------------------------------------

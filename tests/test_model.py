@@ -248,6 +248,8 @@ def test_add_lora_says_what_is_wrong() -> None:
     qkern.quantize_model(model)
     with pytest.raises(qkern.AdapterMismatchError, match="q_proj"):
         qkern.add_lora(model, target_modules=["query"])
+    with pytest.raises(qkern.FormatError, match=r"no regular expression .*\['\*q_proj'\]"):
+        qkern.add_lora(model, target_modules="*q_proj")
     qkern.add_lora(model)
     with pytest.raises(qkern.AdapterMismatchError, match="already"):
         qkern.add_lora(model)
@@ -263,7 +265,7 @@ def test_add_lora_says_what_is_wrong() -> None:
         ({"lora_dropout": 1.0}, qkern.ShapeError),
         ({"lora_mode": "added"}, qkern.FormatError),
         ({"lora_mode": "merged", "lora_dropout": 0.1}, qkern.FormatError),
-        ({"dtype": torch.int8}, RuntimeError),
+        ({"dtype": torch.int8}, qkern.DTypeError),
     ],
 )
 def test_an_add_lora_that_fails_leaves_the_model_as_it_was(

@@ -142,6 +142,64 @@ def test_a_checkpointed_backward_outside_of_its_rows_is_refused(use_reentrant: b
     model(x).sum().backward()  # what comes next is not disturbed
 
 
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_calls_that_no_backward_repeats_change_nothing_of_it(use_reentrant: bool) -> None:
+    """Such as those of a reference model between a loss and its backward."""
+    model, x = net(), inputs().requires_grad_()
+    grads = []
+    for with_reference in (False, True):
+        model.zero_grad()
+        with qkern.adapter_rows(model, ROWS):
+            y = checkpoint(model, x, use_reentrant=use_reentrant)
+            if with_reference:
+                with torch.no_grad(), qkern.disable_adapter(model):
+                    model(x)
+            y.square().sum().backward()
+        grads.append(model[0].adapters["a"].lora_B.grad)
+    assert torch.equal(*grads)
+    y = checkpoint(model, x, use_reentrant=use_reentrant)
+    with torch.no_grad(), qkern.adapter_rows(model, ROWS):
+        model(x)
+    y.sum().backward()
+
+
+def test_what_is_set_within_stays() -> None:
+    for within in (qkern.disable_adapter, lambda model: qkern.adapter_rows(model, ROWS)):
+        model, x = net(), inputs()
+        expected = output(net(), "b", x)
+        with within(model):
+            qkern.set_adapter(model, "b")
+        assert torch.equal(model(x), expected)
+        assert model[0].lora_A.requires_grad
+
+
+def test_an_adapter_of_rows_is_not_deleted_under_them() -> None:
+    model, x = net("abc"), inputs()
+    with qkern.adapter_rows(model, ROWS):
+        expected = model(x)
+        with pytest.raises(qkern.AdapterMismatchError, match="rows of a batch have the adapter"):
+            qkern.delete_adapter(model, "a")
+        qkern.delete_adapter(model, "c")
+        assert torch.equal(model(x), expected)
+
+
+def test_one_name_of_what_trains_is_no_list_of_letters() -> None:
+    model = net("a")
+    qkern.add_lora(model, adapter_name="german")
+    qkern.set_adapter(model, "a", trainable="german")
+    assert model[0].active_adapter == "a"
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert len(trained) == 4
+    assert all(".german." in name for name in trained)
+
+
+def test_a_layer_without_an_active_adapter_says_what_it_has() -> None:
+    model = net()
+    qkern.delete_adapter(model, "a")
+    with pytest.raises(AttributeError, match=r"set_adapter chooses one; it holds \['b'\]"):
+        model[0].delta()
+
+
 def test_rows_generate_what_each_adapter_generates() -> None:
     model = tiny_llama()
     qkern.quantize_model(model)

@@ -186,7 +186,7 @@ def test_modes_see_the_operators(launches: list[int]) -> None:
 def checkpoints(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """How checkpointing is noticed: by its hooks, or as in torch 2.6 by the calls on the stack."""
     if request.param == "stack":
-        monkeypatch.setattr(projections, "_saving_hooks", projections._innermost_checkpoint)
+        monkeypatch.setattr(projections, "_saving_hooks", projections.innermost_checkpoint)
 
 
 @pytest.mark.usefixtures("checkpoints")

@@ -52,24 +52,15 @@ def attach_adapters(
     leave_inference_mode(model)
     active = next((h.active_adapter for h in holders(model) if h.adapters), adapter_name)
     own = names if isinstance(names, Mapping) else {name: {} for name in names}
-
-    def make(name: str) -> QLoRALinear | LoRAAdapter:
-        settings = {**lora, **own[name]}
-        try:
-            if dense is not None:
-                settings["dense"] = dense_weight(dense, name)
-            if name not in adapted:
-                layer = layers[name][0]
-                return QLoRALinear.from_linear(layer, adapter_name=adapter_name, **settings)
-            settings.pop("lora_mode", None)
-            return adapted[name].make_adapter(**settings)
-        except QkernError as error:
-            msg = f"{name}: {error}"
-            raise type(error)(msg) from error
-
+    weights = {name: adapted[name].weight for name in names if name in adapted}
     # Before anything is frozen: if one cannot be made, the model stays as it was.
-    made = [make(name) for name in names]
-    copied = copies()
+    try:
+        made = [_make(n, layers[n][0], adapter_name, dense, {**lora, **own[n]}) for n in names]
+        copied = copies()
+    except BaseException:
+        for name, weight in weights.items():  # an adapter's start may have changed it
+            adapted[name].weight = weight
+        raise
     model.requires_grad_(False)
     for parameter in trained:  # adapters that were there before stay trainable
         parameter.requires_grad_(True)
@@ -82,6 +73,27 @@ def attach_adapters(
     saved_modules.attach_copies(model, copied, adapter_name, active)
     for holder in holders(model):
         holder.active_adapter = active
+
+
+def _make(
+    name: str,
+    layer: QuantizedLinear,
+    adapter_name: str,
+    dense: DenseSource | None,
+    settings: dict[str, Any],
+) -> QLoRALinear | LoRAAdapter:
+    """An adapter for a layer, and where it can hold none the layer that takes its place."""
+    try:
+        if dense is not None:
+            weight = dense_weight(dense, name)
+            settings["dense"] = weight.mT if layer.fan_in_fan_out else weight
+        if not isinstance(layer, QLoRALinear):
+            return QLoRALinear.from_linear(layer, adapter_name=adapter_name, **settings)
+        settings.pop("lora_mode", None)
+        return layer.make_adapter(**settings)
+    except QkernError as error:
+        msg = f"{name}: {error}"
+        raise type(error)(msg) from error
 
 
 def holders(model: nn.Module) -> list[NamedAdapters]:

@@ -125,7 +125,7 @@ def check_fit(
 
     Raises:
         AdapterMismatchError: for a layer that the model has not, other sizes, and for an adapter
-            that the file does not fill.
+            that has other layers than the file.
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     for name, (A, B, _) in pairs.items():
@@ -144,5 +144,12 @@ def check_fit(
     left = sorted(set(adapted) - set(pairs))
     if left:
         msg = f"the file has no entry for {len(left)} adapted layers, the first is {left[0]}"
+        raise AdapterMismatchError(msg)
+    more = sorted(set(pairs) - set(adapted)) if adapted else []
+    if more:
+        msg = (
+            f"the file has {len(more)} layers that the adapter here has not, the first is "
+            f"{more[0]}: load it under another adapter_name, or delete_adapter the one that is here"
+        )
         raise AdapterMismatchError(msg)
     return {name: layers[name] for name in pairs}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qkern import operands
+from qkern.checkpointing import innermost_checkpoint
 from qkern.errors import AdapterMismatchError, ShapeError
 from qkern.lora_adapter import LoRAAdapter, check_name
 
@@ -40,6 +41,8 @@ class NamedAdapters(nn.Module):
                 ``adapter_rows`` of the first one: other adapters would take part in the backward.
         """
         if self.rows != self._seen_rows:
+            if not _may_be_computed_again():
+                return self.rows is not None
             if torch._C._current_graph_task_id() != -1:
                 msg = (
                     f"{self._name()} is computed again for a backward with other rows than in its "
@@ -110,7 +113,11 @@ class AdapterHolder(NamedAdapters):
         """
         adapter = self.adapter
         if adapter is None:  # an AttributeError, so that hasattr tells
-            msg = f"{self._name()} has no active adapter"
+            held = sorted(self.adapters) or "none"
+            msg = (
+                f"{self._name()} has no active adapter: qkern.set_adapter chooses one; it holds "
+                f"{held}"
+            )
             raise AttributeError(msg)
         return adapter
 
@@ -158,6 +165,12 @@ class AdapterHolder(NamedAdapters):
         """Set the factor of the active adapter's part."""
         self.active().set_scaling(lora_alpha, use_rslora=use_rslora)
 
-    def reset_adapter(self, *, init_lora_weights: bool | str = True) -> None:
-        """Initialize the active adapter as PEFT does."""
-        self.active().reset(init_lora_weights=init_lora_weights)
+
+def _may_be_computed_again() -> bool:
+    """Whether a backward may repeat this call: not if it is under ``no_grad`` on its own account.
+
+    Reentrant checkpointing turns gradients off for its forward.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return True
+    return innermost_checkpoint() is not None

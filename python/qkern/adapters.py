@@ -171,7 +171,8 @@ def load_adapter(
     """
     directory = Path(path)
     config = read_json(directory / CONFIG_NAME)
-    check_config(config, directory, applied=("use_dora", "modules_to_save"))
+    # PEFT says fan_in_fan_out for Conv1D, whose factors are those of any layer.
+    check_config(config, directory, applied=("use_dora", "modules_to_save", "fan_in_fan_out"))
     found = read_tensors(directory / WEIGHTS_NAME, use_dora=bool(config.get("use_dora")))
     copied = find_modules(model, _saved_names(config, directory))
     states = {

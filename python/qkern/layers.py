@@ -154,6 +154,7 @@ class QLoRALinear(AdapterHolder, QuantizedLinear):
 
         Raises:
             ShapeError: for a rank below 1, or a dropout outside of [0, 1).
+            DTypeError: for a ``dtype`` that an adapter cannot have.
             FormatError: for an unknown setting, or what ``lora_mode="merged"`` or ``merge_into``
                 has not.
             AdapterMismatchError: for another layer's dense weight, or if the base would change
@@ -203,7 +204,8 @@ class QLoRALinear(AdapterHolder, QuantizedLinear):
             adapter.lora_B.copy_(start.B)
         if start.weight is not None:
             adapter.changed_base = init_lora_weights
-            self.weight = nn.Parameter(start.weight, requires_grad=False)
+            with torch.inference_mode(False):  # what is made under it could never be trained on
+                self.weight = nn.Parameter(start.weight, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""

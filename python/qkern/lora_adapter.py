@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qkern import operands
-from qkern.errors import FormatError, ShapeError
+from qkern.errors import DTypeError, FormatError, ShapeError
 from qkern.merge_target import MergeTarget
 
 DEFAULT: Final = "default"
@@ -44,6 +44,7 @@ class LoRAAdapter(nn.Module):
     Raises:
         ShapeError: for a rank below 1, or a dropout outside of [0, 1).
         FormatError: for another ``init_lora_weights``.
+        DTypeError: for another dtype than float32, float16, bfloat16 and float64.
     """
 
     lora_A: nn.Parameter
@@ -69,6 +70,10 @@ class LoRAAdapter(nn.Module):
         if r < 1:
             msg = f"the rank r must be 1 or more, got {r}"
             raise ShapeError(msg)
+        if dtype not in operands.FLOATS:
+            allowed = ", ".join(str(float_).removeprefix("torch.") for float_ in operands.FLOATS)
+            msg = f"an adapter's dtype is one of {allowed}, got {dtype}"
+            raise DTypeError(msg)
         operands.check_dropout(lora_dropout)
         self.r, self.lora_dropout = r, lora_dropout
         self.changed_base = ""

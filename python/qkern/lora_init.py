@@ -15,6 +15,8 @@ fixed seed: the same on every run.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 import torch
@@ -140,11 +142,27 @@ def low_rank(M: Tensor, r: int, scaling: float, *, niter: int = NITER) -> tuple[
         U, S, Vh = torch.linalg.svd(M, full_matrices=False)
         V = Vh.mT
     else:
-        with torch.random.fork_rng([M.device] if M.is_cuda else []):
-            torch.manual_seed(_SEED)
+        with _seeded(M.device):
             U, S, V = torch.svd_lowrank(M, r + _MORE, niter)
     root = (S[:r] / scaling).sqrt()  # (r,)
     return (V[:, :r] * root).mT.contiguous(), U[:, :r] * root
+
+
+@contextlib.contextmanager
+def _seeded(device: torch.device) -> Iterator[None]:
+    """The same random numbers on every run; no generator of the user's is another one after it.
+
+    ``torch.manual_seed`` would seed those of all devices.
+    """
+    if device.type == "cpu":
+        with torch.random.fork_rng([]):
+            torch.default_generator.manual_seed(_SEED)
+            yield
+        return
+    module = torch.get_device_module(device)
+    with module.device(device), torch.random.fork_rng([device], device_type=device.type):
+        module.manual_seed(_SEED)
+        yield
 
 
 def _loftq(

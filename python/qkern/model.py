@@ -167,7 +167,9 @@ def add_lora(
             a module to save is quantized, a layer has an adapter of that name already, an adapter
             is merged, or ``dense`` is of another model.
         FormatError: for another ``lora_mode``, "merged" with dropout or DoRA, or a name with a
-            dot; for another format to merge into, or dropout or DoRA with one.
+            dot; for another format to merge into, or dropout or DoRA with one; for targets that are
+            no regular expression.
+        DTypeError: for a ``dtype`` that is not float32, float16, bfloat16 or float64.
         ShapeError: for a rank below 1, or a dropout outside of [0, 1).
     """
     layers = quantized_layers(model)
@@ -297,5 +299,12 @@ def _is_target(name: str, targets: str | Sequence[str]) -> bool:
     if targets == "all-linear":
         return True
     if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
+        try:
+            return re.fullmatch(targets, name) is not None
+        except re.error as error:
+            msg = (
+                f"target_modules={targets!r} is no regular expression ({error}): give names and "
+                f"ends of paths as a list, [{targets!r}]"
+            )
+            raise FormatError(msg) from error
     return any(name == target or name.endswith(f".{target}") for target in targets)

@@ -9,7 +9,6 @@ from torch import nn
 
 from qkern.adapted import check_unmerged, holders
 from qkern.adapter_config import nearest
-from qkern.adapter_holder import NamedAdapters
 from qkern.errors import AdapterMismatchError, ShapeError
 
 
@@ -21,13 +20,16 @@ def set_adapter(model: nn.Module, name: str, *, trainable: bool | Collection[str
     Args:
         model: with adapters.
         name: of one of them.
-        trainable: whether it trains; or the names of all adapters that do, as those of
+        trainable: whether it trains; or the name or names of all adapters that do, as those of
             ``adapter_rows``.
 
     Raises:
         AdapterMismatchError: if there is no adapter of a name, or one is merged.
     """
-    trained = {name} if trainable is True else set(trainable or ())
+    if isinstance(trainable, bool):
+        trained = {name} if trainable else set()
+    else:
+        trained = {trainable} if isinstance(trainable, str) else set(trainable)
     _check_names(model, {name, *trained})
     check_unmerged(model)
     for holder in holders(model):
@@ -44,11 +46,17 @@ def adapter_names(model: nn.Module) -> list[str]:
 def delete_adapter(model: nn.Module, name: str) -> None:
     """Remove an adapter. If it was the active one, the base alone is computed until another is set.
 
+    What an initialization moved from the base into the adapter (PiSSA, OLoRA) goes with it.
+
     Raises:
-        AdapterMismatchError: if there is no adapter of that name, or one is merged.
+        AdapterMismatchError: if there is no adapter of that name, one is merged, or this one is in
+            use (``adapter_rows``).
     """
     _check_names(model, {name})
     check_unmerged(model)
+    if any(name in (holder.rows or ()) for holder in holders(model)):
+        msg = f"rows of a batch have the adapter {name!r}: leave qkern.adapter_rows first"
+        raise AdapterMismatchError(msg)
     for holder in holders(model):
         if name in holder.adapters:
             del holder.adapters[name]
@@ -59,6 +67,9 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 @contextlib.contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Compute the base model alone within, as a reference model for preferences is.
+
+    Of an adapter that started by PiSSA, OLoRA or several iterations of LoftQ, the base lacks the
+    part that was moved into the adapter: it is no reference.
 
     Raises:
         AdapterMismatchError: if an adapter is merged.
@@ -75,10 +86,16 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
         False
     """
     check_unmerged(model)
-    with _restored(model) as found:
-        for holder in found:
-            holder.active_adapter = holder.rows = None
+    before = [(holder, holder.active_adapter, holder.rows) for holder in holders(model)]
+    for holder, _, _ in before:
+        holder.active_adapter = holder.rows = None
+    try:
         yield
+    finally:
+        for holder, active, rows in before:
+            holder.rows = rows
+            if holder.active_adapter is None:  # else set_adapter has chosen another one since
+                holder.active_adapter = active
 
 
 @contextlib.contextmanager
@@ -116,21 +133,14 @@ def adapter_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
         raise ShapeError(msg)
     _check_names(model, {name for name in names if name is not None})
     check_unmerged(model)
-    with _restored(model) as found:
-        for holder in found:
-            holder.rows = tuple(names)
-        yield
-
-
-@contextlib.contextmanager
-def _restored(model: nn.Module) -> Iterator[list[NamedAdapters]]:
-    """What holds adapters; what is active there is put back at the end."""
-    before = [(holder, holder.active_adapter, holder.rows) for holder in holders(model)]
+    before = [(holder, holder.rows) for holder in holders(model)]
+    for holder, _ in before:
+        holder.rows = tuple(names)
     try:
-        yield [holder for holder, _, _ in before]
+        yield
     finally:
-        for holder, active, rows in before:
-            holder.active_adapter, holder.rows = active, rows
+        for holder, rows in before:
+            holder.rows = rows
 
 
 def _check_names(model: nn.Module, names: Collection[str]) -> None:

@@ -12,18 +12,16 @@ computes again must save the same tensors.
 
 from __future__ import annotations
 
-import sys
 import threading
 import warnings
 from collections.abc import Sequence
-from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from qkern import operands, ops
+from qkern.checkpointing import innermost_checkpoint
 from qkern.errors import FormatError, QkernError
 from qkern.layers import QLoRALinear, QuantizedLinear
 from qkern.module_tree import module_paths
@@ -320,15 +318,7 @@ def _state(layer: Layer, x: Tensor) -> _State:
     return _State(mode, (layer.fmt, layer.scaling, *trained), tensors, versions)
 
 
-def _innermost_checkpoint(*_: object) -> FrameType | None:
-    """The call of torch's checkpointing that this is a part of, if any."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename != torch.utils.checkpoint.__file__:
-        frame = frame.f_back
-    return frame
-
-
 # The hooks cannot be asked for in torch 2.6: there the calls on the stack tell of checkpointing.
 _saving_hooks: Any = getattr(
-    torch._C._autograd, "_top_saved_tensors_default_hooks", _innermost_checkpoint
+    torch._C._autograd, "_top_saved_tensors_default_hooks", innermost_checkpoint
 )

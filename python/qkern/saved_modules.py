@@ -9,6 +9,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qkern.adapter_config import PREFIX, nearest
@@ -145,9 +146,10 @@ def make_copies(model: nn.Module, names: Sequence[str], *, tied: bool) -> dict[s
     """
     memo: dict[int, Any] = {}
     copies = {}
-    for name in names:
-        module = original_module(model, name)
-        copies[name] = copy.deepcopy(module, memo if tied else {})
+    with torch.inference_mode(False):  # what is made under it could never be trained on
+        for name in names:
+            module = original_module(model, name)
+            copies[name] = copy.deepcopy(module, memo if tied else {})
     return copies
 
 

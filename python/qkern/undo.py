@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -72,7 +73,8 @@ class Undo:
 
 def replace(q: QuantizedTensor, merged: QuantizedTensor, label: str) -> None:
     """Put other bytes in the place of q's, of any format; ``take_back`` undoes it by its label."""
-    kept = tuple(None if part is None else part.clone() for part in q.parts)
+    with torch.inference_mode(False):  # what is made under it could never be trained on
+        kept = tuple(None if part is None else part.clone() for part in q.parts)
     before = q.format
     _take_parts(q, merged.parts, merged.format)
     q.undo.push(kept, before, label)
