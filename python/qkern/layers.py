@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from qkern import merge_aware, operands
-from qkern.adapter_holder import AdapterHolder
 from qkern.codec import COMPUTE, check_choice
 from qkern.dora import RowNorms
 from qkern.errors import AdapterMismatchError, FormatError
@@ -25,13 +24,14 @@ from qkern.formats import QuantFormat, resolve_format
 from qkern.lora_adapter import DEFAULT, PLAIN_INITS, LoRAAdapter
 from qkern.lora_init import Start, start_from_weight
 from qkern.merge_target import MergeTarget
+from qkern.merged_state import MergedState
 from qkern.quantized_linear import QuantizedLinear, take_over
 from qkern.tensor import QuantizedTensor, linear
 
 __all__ = ["QLoRALinear", "QuantizedLinear"]
 
 
-class QLoRALinear(AdapterHolder, QuantizedLinear):
+class QLoRALinear(MergedState, QuantizedLinear):
     """``QuantizedLinear`` with trainable low-rank adapters in the same operator.
 
     It holds adapters by name, one of which is active, and is made with a first one. ``lora_A``,
@@ -72,7 +72,6 @@ class QLoRALinear(AdapterHolder, QuantizedLinear):
     """
 
     lora_mode: str = "separate"
-    _merged_lengths: Tensor | None = None
 
     def __init__(
         self,

@@ -55,7 +55,7 @@ def resolve_target(
 
 def _was_searched(weight: QuantizedTensor) -> bool:
     """Whether scales have signs that a search chose: absmax has none below 0."""
-    scales, nested, offset = weight.absmax, weight.nested_absmax, weight.offset
+    _, scales, nested, offset = weight.parts
     if weight.format.bits != 4 or not ops.has_data(scales):
         return False
     if nested is not None and offset is not None:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkern import operands, ops, reference, tensor_dispatch
+from qkern import operands, ops, reference, tensor_dispatch, tensor_writes
 from qkern.codec import COMPUTE, check_choice, check_method
 from qkern.errors import DTypeError, ShapeError
 from qkern.formats import QuantFormat
@@ -56,10 +56,10 @@ class QuantizedTensor(torch.Tensor):
     absmax: Tensor
     nested_absmax: Tensor | None
     offset: Tensor | None
-    format: QuantFormat
     whole_shape: torch.Size
     start: int
     undo: Undo
+    moved: Any  # what of ``undo.moved`` this has
     is_copy: bool = False  # made by clone()
 
     @staticmethod
@@ -98,10 +98,11 @@ class QuantizedTensor(torch.Tensor):
         self.absmax = absmax
         self.nested_absmax = nested_absmax
         self.offset = offset
-        self.format = fmt
+        self.undo = Undo() if undo is None else undo
+        self.moved = self.undo.moved
+        self._format = fmt
         self.whole_shape = torch.Size(shape if whole_shape is None else whole_shape)
         self.start = start
-        self.undo = Undo() if undo is None else undo
 
     @classmethod
     def from_dense(
@@ -138,9 +139,30 @@ class QuantizedTensor(torch.Tensor):
         return cls(packed, absmax, parts.nested_absmax, parts.offset, fmt, shape, dtype)
 
     @property
+    def format(self) -> QuantFormat:
+        """How the values are stored."""
+        if self.undo.moved is not self.moved:
+            self._follow()
+        return self._format
+
+    @property
     def parts(self) -> Parts:
         """The inner tensors."""
+        if self.undo.moved is not self.moved:
+            self._follow()
         return Parts(self.packed, self.absmax, self.nested_absmax, self.offset)
+
+    def _follow(self) -> None:
+        """Take what an alias, or this tensor, was given: other parts of another format."""
+        self.moved = self.undo.moved
+        if self.moved is not None:
+            (self.packed, self.absmax, self.nested_absmax, self.offset), self._format = self.moved
+
+    def hold(self, other: QuantizedTensor) -> None:
+        """Become an alias of another one, but for shape, dtype and device."""
+        self.packed, self.absmax, self.nested_absmax, self.offset = other.parts
+        self._format, self.undo, self.moved = other.format, other.undo, other.moved
+        self.whole_shape, self.start = other.whole_shape, other.start
 
     @property
     def is_whole(self) -> bool:
@@ -165,6 +187,7 @@ class QuantizedTensor(torch.Tensor):
         dtype: torch.dtype | None = None,
         start: int | None = None,
         undo: Undo | None = None,
+        fmt: QuantFormat | None = None,
     ) -> QuantizedTensor:
         """This tensor with some of its fields changed; parts are shared unless given."""
         packed, absmax, nested_absmax, offset = self.parts if parts is None else parts
@@ -173,7 +196,7 @@ class QuantizedTensor(torch.Tensor):
             absmax,  # type: ignore[arg-type]
             nested_absmax,
             offset,
-            self.format,
+            self.format if fmt is None else fmt,
             self.shape if shape is None else shape,
             self.dtype if dtype is None else dtype,
             self.whole_shape,
@@ -211,23 +234,24 @@ class QuantizedTensor(torch.Tensor):
         A copy is made to compute with. ``add_`` quantizes its result always.
         """
         if self.is_copy:
-            return tensor_dispatch.dense_sum(self, lambda total: total.add_(other))
+            return tensor_writes.dense_sum(self, lambda total: total.add_(other))
         return self.add_(other)
 
     def __isub__(self, other: Any) -> Tensor:  # type: ignore[misc]
         """``q -= other``, as ``+=``."""
         if self.is_copy:
-            return tensor_dispatch.dense_sum(self, lambda total: total.sub_(other))
+            return tensor_writes.dense_sum(self, lambda total: total.sub_(other))
         return self.sub_(other)
 
     def assign(self, values: Tensor) -> QuantizedTensor:
         """Quantize dense ``values`` into this tensor's own bytes.
 
+        Where 8-bit scales cannot hold the result, it gets fp32 scales.
+
         Raises:
             NonFiniteError: for NaN or infinity; the tensor stays as it was.
-            FormatError: where 8-bit scales cannot hold the result; the tensor stays as it was.
         """
-        tensor_dispatch.assign(self, values)
+        tensor_writes.assign(self, values)
         return self
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
@@ -263,7 +287,7 @@ class QuantizedTensor(torch.Tensor):
             return tensor_dispatch.METHODS[func](*args, **kwargs)
         if func == _SET_DATA and isinstance(args[0], QuantizedTensor):
             with torch._C.DisableTorchFunctionSubclass():
-                return tensor_dispatch.set_data(*args)
+                return tensor_writes.set_data(*args)
         if func in (torch.Tensor.requires_grad_, _SET_REQUIRES_GRAD):
             tensor_dispatch.refuse_grad(*args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():

@@ -1,13 +1,13 @@
 """What torch operators do to a ``QuantizedTensor``.
 
 Structural ones (detach, clone, move, slice rows, copy) act on the inner tensors. All others run
-on the dequantized value, and an in-place one quantizes its result again. A view that is not whole
-rows is a dense copy.
+on the dequantized value, and an in-place one quantizes its result again, see ``tensor_writes``. A
+view that is not whole rows is a dense copy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from qkern import ops
-from qkern.errors import DTypeError, FormatError, FrozenWeightError, ShapeError
+from qkern.errors import DTypeError, FrozenWeightError
 from qkern.operands import FLOATS
-from qkern.undo import Kept, put_back
+from qkern.tensor_writes import assign, in_place
 
 if TYPE_CHECKING:
     from qkern.tensor import QuantizedTensor
@@ -26,8 +26,6 @@ aten = torch.ops.aten
 _RULES: dict[Any, Callable[..., Any]] = {}
 # Of rows that were made empty and filled from elsewhere, as FSDP2 makes its padded shards.
 UNKNOWN_START = -1
-# On a dense sum that took the place of a copy: what the copy was. See dense_sum.
-_SUM_OF = "_qkern_sum_of"
 
 
 def dispatch(cls: type[QuantizedTensor], func: Any, args: Any, kwargs: Any) -> Any:
@@ -39,7 +37,7 @@ def dispatch(cls: type[QuantizedTensor], func: Any, args: Any, kwargs: Any) -> A
             return result
     arguments = func._schema.arguments
     if arguments and arguments[0].is_write and isinstance(args[0], cls):
-        return _in_place(func, args, kwargs)
+        return in_place(func, args, kwargs)
     written = [
         kwargs.get(a.name, args[i] if i < len(args) else None)
         for i, a in enumerate(arguments)
@@ -55,99 +53,6 @@ def dispatch(cls: type[QuantizedTensor], func: Any, args: Any, kwargs: Any) -> A
     return func(*pytree.tree_map(dense, args), **pytree.tree_map(dense, kwargs))
 
 
-def assign(q: QuantizedTensor, values: Tensor) -> None:
-    """Quantize dense ``values`` into the bytes of ``q``; nothing is written on an error."""
-    _write(q, values)
-    q.undo.clear()
-
-
-def _write(q: QuantizedTensor, values: Tensor) -> None:
-    if values.shape != q.shape or not q.is_whole:
-        msg = f"cannot assign {tuple(values.shape)} to a quantized tensor of {tuple(q.shape)}"
-        if values.dim() == 1 < q.dim():
-            msg += (
-                ": packed bytes cannot be part of a flat parameter, as FSDP1 makes them; use FSDP2 "
-                "(fully_shard), or give FullyShardedDataParallel qkern.fsdp_ready(model).frozen "
-                "as ignored_states"
-            )
-        raise ShapeError(msg)
-    for old, new in zip(q.parts, _quantize_like(q, values), strict=True):
-        if old is not None:
-            old.copy_(new.reshape(old.shape))
-    q.undo.writes += 1
-
-
-def set_data(q: QuantizedTensor, value: Tensor) -> None:
-    """``q.data = value``: take over quantized parts, quantize dense ones."""
-    if type(value) is not type(q):
-        before: Kept | None = getattr(value, _SUM_OF, None)
-        if before is not None and not _same_bytes(q, before):
-            before = None
-        _write(q, value)
-        if before is None:
-            q.undo.clear()
-        else:
-            q.undo.push(before, q.format)
-        return
-    if value.shape != q.shape:
-        msg = f"cannot set data of {tuple(value.shape)} on a quantized {tuple(q.shape)}"
-        raise ShapeError(msg)
-    q.packed, q.absmax, q.nested_absmax, q.offset = value.parts
-    q.format, q.undo = value.format, value.undo
-    q.whole_shape, q.start = value.whole_shape, value.start
-    if value.dtype != q.dtype or value.device != q.device:
-        # dtype and device live in the C++ half, which only a swap of the whole tensor changes.
-        torch.Tensor.data.__set__(q, value)  # type: ignore[attr-defined]
-
-
-def _quantize_like(q: QuantizedTensor, values: Tensor) -> tuple[Tensor, ...]:
-    fmt = q.format
-    values = values.detach().float() if values.dtype == torch.float64 else values.detach()
-    packed, absmax = ops.quantize(values, fmt.quant_type, fmt.blocksize, "error")
-    if not fmt.double_quant:
-        return packed, absmax, absmax, absmax
-    codes, nested_absmax, offset, safe = ops.quantize_absmax(absmax)
-    if not bool(safe):
-        msg = (
-            "8-bit scales cannot hold the new values (a decoded scale changes its sign or is off "
-            "by more than 1/8): quantize the weight with double_quant=False"
-        )
-        raise FormatError(msg)
-    return packed, codes, nested_absmax, offset
-
-
-def _in_place(func: Any, args: Any, kwargs: Any) -> QuantizedTensor:
-    q = args[0]
-    before = q.dequantize()
-    rest = [a.dequantize() if isinstance(a, type(q)) else a for a in args[1:]]
-    after = func(before.clone(), *rest, **kwargs)
-    inverse = _INVERSE.get(func)
-    if inverse is not None and q.undo.parts is not None and q.undo.format == q.format:
-        old = q.like([None if p is None else p.clone() for p in q.undo.parts])
-        redone = inverse(old.dequantize(), *rest, **kwargs)
-        if _same_bytes(q, _quantize_like(q, redone)):
-            put_back(q)
-            return q  # type: ignore[no-any-return]
-    kept = tuple(None if p is None else p.clone() for p in q.parts)
-    if not torch.equal(after, before):  # quantizing the same values again would change bytes
-        _write(q, after)
-    if inverse is None:
-        q.undo.clear()
-    else:
-        q.undo.push(kept, q.format)
-    return q  # type: ignore[no-any-return]
-
-
-_INVERSE = {aten.add_.Tensor: aten.sub_.Tensor, aten.sub_.Tensor: aten.add_.Tensor}
-
-
-def _same_bytes(q: QuantizedTensor, parts: Kept) -> bool:
-    return all(
-        old is None or new is None or torch.equal(old.reshape(-1), new.reshape(-1))
-        for old, new in zip(q.parts, parts, strict=True)
-    )
-
-
 def _rule(*overloads: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def register(rule: Callable[..., Any]) -> Callable[..., Any]:
         _RULES.update(dict.fromkeys(overloads, rule))
@@ -156,13 +61,24 @@ def _rule(*overloads: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]
     return register
 
 
+def _as_made() -> Any:
+    """Torch gives a view its tensor's version counter, which one made for inference has not."""
+    return torch.inference_mode(False)
+
+
+def _alias(q: QuantizedTensor, shape: Sequence[int] | None = None) -> QuantizedTensor:
+    """Another tensor of the same bytes, also after they are replaced."""
+    with _as_made():
+        return q.like(shape=shape, undo=q.undo)
+
+
 def _map(q: QuantizedTensor, fn: Callable[[Tensor], Tensor]) -> list[Tensor | None]:
     return [None if part is None else fn(part) for part in q.parts]
 
 
 @_rule(aten.detach.default, aten.alias.default)
 def _(func: Any, q: QuantizedTensor) -> Any:
-    return q.like(undo=q.undo)
+    return _alias(q)
 
 
 @_rule(aten.clone.default)
@@ -238,24 +154,25 @@ def _(func: Any, q: QuantizedTensor, dim: int, index: int) -> Any:
     experts = q.shape[0]
     if q.dim() != 3 or dim not in (0, -3) or not (q.is_whole and q.has_rows):
         return NotImplemented
-    parts, fmt = ops.parts_of_expert(q.parts, q.format, experts, range(experts)[index])
-    if q.format.double_quant:
-        copies = (None if part is None else part.clone() for part in parts)
-        parts = type(parts)(*copies)  # type: ignore[arg-type]
-    return type(q).from_parts(parts, fmt, q.shape[1:], q.dtype)
+    with _as_made():
+        parts, fmt = ops.parts_of_expert(q.parts, q.format, experts, range(experts)[index])
+        if q.format.double_quant:
+            copies = (None if part is None else part.clone() for part in parts)
+            parts = type(parts)(*copies)  # type: ignore[arg-type]
+        return type(q).from_parts(parts, fmt, q.shape[1:], q.dtype)
 
 
 @_rule(aten.view.default, aten._unsafe_view.default)
 def _(func: Any, q: QuantizedTensor, size: Any) -> Any:
     if list(size) in ([-1], [q.numel()]):
-        return q.like(shape=(q.numel(),), undo=q.undo)
-    return q.like(undo=q.undo) if list(size) == list(q.shape) else NotImplemented
+        return _alias(q, shape=(q.numel(),))
+    return _alias(q) if list(size) == list(q.shape) else NotImplemented
 
 
 @_rule(aten.as_strided.default)
 def _(func: Any, q: QuantizedTensor, size: Any, stride: Any, storage_offset: Any = None) -> Any:
     same = list(size) == list(q.shape) and list(stride) == list(q.stride())
-    return q.like(undo=q.undo) if same else NotImplemented
+    return _alias(q) if same else NotImplemented
 
 
 @_rule(aten.copy_.default)
@@ -325,14 +242,6 @@ def _set_item(q: QuantizedTensor, index: Any, value: Any) -> None:
     q.copy_(dense)
 
 
-def dense_sum(q: QuantizedTensor, add: Callable[[Tensor], Any]) -> Tensor:
-    """What ``+=`` makes of a clone: the dense sum, with its gradient, not rounded again."""
-    total = q.dequantize()
-    add(total)
-    setattr(total, _SUM_OF, q.parts)
-    return total
-
-
 # Methods that go to a tensor's memory without asking an operator.
 METHODS: dict[Any, Callable[..., Any]] = {
     Tensor.share_memory_: _share_memory,
@@ -353,7 +262,8 @@ def _slice_rows(q: QuantizedTensor, first: int, last: int) -> QuantizedTensor:
     row = q.numel() // max(q.shape[0], 1)
     start = UNKNOWN_START if q.start == UNKNOWN_START else q.start + first * row
     shape = (last - first, *q.shape[1:])
-    if not q.has_rows:
-        return q.like(shape=shape, start=start)
-    packed, absmax = q.packed[first:last], q.absmax[first:last]
-    return q.like((packed, absmax, q.nested_absmax, q.offset), shape=shape, start=start)
+    with _as_made():
+        if not q.has_rows:
+            return q.like(shape=shape, start=start)
+        packed, absmax = q.packed[first:last], q.absmax[first:last]
+        return q.like((packed, absmax, q.nested_absmax, q.offset), shape=shape, start=start)

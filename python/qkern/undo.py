@@ -33,6 +33,7 @@ class Undo:
         older: parts, format and label of the additions before the last one, where several adapters
             were merged; the latest is the last.
         writes: how often the tensor was written to: torch counts no writes into its parts.
+        moved: other parts, of another format, that all who share this have from now on.
     """
 
     parts: Kept | None = None
@@ -40,6 +41,7 @@ class Undo:
     label: str = ""
     older: tuple[tuple[Kept, QuantFormat | None, str], ...] = ()
     writes: int = 0
+    moved: tuple[Kept, QuantFormat] | None = None
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Undo:
         """The same on other parts, for a copy of the tensor."""
@@ -76,7 +78,7 @@ def replace(q: QuantizedTensor, merged: QuantizedTensor, label: str) -> None:
     with torch.inference_mode(False):  # what is made under it could never be trained on
         kept = tuple(None if part is None else part.clone() for part in q.parts)
     before = q.format
-    _take_parts(q, merged.parts, merged.format)
+    take_parts(q, merged.parts, merged.format)
     q.undo.push(kept, before, label)
 
 
@@ -90,16 +92,25 @@ def take_back(q: QuantizedTensor, label: str) -> bool:
 
 def put_back(q: QuantizedTensor) -> None:
     """Put back what the last addition replaced."""
-    _take_parts(q, q.undo.parts or (), q.undo.format or q.format)
+    take_parts(q, q.undo.parts or (), q.undo.format or q.format)
     q.undo.pop()
 
 
-def _take_parts(q: QuantizedTensor, parts: Sequence[Tensor | None], fmt: QuantFormat) -> None:
-    """Into the same memory where the format is the same, as what shares it or knows it expects."""
+def before_last_sum(q: QuantizedTensor) -> QuantizedTensor:
+    """A copy of what the last addition was made to."""
+    parts = [None if part is None else part.clone() for part in q.undo.parts or ()]
+    return q.like(parts, fmt=q.undo.format)
+
+
+def take_parts(q: QuantizedTensor, parts: Sequence[Tensor | None], fmt: QuantFormat) -> None:
+    """Other parts for a tensor and its aliases.
+
+    Into the same memory where the format is the same, as what shares it or knows it expects.
+    """
     q.undo.writes += 1
     if fmt != q.format:
-        q.packed, q.absmax, q.nested_absmax, q.offset = parts  # type: ignore[assignment]
-        q.format = fmt
+        q.undo.moved = tuple(parts), fmt
+        _ = q.parts  # follows at once, its aliases when they are asked
         return
     for part, kept in zip(q.parts, parts, strict=True):
         if part is not None and kept is not None:

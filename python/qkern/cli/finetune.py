@@ -65,6 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _setting(lora, "lora_alpha", float, "the adapter is scaled by lora-alpha / r")
     _setting(lora, "lora_dropout", float, "dropout on the adapter's input")
     _flag(lora, "use_rslora", "--use-rslora", "scale by lora-alpha / sqrt(r)")
+    _flag(lora, "use_dora", "--use-dora", "train the lengths of the rows too")
+    into = "train for a merge into this format, which then loses nothing (qkern merge --format)"
+    _setting(lora, "merge_into", str, into, choices=QUANT_TYPES)
     _setting(lora, "target_modules", str, "all-linear, or names separated by commas")
     base = parser.add_argument_group("frozen weights")
     _setting(base, "quant_type", str, "format", choices=QUANT_TYPES)

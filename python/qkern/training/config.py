@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from qkern.formats import QuantFormat, resolve_format
+from qkern.formats import QUANT_TYPES, QuantFormat, resolve_format
 from qkern.training.errors import SettingError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -36,6 +36,9 @@ class FinetuneConfig:
         lora_alpha: the adapter's output is scaled by ``lora_alpha / r``.
         lora_dropout: dropout on the adapter's input.
         use_rslora: scale by ``lora_alpha / sqrt(r)`` instead.
+        use_dora: train the lengths of the rows of the sum too, see ``qkern.dora``.
+        merge_into: train for a merge into this format ("nf4", ...), which then loses nothing; None
+            for an adapter that stays beside its base. Needs ``lora_dropout=0``, and no DoRA.
         target_modules: layers that get an adapter: "all-linear", or names.
         quant_type: "nf4", "fp4", "int8" or "int8_row" for the frozen weights.
         blocksize: values that share a scale; unused by int8_row, where a row does.
@@ -73,6 +76,8 @@ class FinetuneConfig:
     lora_alpha: float = 32.0
     lora_dropout: float = 0.0
     use_rslora: bool = False
+    use_dora: bool = False
+    merge_into: str | None = None
     target_modules: str | tuple[str, ...] = "all-linear"
     quant_type: str = "nf4"
     blocksize: int = 64
@@ -99,9 +104,19 @@ class FinetuneConfig:
         _check("save_steps", self.save_steps, "0 or more", self.save_steps >= 0)
         for name in ("batch_size", "grad_accum", "r", "save_total_limit"):
             _check(name, getattr(self, name), "1 or more", getattr(self, name) >= 1)
+        self._check_merge_into()
         choices = {"dtype": DTYPES, "compute": COMPUTE, "device": DEVICES, "schedule": SCHEDULES}
         for name, allowed in choices.items():
             _check(name, getattr(self, name), ", ".join(allowed), getattr(self, name) in allowed)
+
+    def _check_merge_into(self) -> None:
+        if self.merge_into is None:
+            return
+        known = self.merge_into in QUANT_TYPES
+        _check("merge_into", self.merge_into, ", ".join(QUANT_TYPES), known)
+        why = "0 and False with merge_into: base and adapter are one weight then"
+        kind = (self.lora_dropout, self.use_dora)
+        _check("(lora_dropout, use_dora)", kind, why, kind == (0, False))
 
     @property
     def format(self) -> QuantFormat:

@@ -65,6 +65,8 @@ class Session:
             target_modules=config.target_modules,
             lora_dropout=config.lora_dropout,
             use_rslora=config.use_rslora,
+            use_dora=config.use_dora,
+            merge_into=config.merge_into,
         )
         self.trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         before, after = (
