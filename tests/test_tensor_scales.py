@@ -144,3 +144,15 @@ def test_views_are_to_be_had_in_inference_mode(made_for_inference: bool) -> None
             assert view.dequantize().isfinite().all()
         assert torch.equal(q[8:16].dequantize(), q.dequantize()[8:16])
         assert torch.equal(stack[1].dequantize(), stack.dequantize()[1])
+
+
+def test_a_clone_that_is_taken_back_shares_nothing() -> None:
+    q = weight()
+    before = q.dequantize()
+    q.add_(wide())
+    copied = q.clone()
+    for tensor in (q, copied):
+        tensor.sub_(wide())
+        assert torch.equal(tensor.dequantize(), before)
+    q.add_(1.0)
+    assert torch.equal(copied.dequantize(), before)

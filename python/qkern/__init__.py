@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from qkern.checkpoint.quantizing import quantize_checkpoint
     from qkern.checkpoint.save import save
     from qkern.formats import QuantFormat
-    from qkern.functional import grouped_linear
+    from qkern.functional import grouped_linear, linear
     from qkern.integrations.pretrained import load
     from qkern.layers import QLoRALinear, QuantizedLinear
     from qkern.lora_plus import lora_plus_groups
@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     )
     from qkern.projections import fuse_projections, unfuse_projections
     from qkern.sharding import fsdp_ready
-    from qkern.tensor import QuantizedTensor, linear
+    from qkern.tensor import QuantizedTensor
 
 __all__ = [
     "AdapterMismatchError",
@@ -140,7 +140,7 @@ _HOMES = {
     "fuse_projections": "qkern.projections",
     "grouped_linear": "qkern.functional",
     "inspect_checkpoint": "qkern.checkpoint.inspection",
-    "linear": "qkern.tensor",
+    "linear": "qkern.functional",
     "load": "qkern.integrations.pretrained",
     "load_adapter": "qkern.adapters",
     "lora_plus_groups": "qkern.lora_plus",

@@ -20,8 +20,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qkern.functional import linear
 from qkern.lora_adapter import LoRAAdapter
-from qkern.tensor import QuantizedTensor, linear
+from qkern.tensor import QuantizedTensor
 
 # Values of a dense piece while the lengths of a weight's rows are measured: 64 MiB.
 _PIECE = 2**24

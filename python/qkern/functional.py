@@ -1,4 +1,4 @@
-"""``quantize``, ``dequantize`` and ``grouped_linear`` of torch tensors."""
+"""``quantize``, ``dequantize``, ``linear`` and ``grouped_linear`` of torch tensors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkern import operands, ops, reference
+from qkern import operands, ops, products, reference
 from qkern.arrays import QuantizedArray
 from qkern.codec import NONFINITE, check_choice
 from qkern.errors import DTypeError, FrozenWeightError, ShapeError
@@ -53,6 +53,68 @@ def dequantize(
     if q.is_whole and out.dtype != torch.float64 and ops.decoded_into(q.parts, q.format, out):
         return out
     return out.copy_(q.dequantize(out.dtype))
+
+
+def linear(
+    x: Tensor,
+    weight: QuantizedTensor,
+    bias: Tensor | None = None,
+    *,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    scaling: float = 1.0,
+    lora_dropout: float = 0.0,
+    lora_mode: str = "separate",
+    compute: str = "exact",
+    layer: torch.nn.Module | None = None,
+) -> Tensor:
+    """``x W^T + bias + scaling (x A^T) B^T`` on the packed bytes of W.
+
+    The weight is dequantized to x's dtype, the bias is cast to it, whatever their own; sums are
+    fp32, of an adapter too. float64, forward-mode derivatives and ``torch.func``'s transforms work
+    on a dense copy of the weight, with the adapter's part in the adapter's dtype.
+
+    Args:
+        x: (..., in_features), float32, float16, bfloat16 or float64.
+        weight: (out_features, in_features).
+        bias: (out_features,) or None.
+        lora_A: (r, in_features) or None.
+        lora_B: (out_features, r) or None.
+        scaling: factor of the adapter's part.
+        lora_dropout: probability of zeroing an input of the adapter's part; for training.
+        lora_mode: "separate", or on a GPU "merged": for many tokens, which a dense copy of the
+            weight multiplies, the adapter is added to it before it is rounded. Saves passes over x
+            and y; the noise of that rounding hides small updates (docs/kernels.md).
+        compute: "exact", or on a CPU "int8": x is rounded to 8 bits for the product, and W where
+            this is faster, an error of about one per cent of y; gradients stay exact.
+        layer: what errors name.
+
+    Returns:
+        (..., out_features) in x's dtype, or in autocast's.
+
+    Raises:
+        ShapeError: if the last dimension of x is not in_features, another size does not fit, or
+            ``lora_dropout`` is not in [0, 1).
+        DTypeError: for anything but floating-point tensors, or a weight that is not quantized.
+        DeviceError: for operands on different devices, "int8" for those not on a CPU, or "merged"
+            for those on one.
+        FormatError: for another ``compute`` or ``lora_mode``, and for "merged" with dropout.
+    """
+    if not isinstance(weight, QuantizedTensor):
+        msg = f"the weight is a {type(weight).__name__}: qkern.quantize it, or call F.linear"
+        raise DTypeError(msg)
+    return products.multiply(
+        x,
+        weight,
+        bias,
+        lora_A=lora_A,
+        lora_B=lora_B,
+        scaling=scaling,
+        lora_dropout=lora_dropout,
+        lora_mode=lora_mode,
+        compute=compute,
+        layer=layer,
+    )
 
 
 def grouped_linear(

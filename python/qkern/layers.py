@@ -21,12 +21,13 @@ from qkern.codec import COMPUTE, check_choice
 from qkern.dora import RowNorms
 from qkern.errors import AdapterMismatchError, FormatError
 from qkern.formats import QuantFormat, resolve_format
+from qkern.functional import linear
 from qkern.lora_adapter import DEFAULT, PLAIN_INITS, LoRAAdapter
 from qkern.lora_init import Start, start_from_weight
 from qkern.merge_target import MergeTarget
 from qkern.merged_state import MergedState
 from qkern.quantized_linear import QuantizedLinear, take_over
-from qkern.tensor import QuantizedTensor, linear
+from qkern.tensor import QuantizedTensor
 
 __all__ = ["QLoRALinear", "QuantizedLinear"]
 

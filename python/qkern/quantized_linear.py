@@ -12,7 +12,8 @@ from qkern.codec import COMPUTE, check_choice
 from qkern.errors import FormatError, ShapeError
 from qkern.flat_weight import FlatWeight
 from qkern.formats import QuantFormat, resolve_format
-from qkern.tensor import QuantizedTensor, linear
+from qkern.functional import linear
+from qkern.tensor import QuantizedTensor
 
 _Layer = TypeVar("_Layer", bound=nn.Linear)
 _Module = TypeVar("_Module", bound=nn.Module)

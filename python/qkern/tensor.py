@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkern import operands, ops, reference, tensor_dispatch, tensor_writes
-from qkern.codec import COMPUTE, check_choice, check_method
+from qkern import operands, ops, products, tensor_dispatch, tensor_writes
+from qkern.codec import check_method
 from qkern.errors import DTypeError, ShapeError
 from qkern.formats import QuantFormat
 from qkern.ops import host
@@ -280,9 +280,9 @@ class QuantizedTensor(torch.Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.nn.functional.linear:
-            return _linear(*args, **kwargs)
+            return products.linear(cls, *args, **kwargs)
         if func is torch.nn.functional.embedding:
-            return _embedding(*args, **kwargs)
+            return products.embedding(*args, **kwargs)
         if func in tensor_dispatch.METHODS and isinstance(args[0], QuantizedTensor):
             return tensor_dispatch.METHODS[func](*args, **kwargs)
         if func == _SET_DATA and isinstance(args[0], QuantizedTensor):
@@ -323,98 +323,6 @@ class QuantizedTensor(torch.Tensor):
             parts = parts._replace(packed=gathered[0][:rows], absmax=gathered[1][:rows])
         whole = QuantizedTensor(*parts, shard.format, shard.whole_shape, param_dtype)
         return whole, gathered
-
-
-def linear(
-    x: Tensor,
-    weight: QuantizedTensor,
-    bias: Tensor | None = None,
-    *,
-    lora_A: Tensor | None = None,
-    lora_B: Tensor | None = None,
-    scaling: float = 1.0,
-    lora_dropout: float = 0.0,
-    lora_mode: str = "separate",
-    compute: str = "exact",
-    layer: torch.nn.Module | None = None,
-) -> Tensor:
-    """``x W^T + bias + scaling (x A^T) B^T`` on the packed bytes of W.
-
-    The weight is dequantized to x's dtype, the bias is cast to it, whatever their own; sums are
-    fp32, of an adapter too. float64, forward-mode derivatives and ``torch.func``'s transforms work
-    on a dense copy of the weight, with the adapter's part in the adapter's dtype.
-
-    Args:
-        x: (..., in_features), float32, float16, bfloat16 or float64.
-        weight: (out_features, in_features).
-        bias: (out_features,) or None.
-        lora_A: (r, in_features) or None.
-        lora_B: (out_features, r) or None.
-        scaling: factor of the adapter's part.
-        lora_dropout: probability of zeroing an input of the adapter's part; for training.
-        lora_mode: "separate", or on a GPU "merged": for many tokens, which a dense copy of the
-            weight multiplies, the adapter is added to it before it is rounded. Saves passes over x
-            and y; the noise of that rounding hides small updates (docs/kernels.md).
-        compute: "exact", or on a CPU "int8": x is rounded to 8 bits for the product, and W where
-            this is faster, an error of about one per cent of y; gradients stay exact.
-        layer: what errors name.
-
-    Returns:
-        (..., out_features) in x's dtype, or in autocast's.
-
-    Raises:
-        ShapeError: if the last dimension of x is not in_features, another size does not fit, or
-            ``lora_dropout`` is not in [0, 1).
-        DTypeError: for anything but floating-point tensors, or a weight that is not quantized.
-        DeviceError: for operands on different devices, "int8" for those not on a CPU, or "merged"
-            for those on one.
-        FormatError: for another ``compute`` or ``lora_mode``, and for "merged" with dropout.
-    """
-    if not isinstance(weight, QuantizedTensor):
-        msg = f"the weight is a {type(weight).__name__}: qkern.quantize it, or call F.linear"
-        raise DTypeError(msg)
-    with torch._C.DisableTorchFunctionSubclass():  # a call for each property of the weight
-        operands.check_linear(x, weight, bias, lora_A, lora_B, layer)
-        dense = operands.need_dense_weight(x, weight)
-        out_features = weight.shape[0]
-    check_choice("compute", compute, COMPUTE)
-    if lora_mode != "separate":
-        operands.check_lora_mode(lora_mode, lora_dropout, x, layer)
-    adapter = (lora_A, lora_B)
-    dropped = None
-    if lora_dropout != 0.0 and lora_A is not None and lora_B is not None:
-        operands.check_dropout(lora_dropout)
-        if dense or not ops.drops_in_kernel(x):
-            dropped, adapter = (lora_A, lora_B), (None, None)
-    if dense:
-        bias = None if bias is None else bias.to(x.dtype)
-        y = reference.linear(x, weight.dequantize(x.dtype), bias, *adapter, scaling)
-    else:
-        product = (weight.parts, weight.format, out_features, bias, *adapter, scaling)
-        y = ops.linear(x, *product, compute, lora_dropout, lora_mode)
-    return y if dropped is None else ops.add_dropped(y, x, *dropped, scaling, lora_dropout)
-
-
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002
-    """``F.linear`` where an argument is quantized."""
-    if isinstance(input, QuantizedTensor):
-        input = input.dequantize()  # noqa: A001
-    if isinstance(weight, QuantizedTensor):
-        with torch._C.DisableTorchFunctionSubclass():
-            is_trained = weight.requires_grad
-        if not is_trained:
-            return linear(input, weight, bias)
-        weight = weight + 0  # something trained was added in place: its gradient goes on
-    return torch.nn.functional.linear(input, weight, bias)
-
-
-def _embedding(input: Tensor, weight: QuantizedTensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: A002
-    """``F.embedding`` with a quantized weight: with a scale a row, the rows that are asked for."""
-    if not (weight.format.kind.per_row and weight.is_whole and weight.dim() == 2):
-        return torch.nn.functional.embedding(input, weight.dequantize(), *args, **kwargs)
-    codes, absmax = weight.packed[input], weight.absmax.reshape(-1, 1)[input]
-    values = codes.float() * (absmax * absmax.new_tensor(1 / 127))  # as ``reference.dequantize``
-    return values.to(weight.dtype)
 
 
 def _rows_are_blocks(shape: Sequence[int], fmt: QuantFormat) -> bool:

@@ -92,7 +92,11 @@ def take_back(q: QuantizedTensor, label: str) -> bool:
 
 def put_back(q: QuantizedTensor) -> None:
     """Put back what the last addition replaced."""
-    take_parts(q, q.undo.parts or (), q.undo.format or q.format)
+    parts, fmt = q.undo.parts or (), q.undo.format or q.format
+    if fmt != q.format:  # they become its memory, and a clone of it keeps the same ones
+        with torch.inference_mode(False):
+            parts = tuple(None if part is None else part.clone() for part in parts)
+    take_parts(q, parts, fmt)
     q.undo.pop()
 
 

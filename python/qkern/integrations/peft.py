@@ -18,8 +18,8 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor, nn
 
 from qkern.errors import AdapterMismatchError, MissingDependencyError
+from qkern.functional import linear
 from qkern.layers import QuantizedLinear
-from qkern.tensor import linear
 
 try:
     from peft import LoraConfig, PeftConfig, PeftModel
