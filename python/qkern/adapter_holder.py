@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qkern import operands
-from qkern.checkpointing import innermost_checkpoint
+from qkern.activation_checkpointing import innermost_checkpoint
 from qkern.errors import AdapterMismatchError, ShapeError
 from qkern.lora_adapter import LoRAAdapter, check_name
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from qkern import operands, ops
-from qkern.checkpointing import innermost_checkpoint
+from qkern.activation_checkpointing import innermost_checkpoint
 from qkern.errors import FormatError, QkernError
 from qkern.layers import QLoRALinear, QuantizedLinear
 from qkern.module_tree import module_paths

@@ -14,9 +14,10 @@ from typing import Any
 from qkern import entry_keys
 from qkern.checkpoint.carried import OtherFiles, other_files
 from qkern.checkpoint.entries import Piece
+from qkern.checkpoint.file_metadata import NEEDS_KEY, TIED_KEY
 from qkern.checkpoint.layout import ShardLayout
 from qkern.checkpoint.outcomes import DTYPE_NAMES, ITEM_SIZES, Factors, Outcome, Step
-from qkern.checkpoint.source import INDEX_NAME, NEEDS_KEY, TIED_KEY, Source
+from qkern.checkpoint.source import INDEX_NAME, Source
 from qkern.checkpoint.staging import Staging
 from qkern.checkpoint.stream import (
     CHANGES,

@@ -14,8 +14,9 @@ from qkern.adapter_config import CONFIG_NAME as ADAPTER_CONFIG
 from qkern.adapter_config import WEIGHTS_NAME as ADAPTER_WEIGHTS
 from qkern.adapter_holder import NamedAdapters
 from qkern.adapters import save_adapter
+from qkern.checkpoint.file_metadata import TIED_KEY
 from qkern.checkpoint.quantization_config import quantization_config
-from qkern.checkpoint.source import INDEX_NAME, TIED_KEY, WEIGHTS_NAME
+from qkern.checkpoint.source import INDEX_NAME, WEIGHTS_NAME
 from qkern.errors import AdapterMismatchError, FormatError
 from qkern.files import replacing, write_json
 from qkern.flat_weight import FlatParameters

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import math
 import os
 import re
@@ -22,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qkern import _native, entry_keys  # noqa: TID251 - it reads the headers
+from qkern.checkpoint.file_metadata import NEEDS_KEY, TIED_KEY, check_needs, read_tied
 from qkern.entry_keys import Described, State, scales_key
 from qkern.errors import CorruptFileError
 from qkern.files import pickle_advice, read_json
@@ -29,11 +29,6 @@ from qkern.formats import DTYPES, QuantFormat
 
 WEIGHTS_NAME: Final = "model.safetensors"
 INDEX_NAME: Final = f"{WEIGHTS_NAME}.index.json"
-# Metadata key: entries that were left out because they share another one's memory.
-TIED_KEY: Final = "qkern_tied"
-# Metadata key: the oldest version of qkern that can read the file; not written for files that all
-# versions can.
-NEEDS_KEY: Final = "qkern_needs"
 
 # safetensors' names of what can be read as numbers here; others are listed, not read.
 READABLE: Final = {
@@ -153,8 +148,8 @@ class Source:
         tied: dict[str, str] = {}
         self.metadata: dict[str, str] = {}
         for file, strings in zip(self.files, metadata, strict=True):
-            _check_needs(file, strings.get(NEEDS_KEY, "0"))
-            tied |= _read_tied(file, strings.get(TIED_KEY, "{}"))
+            check_needs(file, strings.get(NEEDS_KEY, "0"))
+            tied |= read_tied(file, strings.get(TIED_KEY, "{}"))
             self.metadata |= strings
         self.tied_entries = {
             key: owner
@@ -319,33 +314,6 @@ def _explaining(path: Path) -> Iterator[None]:
             raise
         msg = f"{error}: {pickle_advice(pickled[0])}"
         raise CorruptFileError(msg) from error
-
-
-def _read_tied(file: Path, text: str) -> dict[str, str]:
-    try:
-        tied = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        msg = f"{file}: its metadata {TIED_KEY} is not valid JSON: {error}"
-        raise CorruptFileError(msg) from error
-    if not isinstance(tied, dict) or not all(isinstance(owner, str) for owner in tied.values()):
-        msg = f"{file}: its metadata {TIED_KEY} is no object of names"
-        raise CorruptFileError(msg)
-    return tied
-
-
-def _check_needs(file: Path, needed: str) -> None:
-    """Refuse a file that says it needs a newer qkern, or says so in a way not known here."""
-    from qkern import __version__
-
-    if not re.fullmatch(r"\d{1,9}(\.\d{1,9}){0,3}", needed, re.ASCII) or (
-        _version(needed) > _version(__version__)
-    ):
-        msg = f"{file}: made by a newer qkern: needs {needed[:40]!r}, this is {__version__}"
-        raise CorruptFileError(msg)
-
-
-def _version(text: str) -> list[int]:
-    return [int(part) for part in re.findall(r"\d+", text)[:3]]
 
 
 def natural_order(name: str) -> list[str | tuple[int, str]]:
