@@ -48,3 +48,9 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
     for file in sorted(path.glob("model*.safetensors")):
         found |= load_file(file)
     return found
+
+
+def assert_one_rounding(found: Tensor, exact: Tensor) -> None:
+    """``found`` is ``exact``, but for the rounding to its dtype and that of fp32 sums."""
+    spacing = torch.finfo(found.dtype).eps * exact.abs().double()
+    assert bool(((found.double() - exact.double()).abs() <= 0.51 * spacing + 1e-7).all())

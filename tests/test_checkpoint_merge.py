@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 import torch
 from file_trees import tree
-from peft_adapters import adapted, model, tensors_of, write_adapter, write_base
+from peft_adapters import adapted, assert_one_rounding, model, tensors_of, write_adapter, write_base
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from toys import token_ids
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM
 
 import qkern
 from qkern.checkpoint.reader import CheckpointReader
@@ -37,12 +36,6 @@ def base(tmp_path: Path) -> Path:
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
     return write_adapter(tmp_path / "adapter", model())
-
-
-def assert_one_rounding(found: Tensor, exact: Tensor) -> None:
-    """``found`` is ``exact``, but for the rounding to its dtype and that of fp32 sums."""
-    spacing = torch.finfo(found.dtype).eps * exact.abs().double()
-    assert bool(((found.double() - exact.double()).abs() <= 0.51 * spacing + 1e-7).all())
 
 
 def rewrite(adapter: Path, change: Any) -> None:
@@ -108,24 +101,6 @@ def test_a_quantized_base_is_merged_on_the_values_that_it_decodes_to(
             assert_one_rounding(found[row.name], weight + 8 / 4 * B @ A)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
     assert "quantization_config" not in (tmp_path / "out" / "config.json").read_text()
-
-
-def test_conv1d_is_merged_transposed(tmp_path: Path) -> None:
-    config = GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=96, n_positions=32)
-    torch.manual_seed(0)
-    gpt2 = GPT2LMHeadModel(config)
-    gpt2.save_pretrained(tmp_path / "base")
-    # Files of this model may have no "transformer." in front, as those on the Hub.
-    file = tmp_path / "base" / "model.safetensors"
-    tensors = {key.removeprefix("transformer."): t for key, t in load_file(file).items()}
-    save_file(tensors, file, {"format": "pt"})
-    peft = adapted(gpt2, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True)
-    peft.save_pretrained(tmp_path / "adapter")
-    out = tmp_path / "out"
-    qkern.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", out, dtype="float32")
-    merged = peft.merge_and_unload().state_dict()
-    for key, tensor in tensors_of(out).items():
-        assert_one_rounding(tensor, merged[f"transformer.{key}"])
 
 
 # -- what is kept ----------------------------------------------------------------------------

@@ -224,14 +224,6 @@ def test_low_coverage_is_refused_before_anything_is_written(tmp_path: Path) -> N
     assert report.coverage.coverage > 0.5
 
 
-def test_layers_that_are_no_linear_ones_stay_dense(tmp_path: Path) -> None:
-    tensors = {f"h.0.attn.{name}.weight": torch.randn(64, 64) for name in ("c_attn", "other")}
-    src = write_model(tmp_path / "src", tensors, config={"model_type": "gpt2"})
-    report = qkern.quantize_checkpoint(src, tmp_path / "dst")
-    assert row(report, "h.0.attn.c_attn.weight").reason == "Conv1D, not nn.Linear"
-    assert row(report, "h.0.attn.other.weight").format is not None
-
-
 def test_embeddings_as_rows(tmp_path: Path) -> None:
     tensors = ends() | layer(0)
     src = write_model(tmp_path / "src", tensors)
