@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,26 @@ def _seed() -> None:
 def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine that has none: else quantized models are loaded onto it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def with_plugin() -> Iterator[None]:
+    """bitsandbytes' operators are qkern's."""
+    from qkern.integrations import bitsandbytes as plugin
+
+    plugin.enable()
+    yield
+    plugin.disable()
+
+
+@pytest.fixture
+def without_plugin() -> Iterator[None]:
+    """bitsandbytes by itself, whatever ran before and whatever the test switches."""
+    from qkern.integrations import bitsandbytes as plugin
+
+    plugin.disable()
+    yield
+    plugin.disable()
 
 
 @pytest.fixture
