@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from format_cases import FORMATS, KINDS
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -23,10 +24,6 @@ from qkern.undo import take_back
 
 # (rows, columns): whole blocks; blocks across rows; odd count; fewer values than a block
 SHAPES = [(8, 128), (5, 96), (7, 33), (3, 5), (192, 172)]
-FORMATS = [("nf4", True), ("nf4", False), ("fp4", True), ("int8", True), ("int8", False)]
-FORMATS += [("int8_row", False)]
-# One of 4 bits with scales of two levels, one of 8 bits whose blocks are rows.
-KINDS = ["nf4", "int8_row"]
 
 
 def layer(in_features: int = 128, out_features: int = 64, **settings: object) -> QuantizedLinear:

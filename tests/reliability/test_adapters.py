@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from format_cases import FORMATS
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -17,15 +18,6 @@ from qkern.adapted import adapted_layers
 from qkern.adapters import read_quantization
 from qkern.fingerprint import base_fingerprint
 from qkern.layers import QuantizedLinear
-
-FORMATS = [
-    ("nf4", True),
-    ("nf4", False),
-    ("fp4", True),
-    ("int8", True),
-    ("int8", False),
-    ("int8_row", False),
-]
 
 
 class Block(nn.Module):

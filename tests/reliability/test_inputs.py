@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from format_cases import FORMATS
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -16,15 +17,6 @@ from torch.nn.utils import parametrizations, parametrize, prune
 import qkern
 from qkern import functional
 from qkern.layers import QLoRALinear, QuantizedLinear
-
-FORMATS = [
-    ("nf4", True),
-    ("nf4", False),
-    ("fp4", True),
-    ("int8", True),
-    ("int8", False),
-    ("int8_row", False),
-]
 
 
 def net() -> nn.Module:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from bodies import BODIES, decode_on, encode_on, same_bits
 from cases import ties
+from format_cases import QUANT_TYPES
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -20,7 +21,6 @@ from qkern import codec, reference
 from qkern.formats import FP4, NF4, QuantFormat
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-QUANT_TYPES = ("nf4", "fp4", "int8")
 
 
 def all_values(dtype: torch.dtype) -> Tensor:
