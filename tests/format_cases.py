@@ -1,7 +1,10 @@
-"""Which formats a test runs over."""
+"""Which formats and dtypes a test runs over."""
 
 from __future__ import annotations
 
+import torch
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # (quant_type, double_quant): all kinds, with both kinds of scale where there are two.
 FORMATS = [
     ("nf4", True),

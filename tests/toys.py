@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qkern.layers import QLoRALinear
+from qkern.layers import QLoRALinear, QuantizedLinear
 
 
 def tiny_llama(**changes: object) -> LlamaForCausalLM:
@@ -53,3 +53,12 @@ class Stack(nn.Module):
         for layer in self.layers:
             x = torch.tanh(layer(x))
         return x
+
+
+def layer(in_features: int = 128, out_features: int = 64, **settings: object) -> QuantizedLinear:
+    torch.manual_seed(0)
+    return QuantizedLinear.from_linear(nn.Linear(in_features, out_features), **settings)
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Linear(128, 64), nn.Tanh(), nn.Linear(64, 8))
