@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,24 @@ def test_bitsandbytes_opens_what_was_quantized(gpt2: GPT2LMHeadModel, tmp_path: 
     qkern.quantize_model(gpt2, double_quant=False)
     for (name, layer_), (_, other) in zip(_layers(gpt2), _layers(theirs), strict=True):
         assert torch.equal(other.weight.reshape(-1), layer_.weight.packed.reshape(-1)), name
+
+
+@pytest.mark.parametrize("where", ["files", "model"])
+def test_bitsandbytes_leaves_dense_what_was_left_dense(
+    gpt2: GPT2LMHeadModel, tmp_path: Path, where: str
+) -> None:
+    settings = {"double_quant": False, "exclude": ["c_fc"]}
+    if where == "files":
+        qkern.quantize_checkpoint(tmp_path / "dense", tmp_path / "ours", **settings)
+    else:
+        dense = copy.deepcopy(gpt2)
+        qkern.quantize_model(dense, **settings)
+        qkern.save(dense, tmp_path / "ours")
+    theirs = opened(tmp_path / "ours")
+    block = theirs.transformer.h[0]
+    assert type(block.mlp.c_fc).__name__ == "Conv1D"
+    assert torch.equal(block.mlp.c_fc.weight, gpt2.transformer.h[0].mlp.c_fc.weight)
+    assert type(block.mlp.c_proj).__name__ == "Linear4bit"
 
 
 def _layers(model: Any) -> list[tuple[str, Any]]:
