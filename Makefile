@@ -5,6 +5,7 @@ PYTHON ?= python3# makes .venv
 PIP_ARGS ?=# more arguments for every `pip install`
 TORCH_INDEX ?=# package index to take torch from; the usual one if empty
 PYTEST_ARGS ?=# more arguments for pytest
+PYTEST_WORKERS ?= auto# processes that share the Python tests, at most 4; 0: this one alone
 MATURIN ?= maturin>=1.9,<2# what `make build` installs to build with
 MATURIN_ARGS ?=# more arguments for `maturin build`
 DEMO_ARGS ?=# arguments of the demo
@@ -25,6 +26,10 @@ PIP_INSTALL = $(VENV_PYTHON) -m pip install --disable-pip-version-check $(PIP_AR
 # What the native extension is built from; one that is missing from the tree is built again.
 NATIVE_SOURCES := Cargo.toml Cargo.lock $(shell find rust -name '*.rs' -o -name Cargo.toml)
 NATIVE_MISSING := $(if $(wildcard python/qkern/_native*.so python/qkern/_native*.pyd),,missing)
+
+# A file's tests stay in one process and in their order: they share what is made for the file.
+PARALLEL_PYTEST = $(VENV_PYTHON) -m pytest -n $(PYTEST_WORKERS) --maxprocesses 4 \
+	--dist loadfile --no-loadscope-reorder
 
 # One interpreter for every cargo command, or each of them would build the binding anew.
 export PYO3_PYTHON := $(abspath $(VENV_PYTHON))
@@ -64,7 +69,7 @@ format: $(VENV)/.dev ## put all files into shape
 	cargo fmt --all
 
 test: test-rust $(VENV)/.dev ## all tests: Rust, then Python with those of the wheel
-	$(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
+	$(PARALLEL_PYTEST) $(PYTEST_ARGS)
 
 test-rust: ## the tests of the Rust crates
 	cargo test --workspace --exclude qkern-py
@@ -83,7 +88,7 @@ test-neon: ## the Rust tests for 64-bit ARM under qemu: minutes, on Linux
 	cargo test -p qkern-codec --target aarch64-unknown-linux-gnu
 
 test-python: $(VENV)/.dev ## the Python tests that need no network
-	$(VENV_PYTHON) -m pytest -m "not wheel" $(PYTEST_ARGS)
+	$(PARALLEL_PYTEST) -m "not wheel" $(PYTEST_ARGS)
 
 test-large: $(VENV)/.dev ## tensors of more than 2^31 values there and back: 8 GiB of memory
 	QKERN_TEST_LARGE=1 $(VENV_PYTHON) -m pytest tests/reliability/test_native.py -k a9 $(PYTEST_ARGS)

@@ -58,7 +58,8 @@ class Size:
         return self.batch * self.length
 
 
-TINY = Size(hidden=64, intermediate=64, heads=2, kv_heads=2, blocks=1, batch=1, length=4)
+# Up to 4 tokens each value of h is a program of its own, which is slow to interpret.
+TINY = Size(hidden=64, intermediate=64, heads=2, kv_heads=2, blocks=1, batch=1, length=5)
 
 
 def cells(run: Run) -> Iterator[Cell]:

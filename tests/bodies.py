@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qkern import _native, codec
+import qkern
+from qkern import _native, codec, reference
 from qkern.formats import QuantFormat
 from qkern.ops import host
 
@@ -64,3 +65,10 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(
         a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8)
     )
+
+
+def decoded_scales(q: qkern.QuantizedTensor) -> Tensor:
+    """The fp32 scales that decoding multiplies by."""
+    if q.nested_absmax is None:
+        return q.absmax.reshape(-1)
+    return reference.dequantize_absmax(q.absmax.reshape(-1), q.nested_absmax, q.offset)

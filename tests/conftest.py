@@ -1,14 +1,18 @@
 """Shared fixtures: seeds, hypothesis profiles, small real data where it is at hand.
 
-After a run, the ids of the reliability cases (``@pytest.mark.case("A1")``) that it covered.
+After a run: what tests had to tell, the largest errors of kernels, and the ids of the reliability
+cases (``@pytest.mark.case("A1")``) that it covered; of all processes of pytest-xdist.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,6 +33,7 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 def pytest_configure(config: pytest.Config) -> None:
     """Hypothesis: few examples here, more with HYPOTHESIS_PROFILE=thorough."""
+    gc.disable()  # until all is imported
     import hypothesis
 
     hypothesis.settings.register_profile("dev", max_examples=25, deadline=None, derandomize=True)
@@ -38,6 +43,17 @@ def pytest_configure(config: pytest.Config) -> None:
         # The models here are tiny: a second thread costs more than it gives, and much more
         # on a machine that is busy with something else.
         torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of garbage collection: else that takes a third of the time."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    """As it was, for what looks at its own leaks when Python ends."""
+    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -50,8 +66,36 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.user_properties.append(("case", case))
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hand kernels' errors over, from a process of pytest-xdist."""
+    kernel_errors, output = sys.modules.get("kernel_errors"), workeroutput(session.config)
+    if kernel_errors is not None and output is not None:
+        output["kernel_errors"] = kernel_errors.dump()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take them from it."""
+    if errors := (workeroutput(node) or {}).get("kernel_errors"):
+        import kernel_errors
+
+        kernel_errors.add(errors)
+
+
+def workeroutput(holder: Any) -> dict[str, Any] | None:
+    """What a process of pytest-xdist leaves; None in the only one."""
+    output: dict[str, Any] | None = getattr(holder, "workeroutput", None)
+    return output
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Kernels' errors; the cases whose tests all passed, and those that did not."""
+    """What was told; kernels' errors; the cases whose tests all passed, and those that did not."""
+    reports = [r for each in terminalreporter.stats.values() for r in each]
+    properties = [p for report in reports for p in getattr(report, "user_properties", ())]
+    if told := dict.fromkeys(text for key, text in properties if key == "told"):
+        terminalreporter.section("what was compared")
+        for text in sorted(told):
+            terminalreporter.write_line(text)
     kernel_errors = sys.modules.get("kernel_errors")  # it needs torch
     if kernel_errors is not None and kernel_errors.FOUND:
         terminalreporter.section("largest errors of kernels against fp64")
@@ -82,9 +126,35 @@ def _seed() -> None:
 
 
 @pytest.fixture
+def tell(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Print a line, or several in one text, at the end of the run."""
+    return lambda text: request.node.user_properties.append(("told", text))
+
+
+@pytest.fixture
 def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine that has none: else quantized models are loaded onto it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def with_plugin() -> Iterator[None]:
+    """bitsandbytes' operators are qkern's."""
+    from qkern.integrations import bitsandbytes as plugin
+
+    plugin.enable()
+    yield
+    plugin.disable()
+
+
+@pytest.fixture
+def without_plugin() -> Iterator[None]:
+    """bitsandbytes by itself, whatever ran before and whatever the test switches."""
+    from qkern.integrations import bitsandbytes as plugin
+
+    plugin.disable()
+    yield
+    plugin.disable()
 
 
 @pytest.fixture

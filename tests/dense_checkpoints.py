@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from checkpoints import write, write_shards
+from safetensors.torch import load_file
 from torch import Tensor
 
 import qkern
 from qkern import flat_keys
+from qkern.checkpoint.quantization_report import QuantizationReport, TensorResult
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -20,6 +22,16 @@ CONFIG: dict[str, Any] = {
     "vocab_size": 96,
     "dtype": "bfloat16",
 }
+# Each with settings of its own: scales in 8 bits and in fp32, other blocks, a search.
+FORMATS: list[tuple[str, dict[str, Any]]] = [
+    ("nf4", {}),
+    ("nf4", {"double_quant": False, "blocksize": 128}),
+    ("nf4", {"method": "search"}),
+    ("fp4", {"blocksize": 32}),
+    ("int8", {}),
+    ("int8", {"double_quant": False}),
+    ("int8_row", {}),
+]
 
 
 def layer(index: int, dtype: torch.dtype = torch.bfloat16, *, width: int = 64) -> dict[str, Tensor]:
@@ -76,3 +88,14 @@ def expected_entries(
         else:
             entries[name] = tensor
     return entries
+
+
+def row(report: QuantizationReport, name: str) -> TensorResult:
+    return next(row for row in report.tensors if row.name == name)
+
+
+def entries_of(path: Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        found |= load_file(file)
+    return found

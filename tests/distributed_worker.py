@@ -1,11 +1,15 @@
-"""What two gloo processes check; run by test_distributed.py through torch's launcher.
+"""What two gloo processes check; run by test_distributed.py.
 
-Prints one line per leg that worked; any difference from one process is an error.
+    python tests/distributed_worker.py [LEG...]
+
+Prints one line per leg that worked; any difference from one process is an error. The processes are
+forked after the imports, which take longer than all legs.
 """
 
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -20,6 +24,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 import qkern
@@ -28,6 +33,7 @@ from qkern.layers import QuantizedLinear
 sys.path.insert(0, str(Path(__file__).parent))
 from toys import Stack, tiny_llama, token_ids
 
+WORLD_SIZE = 2
 BATCH = 8
 ALIGNED = (256, 192, 320, 256)
 KINDS = ("nf4", "int8_row")
@@ -311,17 +317,30 @@ HAS_FSDP2 = hasattr(torch.cpu.Stream, "record_event")
 LEGS = DDP + FSDP2 if HAS_FSDP2 else DDP
 
 
+def work(rank: int, folder: str, names: list[str]) -> None:
+    """One of the processes."""
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=WORLD_SIZE,
+        timeout=timedelta(seconds=30),
+    )
+    for leg in LEGS:
+        if not names or leg.__name__ in names:
+            leg()
+            dist.barrier()
+            if rank == 0:
+                print(f"works: {leg.__name__}", flush=True)
+    dist.destroy_process_group()
+
+
 def main() -> None:
     """Run the legs named on the command line, or all."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=30))
-    for leg in LEGS:
-        if len(sys.argv) == 1 or leg.__name__ in sys.argv[1:]:
-            leg()
-            dist.barrier()
-            if dist.get_rank() == 0:
-                print(f"works: {leg.__name__}", flush=True)
-    dist.destroy_process_group()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (folder, sys.argv[1:])
+        start_processes(work, arguments, nprocs=WORLD_SIZE, start_method="fork")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -28,13 +29,23 @@ def within(operation: str, dtype: torch.dtype, error: float, bound: float = 1.0)
         error: NaN is within none.
         bound: 1 where ``error`` is in units of bounds of its own, one for each value.
     """
-    key = (operation, str(dtype).removeprefix("torch."))
-    found, share = FOUND.get(key), error / bound
-    if found is None or math.isnan(share) or share > found.worst:
-        text = "by value" if bound == 1.0 else f"{bound:.1e}"
-        found = Errors(0 if found is None else found.cases, share, text)
-    FOUND[key] = found._replace(cases=found.cases + 1)
+    text = "by value" if bound == 1.0 else f"{bound:.1e}"
+    add([(operation, str(dtype).removeprefix("torch."), 1, float(error / bound), text)])
     return error <= bound
+
+
+def add(rows: Iterable[tuple[str, str, int, float, str]]) -> None:
+    """Keep what was found, here or in another process: operation, dtype, and ``Errors``."""
+    for operation, dtype, cases, worst, bound in rows:
+        found = FOUND.get((operation, dtype))
+        if found is None or math.isnan(worst) or worst > found.worst:
+            found = Errors(0 if found is None else found.cases, worst, bound)
+        FOUND[operation, dtype] = found._replace(cases=found.cases + cases)
+
+
+def dump() -> list[tuple[str, str, int, float, str]]:
+    """All that was kept, for ``add`` in another process."""
+    return [(*key, *errors) for key, errors in FOUND.items()]
 
 
 def lines() -> list[str]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from toys import tiny_llama
 from transformers import LlamaForCausalLM
@@ -48,3 +49,21 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
     for file in sorted(path.glob("model*.safetensors")):
         found |= load_file(file)
     return found
+
+
+def assert_one_rounding(found: Tensor, exact: Tensor) -> None:
+    """``found`` is ``exact``, but for the rounding to its dtype and that of fp32 sums."""
+    spacing = torch.finfo(found.dtype).eps * exact.abs().double()
+    assert bool(((found.double() - exact.double()).abs() <= 0.51 * spacing + 1e-7).all())
+
+
+def rewrite(adapter: Path, change: Any) -> None:
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+def reconfigure(adapter: Path, **changes: Any) -> None:
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))

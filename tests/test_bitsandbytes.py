@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -67,7 +67,7 @@ def encoded() -> list[tuple[Case, np.ndarray, F32]]:
 def test_packed_bytes_and_absmax_equal(
     body: str,
     encoded: list[tuple[Case, np.ndarray, F32]],
-    capsys: pytest.CaptureFixture[str],
+    tell: Callable[[str], None],
 ) -> None:
     for case, packed, absmax in encoded:
         ours, our_absmax = our_bytes(case, body)
@@ -76,11 +76,10 @@ def test_packed_bytes_and_absmax_equal(
             our_absmax.view(np.uint32), absmax.view(np.uint32), err_msg=str(case)
         )
     patterns, shapes = ({case[i] for case, *_ in encoded} for i in (0, 2))
-    with capsys.disabled():
-        print(
-            f"\n{len(encoded)} cases byte-equal to bitsandbytes on {body}: {len(patterns)} "
-            f"patterns of values, {len(shapes)} shapes"
-        )
+    tell(
+        f"{len(encoded)} cases byte-equal to bitsandbytes on {body}: {len(patterns)} "
+        f"patterns of values, {len(shapes)} shapes"
+    )
 
 
 def test_generated_cases_hold_what_is_hard() -> None:
@@ -144,7 +143,7 @@ def weights_with_scales() -> Iterator[tuple[str, F32]]:
 
 
 def test_double_quantized_codes_are_the_nearest_and_neighbours_of_bitsandbytes(
-    capsys: pytest.CaptureFixture[str],
+    tell: Callable[[str], None],
 ) -> None:
     """bitsandbytes looks codes up in 65,536 bins and sums its mean in fp32; qkern does neither."""
     table = codec.nested_code_array()
@@ -181,12 +180,11 @@ def test_double_quantized_codes_are_the_nearest_and_neighbours_of_bitsandbytes(
         different += int((mine != theirs).sum())
     assert cases >= 300
     assert different < 0.01 * compared
-    with capsys.disabled():
-        print(
-            f"\n{cases} tensors of double-quantized scales, each the nearest code: "
-            f"{100 * different / compared:.2f} % of {compared} differ from bitsandbytes' "
-            f"(neighbours); {same_offset} offsets equal, the others but for fp32 sums"
-        )
+    tell(
+        f"{cases} tensors of double-quantized scales, each the nearest code: "
+        f"{100 * different / compared:.2f} % of {compared} differ from bitsandbytes' "
+        f"(neighbours); {same_offset} offsets equal, the others but for fp32 sums"
+    )
 
 
 # -- files -----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import checkpoints
@@ -32,7 +33,7 @@ def int8_ties(n: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("body", BODIES)
-def test_int8_rows_equal(body: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_int8_rows_equal(body: str, tell: Callable[[str], None]) -> None:
     """``int8_vectorwise_quant``: codes and absmax of rows of any length."""
     rng, count = np.random.default_rng(0), 0
     for row in (1, 2, 31, 64, 65, 100, 172, 1000, 4099):
@@ -51,8 +52,7 @@ def test_int8_rows_equal(body: str, capsys: pytest.CaptureFixture[str]) -> None:
                 assert not packed[tiny].any()
                 np.testing.assert_array_equal(packed[~tiny], codes.numpy()[~tiny], err_msg=where)
                 count += 1
-    with capsys.disabled():
-        print(f"\n{count} cases of int8 rows byte-equal to bitsandbytes on {body}")
+    tell(f"{count} cases of int8 rows byte-equal to bitsandbytes on {body}")
 
 
 def test_int8_rows_decode_within_two_ulps_of_bitsandbytes() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -86,7 +87,7 @@ def on_body(body: str, parts: reference.Parts, fmt: QuantFormat, like: Tensor) -
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("nested", [False, True])
 def test_back_ends_agree_on_states_of_bitsandbytes(
-    quant_type: str, nested: bool, capsys: pytest.CaptureFixture[str]
+    quant_type: str, nested: bool, tell: Callable[[str], None]
 ) -> None:
     """qkern by every door and body, the reference, a plain decoding, and bitsandbytes."""
     wrong: collections.Counter[str] = collections.Counter()
@@ -125,10 +126,9 @@ def test_back_ends_agree_on_states_of_bitsandbytes(
         wrong[rows] += int((theirs != expected).sum())
         total[rows] += expected.numel()
     kind = f"{quant_type}, {'nested' if nested else 'fp32'} scales"
-    with capsys.disabled():
-        print(f"\nright in qkern, wrong in bitsandbytes' own dequantizer ({kind}):")
-        for rows in (rows for rows in total if wrong[rows]):
-            print(f"  {rows:24} {wrong[rows]:6} of {total[rows]}")
+    lines = [f"right in qkern, wrong in bitsandbytes' own dequantizer ({kind}):"]
+    lines += [f"  {rows:24} {wrong[rows]:6} of {total[rows]}" for rows in total if wrong[rows]]
+    tell("\n".join(lines))
 
 
 def test_a_state_of_bitsandbytes_opens_as_an_array() -> None:

@@ -14,7 +14,7 @@ from file_trees import tree
 from peft_adapters import model, tensors_of, write_base
 from safetensors.torch import load_file
 from toys import token_ids
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import qkern
 from qkern.checkpoint.conversion_report import ConversionReport
@@ -126,31 +126,6 @@ def test_bitsandbytes_opens_what_is_converted_to_it(tmp_path: Path, quant_type: 
     ids = token_ids()
     # Their product on a CPU rounds the activations.
     torch.testing.assert_close(opened(ids).logits, expected(ids).logits, rtol=0.1, atol=0.1)
-
-
-def test_conv1d_is_dense_as_its_class_holds_it(tmp_path: Path) -> None:
-    """transformers transposes it for bitsandbytes; qkern, if asked to quantize it, does not."""
-    torch.manual_seed(0)
-    config = GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=96, n_positions=32)
-    GPT2LMHeadModel(config).save_pretrained(tmp_path / "dense")
-    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        opened = AutoModelForCausalLM.from_pretrained(
-            tmp_path / "dense", quantization_config=quantization, dtype=torch.float32
-        )
-        opened.save_pretrained(tmp_path / "theirs")
-    names = "c_attn", "c_proj", "c_fc"
-    qkern.quantize_checkpoint(
-        tmp_path / "dense", tmp_path / "ours", double_quant=False, include=names
-    )
-    before = tensors_of(tmp_path / "dense")
-    for kind in ("theirs", "ours"):
-        qkern.convert_checkpoint(tmp_path / kind, tmp_path / f"{kind}-dense", "float32")
-        found = tensors_of(tmp_path / f"{kind}-dense")
-        for key, tensor in before.items():
-            assert found[key].shape == tensor.shape, key
-            assert float((found[key] - tensor).norm()) <= 0.12 * float(tensor.norm()), key
 
 
 def test_what_bitsandbytes_has_not_is_refused_with_the_way(tmp_path: Path) -> None:

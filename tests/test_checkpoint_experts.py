@@ -146,16 +146,21 @@ def test_experts_that_cannot_be_stacked_are_refused_with_what_was_found(tmp_path
 def test_conv1d_that_says_its_shape_is_read_and_one_that_does_not_is_refused(
     tmp_path: Path,
 ) -> None:
-    """What this package saves is (out, in); what it is told to quantize in files is not."""
+    """What this package writes is (out, in); what knows nothing of the model may be otherwise."""
     model = written("GPT-2", tmp_path / "dense")
-    everywhere = ("c_attn", "c_proj", "c_fc")
-    for kind, include, message in (
-        ("all", everywhere, r"holds \(64, 192\), \(192, 64\) needed"),
-        ("square", "attn.c_proj", "nothing says whether it is transposed"),
+    config = tmp_path / "dense" / "config.json"
+    known = config.read_text()
+    config.write_text(known.replace('"gpt2"', '"unknown"'))
+    for kind, exclude, message in (
+        ("all", (), r"holds \(64, 192\), \(192, 64\) needed"),
+        ("square", ("c_attn", "c_fc", "mlp.c_proj"), "nothing says whether it is transposed"),
     ):
-        qkern.quantize_checkpoint(tmp_path / "dense", tmp_path / kind, include=include)
+        qkern.quantize_checkpoint(tmp_path / "dense", tmp_path / kind, exclude=exclude)
+        written_config = tmp_path / kind / "config.json"
+        written_config.write_text(written_config.read_text().replace('"unknown"', '"gpt2"'))
         with pytest.raises(CorruptFileError, match=message):
             qkern.load(tmp_path / kind)
+    config.write_text(known)
     qkern.quantize_model(model)
     qkern.save(model, tmp_path / "ours")
     with torch.no_grad():

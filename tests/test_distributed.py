@@ -28,9 +28,8 @@ def test_data_parallel_without_gpus_is_the_model_itself() -> None:
 def test_two_processes_equal_one() -> None:
     import distributed_worker
 
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     run = subprocess.run(
-        [*command, "--nproc-per-node", "2", str(WORKER)],
+        [sys.executable, str(WORKER)],
         capture_output=True,
         text=True,
         timeout=240,

@@ -13,7 +13,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft_kinds import ALL, DOCUMENT, END, EXACT, KINDS, NAMED, START, Kind, densed, measure
+from peft_kind_settings import ALL, CAUSAL, EXACT, KINDS, NAMED, Kind, two_adapters
+from peft_kinds import DOCUMENT, END, START, densed, measure
 from toys import token_ids
 
 from qkern.errors import FrozenWeightError
@@ -149,7 +150,7 @@ def test_arrow_routes_between_adapters() -> None:
     config: Any = pytest.importorskip("peft.tuners.lora.config")
     if not hasattr(config, "ArrowConfig"):
         pytest.skip(f"PEFT {peft.__version__} has no Arrow")
-    paths = list(peft_kinds._adapters().values())
+    paths = list(two_adapters().values())
     found = []
     for base in (LORA.quantized(), densed(LORA.quantized())):
         model = peft.create_arrow_model(base, paths, config.ArrowConfig(top_k=1))
@@ -165,7 +166,7 @@ def test_glora_refuses_every_subclass_of_linear() -> None:
 
 
 def test_modules_to_save_are_trained_where_they_are_dense_and_refused_where_not() -> None:
-    settings = {**peft_kinds.CAUSAL, "target_modules": ["q_proj"], "r": 4}
+    settings = {**CAUSAL, "target_modules": ["q_proj"], "r": 4}
     dense = LoraConfig(**settings, modules_to_save=["embed_tokens", "lm_head"])
     model = get_peft_model(LORA.quantized(), dense)
     losses = LORA.train(model)

@@ -10,140 +10,24 @@ import gc
 import pickle
 import threading
 import weakref
-from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from projections_model import Model, assert_close, gradients, stand_in, tokens
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 from toys import tiny_llama, token_ids
 
 import qkern
-from qkern import kernels, projections, reference
 from qkern.errors import FormatError
-from qkern.ops import device_projections
-from qkern.ops.device import Adapter, Base
-
-LAYERS = ("q_proj", "k_proj", "v_proj")
-
-
-def dense(base: Base) -> Tensor:
-    N, K = base.shape
-    return reference.dequantize(base.parts, base.fmt, N * K, torch.float32).reshape(N, K)
-
-
-def forward(
-    x: Tensor,
-    bases: Sequence[Base],
-    biases: Sequence[Tensor | None],
-    adapters: Sequence[Adapter | None],
-) -> tuple[list[Tensor], Tensor]:
-    outputs, hidden = [], [x.new_empty(x.shape[:-1].numel(), 0)]
-    for base, bias, adapter in zip(bases, biases, adapters, strict=True):
-        y = nn.functional.linear(x, dense(base).to(x.dtype), bias)
-        if adapter is not None:
-            h = x.reshape(-1, x.shape[-1]).float() @ adapter.A.float().mT * adapter.scaling
-            y = y + (h @ adapter.B.float().mT).reshape(y.shape).to(x.dtype)
-            hidden.append(h)
-        outputs.append(y.clone())
-    return outputs, torch.cat(hidden, dim=1).float()
-
-
-def backward(
-    grads: Sequence[Tensor],
-    x: Tensor | None,
-    h: Tensor | None,
-    bases: Sequence[Base],
-    adapters: Sequence[Adapter | None],
-    needs: tuple[bool, bool],
-) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    dX = torch.zeros(())
-    dA: list[Tensor | None] = []
-    dB: list[Tensor | None] = []
-    columns = iter(h.split([a.A.shape[0] for a in adapters if a], dim=1) if h is not None else ())
-    for grad, base, adapter in zip(grads, bases, adapters, strict=True):
-        dX = dX + grad @ dense(base).to(grad.dtype)
-        rows = grad.reshape(-1, grad.shape[-1])
-        dA.append(None)
-        dB.append(None)
-        if adapter is not None:
-            G = rows @ adapter.B * adapter.scaling
-            dX = dX + (G @ adapter.A).reshape(dX.shape)
-            if x is not None:
-                dA[-1] = G.mT @ x.reshape(-1, x.shape[-1])
-                dB[-1] = rows.mT @ next(columns)
-    return (dX if needs[0] else None), dA, dB
 
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many layers each launch took; from here on kernels serve, to all appearances."""
-    counts: list[int] = []
-
-    def launch(x: Tensor, bases: Sequence[Base], *operands: Any) -> tuple[list[Tensor], Tensor]:
-        counts.append(len(bases))
-        return forward(x, bases, *operands)
-
-    monkeypatch.setattr(device_projections, "forward", launch)
-    monkeypatch.setattr(device_projections, "backward", backward)
-    monkeypatch.setattr(kernels, "is_supported", lambda _: True)  # a single layer stays the CPU's
-    return counts
-
-
-class Attention(nn.Module):
-    """Three layers of one input, or what a test makes of them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name, width in zip(LAYERS, (48, 16, 24), strict=True):
-            setattr(self, name, nn.Linear(64, width, bias=name != "v_proj"))
-        self.inputs: Callable[[Tensor, int], Tensor] = lambda x, i: x
-        self.after: Callable[[Tensor], Tensor] = torch.tanh
-
-    def forward(self, x: Tensor) -> Tensor:
-        outputs = []
-        for i, name in enumerate(LAYERS):
-            outputs.append(self.after(getattr(self, name)(self.inputs(x, i))))
-        return torch.cat(outputs, dim=-1)
-
-
-class Model(nn.Module):
-    def __init__(self, *, adapters: bool = True, fused: bool = True) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.attention = Attention()
-        qkern.quantize_model(self)
-        if adapters:
-            targets = ["q_proj", "v_proj"]
-            qkern.add_lora(self, r=3, target_modules=targets, init_lora_weights=False)
-        if fused:
-            qkern.fuse_projections(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.attention(x)
-        return y
-
-
-def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """y, and the gradients of x and of all that is trained."""
-    x = x.detach().clone().requires_grad_()
-    y = model(x)
-    model.zero_grad()
-    y.square().sum().backward()
-    return [y.detach(), *(p.grad for p in (x, *model.parameters()) if p.requires_grad)]
-
-
-def assert_close(got: Sequence[Tensor], right: Sequence[Tensor]) -> None:
-    for mine, other in zip(got, right, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
-
-
-def tokens(count: int = 5) -> Tensor:
-    return torch.randn(count, 64, generator=torch.Generator().manual_seed(3))
+    """How many layers each launch took."""
+    return stand_in(monkeypatch)
 
 
 @pytest.mark.parametrize("adapters", [False, True])
@@ -180,57 +64,6 @@ def test_modes_see_the_operators(launches: list[int]) -> None:
         with torch.no_grad():
             model(x)
     assert seen.names == ["projections", "projections_backward", "projections"]
-
-
-@pytest.fixture(params=["hooks", "stack"])
-def checkpoints(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """How checkpointing is noticed: by its hooks, or as in torch 2.6 by the calls on the stack."""
-    if request.param == "stack":
-        monkeypatch.setattr(projections, "_saving_hooks", projections.innermost_checkpoint)
-
-
-@pytest.mark.usefixtures("checkpoints")
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("within", [False, True])
-def test_checkpointing_computes_once_more_and_has_the_same_gradients(
-    within: bool, reentrant: bool, launches: list[int]
-) -> None:
-    """Of the owner, or within its forward: backward calls that without the owner."""
-    model, x = Model(), tokens()
-    plain = gradients(model, x)
-    place = model.attention if within else model
-    inner = place.forward
-    place.forward = lambda x: checkpoint(inner, x, use_reentrant=reentrant)
-    again = gradients(model, x)
-    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
-    assert launches == [3, 3, 3]
-
-
-@pytest.mark.usefixtures("checkpoints", "launches")
-def test_a_sibling_that_is_checkpointed_by_itself_is_computed_there() -> None:
-    model, x = Model(), tokens()
-    layer = model.attention.k_proj
-    inner = layer.forward
-
-    def activated(x: Tensor) -> Tensor:
-        return inner(x).sin()
-
-    layer.forward = activated
-    plain = gradients(model, x)
-    layer.forward = lambda x: checkpoint(activated, x, use_reentrant=False)
-    with pytest.warns(UserWarning, match="in vain"):
-        assert_close(gradients(model, x), plain)
-
-
-@pytest.mark.usefixtures("checkpoints", "launches")
-def test_siblings_that_are_checkpointed_one_by_one_are_computed_one_by_one() -> None:
-    model, x = Model(), tokens()
-    plain = gradients(model, x)
-    for name in LAYERS:
-        layer = getattr(model.attention, name)
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-    with pytest.warns(UserWarning, match="in vain"):
-        assert_close(gradients(model, x), plain)
 
 
 def test_one_input_changed_in_place_between_siblings_is_seen(launches: list[int]) -> None:

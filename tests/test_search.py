@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -63,20 +64,29 @@ def test_with_fp32_scales_no_block_is_worse_than_by_absmax(
     assert (block_errors(searched, values) <= block_errors(absmax, values)).all()
 
 
+@functools.cache
+def searched(quant_type: str, blocksize: int) -> dict[str, tuple[Tensor, reference.Parts]]:
+    """Each pattern of values, with the codes and scales that the reference finds."""
+    fmt, found = QuantFormat(quant_type, blocksize, double_quant=False), {}
+    for name, values in value_patterns(4099, np.random.default_rng(0)):
+        x = torch.from_numpy(values)
+        scales = reference.search_scales(x, fmt)
+        found[name] = x, reference.Parts(reference.encode(x, scales, fmt), scales, None, None)
+    return found
+
+
 @pytest.mark.parametrize("body", BODIES)
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_every_body_finds_no_more_error_than_the_reference(body: str, quant_type: str) -> None:
     for blocksize in (32, 64, 256):
         fmt = QuantFormat(quant_type, blocksize, double_quant=False)
-        for name, values in value_patterns(4099, np.random.default_rng(0)):
+        for name, (x, theirs) in searched(quant_type, blocksize).items():
+            values = x.numpy()
             scales = np.empty(fmt.num_blocks(values.size), np.float32)
             packed = np.empty(fmt.packed_size(values.size), np.uint8)
             code = codec.code_array(quant_type)
             _native.search_scales(values, "float32", code, blocksize, scales, simd=body)
             _native.encode_4bit(values, "float32", code, blocksize, scales, packed, simd=body)
-            x = torch.from_numpy(values)
-            expected = reference.search_scales(x, fmt)
-            theirs = reference.Parts(reference.encode(x, expected, fmt), expected, None, None)
             ours = reference.Parts(torch.from_numpy(packed), torch.from_numpy(scales), None, None)
             errors = [
                 float((reference.dequantize(p, fmt, x.numel(), x.dtype).double() - x).norm())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import signal
 import threading
 from pathlib import Path
@@ -16,7 +15,7 @@ from chat_model import byte_tokenizer, save_chat_model, write_chats
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import TrainerCallback
+from trainer_callbacks import Fail, InfiniteGradient, SendSigint, poisoned, with_callback
 
 import qkern
 from qkern import adapters
@@ -136,7 +135,7 @@ def test_resume_equals_an_uninterrupted_run(
     stop: int, whole: FinetuneResult, model_dir: Path, data: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(AdapterTrainer, "train", _with_callback(_SendSigint(stop)))
+        patch.setattr(AdapterTrainer, "train", with_callback(SendSigint(stop)))
         with pytest.raises(TrainingInterrupted) as caught:
             finetune(model_dir, data, tmp_path, CONFIG)
     assert caught.value.step == stop
@@ -158,7 +157,7 @@ def test_resume_with_random_order_and_accumulation(
     )
     straight = finetune(model_dir, data, tmp_path / "a", config)
     with monkeypatch.context() as patch:
-        patch.setattr(AdapterTrainer, "train", _with_callback(_Fail(4)))
+        patch.setattr(AdapterTrainer, "train", with_callback(Fail(4)))
         with pytest.raises(RuntimeError, match="power cut"):
             finetune(model_dir, data, tmp_path / "b", config)
     resumed = finetune(model_dir, data, tmp_path / "b", resume=True)
@@ -170,7 +169,7 @@ def test_an_unfinished_checkpoint_is_passed_over(
     whole: FinetuneResult, model_dir: Path, data: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(AdapterTrainer, "train", _with_callback(_SendSigint(4)))
+        patch.setattr(AdapterTrainer, "train", with_callback(SendSigint(4)))
         with pytest.raises(TrainingInterrupted):
             finetune(model_dir, data, tmp_path, CONFIG)
     (tmp_path / "checkpoint-8").mkdir()
@@ -209,7 +208,7 @@ def test_a_second_interrupt_stops_at_once(
     model_dir: Path, data: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     lines: list[str] = []
-    monkeypatch.setattr(AdapterTrainer, "train", _with_callback(_SendSigint(3, times=2)))
+    monkeypatch.setattr(AdapterTrainer, "train", with_callback(SendSigint(3, times=2)))
     with pytest.raises(TrainingInterrupted, match="nothing was saved yet"):
         finetune(model_dir, data, tmp_path, CONFIG, say=lines.append)
     assert any("again: stop at once" in line for line in lines)
@@ -235,7 +234,7 @@ def test_a_diverging_run_keeps_the_old_adapter(
 ) -> None:
     qkern.save_adapter(whole.model, tmp_path)
     before = weights(tmp_path)
-    monkeypatch.setattr(AdapterTrainer, "compute_loss", _poisoned(AdapterTrainer.compute_loss))
+    monkeypatch.setattr(AdapterTrainer, "compute_loss", poisoned(AdapterTrainer.compute_loss))
     with pytest.raises(DivergedError, match="the loss is nan at step 1"):
         finetune(model_dir, data, tmp_path, CONFIG, overwrite=True)
     after = weights(tmp_path)
@@ -246,7 +245,7 @@ def test_a_diverging_run_keeps_the_old_adapter(
 def test_an_infinite_gradient_stops_before_the_update(
     model_dir: Path, data: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(AdapterTrainer, "train", _with_callback(_InfiniteGradient()))
+    monkeypatch.setattr(AdapterTrainer, "train", with_callback(InfiniteGradient()))
     with pytest.raises(DivergedError, match=r"lora_A is not finite at step 1"):
         finetune(model_dir, data, tmp_path, CONFIG)
 
@@ -350,52 +349,3 @@ def test_bad_data_is_found_before_the_model_is_loaded(model_dir: Path, tmp_path:
     with pytest.raises(DataError, match="line 2"):
         finetune(model_dir, path, tmp_path / "out", CONFIG)
     assert not (tmp_path / "out").exists()
-
-
-class _SendSigint(TrainerCallback):
-    """Ctrl-C during a step."""
-
-    def __init__(self, step: int, times: int = 1) -> None:
-        self.step, self.times = step, times
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step - 1:
-            for _ in range(self.times):
-                os.kill(os.getpid(), signal.SIGINT)
-
-
-class _InfiniteGradient(TrainerCallback):
-    """A gradient that overflows under a finite loss."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        parameter = next(p for p in kwargs["model"].parameters() if p.requires_grad)
-        parameter.register_hook(lambda gradient: gradient + torch.inf)
-
-
-class _Fail(TrainerCallback):
-    """A crash in the middle of a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step - 1:
-            msg = "power cut"
-            raise RuntimeError(msg)
-
-
-def _with_callback(callback: TrainerCallback) -> Any:
-    original = AdapterTrainer.train
-
-    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
-        self.add_callback(callback)
-        return original(self, *args, **kwargs)
-
-    return train
-
-
-def _poisoned(compute_loss: Any) -> Any:
-    def poisoned(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return compute_loss(self, *args, **kwargs) * torch.nan
-
-    return poisoned

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from qkern.layers import QLoRALinear
+from qkern.layers import QLoRALinear, QuantizedLinear
+
+if TYPE_CHECKING:  # a process that opens a Stack would wait for it
+    from transformers import LlamaForCausalLM
 
 
 def tiny_llama(**changes: object) -> LlamaForCausalLM:
     """A random Llama of two layers; every in_features is a multiple of 64 unless changed."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     sizes = {
         "hidden_size": 128,
         "intermediate_size": 192,
@@ -53,3 +58,12 @@ class Stack(nn.Module):
         for layer in self.layers:
             x = torch.tanh(layer(x))
         return x
+
+
+def layer(in_features: int = 128, out_features: int = 64, **settings: object) -> QuantizedLinear:
+    torch.manual_seed(0)
+    return QuantizedLinear.from_linear(nn.Linear(in_features, out_features), **settings)
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Linear(128, 64), nn.Tanh(), nn.Linear(64, 8))

@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
@@ -72,7 +71,7 @@ def with_bitsandbytes(model: nn.Module) -> nn.Module:
 
 
 def test_three_ways_to_fine_tune(
-    shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    shared_data: Path, tmp_path: Path, tell: Callable[[str], None]
 ) -> None:
     def load() -> nn.Module:
         path = shared_data / "stories260K"
@@ -102,13 +101,13 @@ def test_three_ways_to_fine_tune(
     losses = {name: run() for name, run in runs.items()}
     plain, ours, bnb = map(torch.tensor, losses.values())
     relative = ((ours - plain).abs() / plain).max().item()
-    with capsys.disabled():
-        print(f"\n{STEPS} steps of {BATCH}x{LENGTH} tokens, stories260K, fp32")
-        for name, curve in losses.items():
-            marks = "  ".join(f"{curve[i]:.6f}" for i in (0, 9, 24, 49, 74, 99))
-            print(f"  {name:32} {marks}")
-        print(f"  qkern against plain LoRA: worst relative difference {relative:.2g}")
-        print(f"  bitsandbytes against plain LoRA: {((bnb - plain).abs() / plain).max():.2g}")
+    lines = [f"{STEPS} steps of {BATCH}x{LENGTH} tokens, stories260K, fp32"]
+    for name, curve in losses.items():
+        marks = "  ".join(f"{curve[i]:.6f}" for i in (0, 9, 24, 49, 74, 99))
+        lines.append(f"  {name:32} {marks}")
+    lines.append(f"  qkern against plain LoRA: worst relative difference {relative:.2g}")
+    lines.append(f"  bitsandbytes against plain LoRA: {((bnb - plain).abs() / plain).max():.2g}")
+    tell("\n".join(lines))
     assert ours[-10:].mean() < ours[:10].mean() - 0.02  # it learns at all
     assert relative < 1e-5
     assert ((bnb - plain).abs() / plain).max() < 0.02

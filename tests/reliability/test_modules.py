@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from bodies import same_bits
+from format_cases import FORMATS
 from peft import LoraConfig, get_peft_model
 from small_net import adapted, assert_same_parts, inputs, parts_of, quantized
 from torch import Tensor, nn
@@ -23,16 +24,6 @@ from toys import Stack, tiny_llama, token_ids
 import qkern
 from qkern.layers import QLoRALinear, QuantizedLinear
 from qkern.tensor import QuantizedTensor
-
-FORMATS = [
-    ("nf4", True),
-    ("nf4", False),
-    ("fp4", True),
-    ("int8", True),
-    ("int8", False),
-    ("int8_row", False),
-]
-
 
 # -- copies ----------------------------------------------------------------------------------
 

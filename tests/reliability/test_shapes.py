@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from bodies import BODIES, decode_on, encode_on, same_bits
+from format_cases import FORMATS
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load, save
@@ -18,14 +19,6 @@ from qkern.formats import BLOCKSIZES, QuantFormat
 from qkern.layers import QLoRALinear
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-FORMATS = [
-    ("nf4", True),
-    ("nf4", False),
-    ("fp4", True),
-    ("int8", True),
-    ("int8", False),
-    ("int8_row", False),
-]
 # bitsandbytes' CPU dequantizer is wrong on 96, 480, 720; 1176 is no multiple of 16 at that
 RAGGED_ROWS = (96, 480, 720, 1176)
 # fewer values than a block; one; odd; prime; a prime of blocks and one value more

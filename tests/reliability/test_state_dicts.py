@@ -8,20 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from bodies import same_bits
+from format_cases import FORMATS
 from safetensors.torch import load_file, save_file
 from small_net import Net, adapted, assert_same_parts, inputs, parts_of, quantized, wrapped
 from torch import Tensor
 
 import qkern
-
-FORMATS = [
-    ("nf4", True),
-    ("nf4", False),
-    ("fp4", True),
-    ("int8", True),
-    ("int8", False),
-    ("int8_row", False),
-]
 
 
 @pytest.mark.case("D1", "D6")

@@ -13,26 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from dense_checkpoints import write_sharded
 from file_trees import tree
 from writing_processes import PATHS, answers
-
-import qkern
-
-
-@pytest.fixture(scope="module")
-def src(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    return write_sharded(tmp_path_factory.mktemp("dense") / "src")
-
-
-@pytest.fixture(scope="module")
-def expected(src: Path) -> dict[str, str]:
-    """Hashes of the files that a run writes that nothing disturbs."""
-    qkern.quantize_checkpoint(src, src.parent / "expected")
-    return tree(src.parent / "expected")
-
 
 # -- memory ----------------------------------------------------------------------------------
 

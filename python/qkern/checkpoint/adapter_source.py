@@ -208,8 +208,15 @@ class AdapterSource:
                 return rename
         return lambda name: name
 
-    def factors(self, name: str, tensor: StoredTensor) -> LoraFactors:
+    def factors(
+        self, name: str, tensor: StoredTensor, *, conv1d: bool | None = None
+    ) -> LoraFactors:
         """The adapter's part of a base's weight.
+
+        Args:
+            name: of the layer, in the adapter.
+            tensor: the weight.
+            conv1d: whether the layer is a Conv1D; None if only the adapter's settings can tell.
 
         Raises:
             AdapterMismatchError: if it does not fit the weight, or the settings.
@@ -221,10 +228,11 @@ class AdapterSource:
             msg = f"{self.path}: {name} has rank {A[0]}, the settings say {expected:g}"
             raise AdapterMismatchError(msg)
         # With fan_in_fan_out only some of a model's layers are Conv1D.
-        fits = tensor.shape == (B[0], A[1])
-        is_conv1d = bool(self.config.get("fan_in_fan_out")) and tensor.format is None
-        transposed = is_conv1d and tensor.shape == (A[1], B[0])
-        if not fits and not transposed:
+        if conv1d is None:
+            conv1d = bool(self.config.get("fan_in_fan_out")) and tensor.shape == (A[1], B[0])
+        transposed = conv1d and tensor.format is None
+        fits = tensor.shape == ((A[1], B[0]) if transposed else (B[0], A[1]))
+        if not fits:
             msg = (
                 f"{name}: the adapter is (out, in, r) = {(B[0], A[1], A[0])}, the layer is "
                 f"{tensor.shape}: is this the adapter's base model?"

@@ -180,7 +180,7 @@ def _check_readable(source: Source, blocks: BlockWeights) -> None:
 
 def _as_dense(source: Source, dtype: str, blocks: BlockWeights) -> list[Outcome]:
     places, main = Places(source), main_dtype(source)
-    transposed = _transposed(source)
+    transposed = transposed_weights(source)
     outcomes = []
     for tensor in in_file_order(source):
         if tensor.name in blocks.by_codes:
@@ -199,11 +199,11 @@ def _as_dense(source: Source, dtype: str, blocks: BlockWeights) -> list[Outcome]
     return outcomes
 
 
-def _transposed(source: Source) -> set[str]:
+def transposed_weights(source: Source) -> set[str]:
     """Quantized weights that are the transposes of what the model's class holds.
 
-    bitsandbytes' layers are linear ones: transformers transposes the weights of Conv1D for them.
-    Here they are quantized as they are. The shapes of layers that widen tell which it was.
+    Quantized layers are linear ones: the weights of Conv1D are transposed for them, but by programs
+    that know nothing of classes. The shapes of layers that widen tell which it was.
     """
     quantized = [tensor for tensor in source.tensors.values() if tensor.format is not None]
     model_type = source.config.get("model_type")

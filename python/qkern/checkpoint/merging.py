@@ -11,7 +11,7 @@ from typing import Any
 from qkern import codec
 from qkern.checkpoint.adapter_source import AdapterSource, LoraFactors, settings_of
 from qkern.checkpoint.conversion_report import converted
-from qkern.checkpoint.converting import is_cast, why_kept
+from qkern.checkpoint.converting import is_cast, transposed_weights, why_kept
 from qkern.checkpoint.destination import check_place
 from qkern.checkpoint.merge_report import MergedTensor, MergeReport
 from qkern.checkpoint.model_card import merge_section
@@ -32,8 +32,8 @@ from qkern.checkpoint.output_plan import OutputPlan
 from qkern.checkpoint.running import Progress, Run
 from qkern.checkpoint.source import Source, StoredTensor
 from qkern.checkpoint.stream import Done
-from qkern.checkpoint.targets import choose_targets
-from qkern.errors import FormatError, LostDeltaError
+from qkern.checkpoint.targets import Target, choose_targets, has_conv1d, is_conv1d
+from qkern.errors import LostDeltaError
 from qkern.formats import DTYPES, QuantFormat, resolve_format
 from qkern.merge_target import MergeTarget
 
@@ -225,17 +225,22 @@ class _Outcomes:
         self._source, self._fmt, self._method = source, fmt, method
         self._places = Places(source)
         self._adapter, self._of_adapter = adapter, Places(adapter.source, len(source.files))
+        known, config = has_conv1d(source.config), source.config
         self._factors = {
-            tensor.name: adapter.factors(name, tensor) for name, tensor in weights.items()
+            tensor.name: adapter.factors(
+                name, tensor, conv1d=is_conv1d(tensor, config) if known else None
+            )
+            for name, tensor in weights.items()
         }
         self._replaced = adapter.replacements_of(source)
+        self._transposed = transposed_weights(source)
 
     def all(self, dtype: str) -> list[Outcome]:
         """In the order of the files."""
         tensors = in_file_order(self._source)
         if self._fmt is not None:
-            formats = self._formats(self._fmt)
-            return [self._quantized(tensor, formats[tensor.name]) for tensor in tensors]
+            targets = self._targets(self._fmt)
+            return [self._quantized(tensor, targets[tensor.name]) for tensor in tensors]
         main = main_dtype(self._source)
         return [self._dense(tensor, dtype, main) for tensor in tensors]
 
@@ -246,30 +251,29 @@ class _Outcomes:
             return self._taken(tensor, dtype if follows else tensor.dtype)
         if not follows:
             return copied(tensor, self._places, why_kept(tensor))
-        return written_dense(tensor, dtype, self._places, factors=factors)
+        turned = tensor.name in self._transposed
+        return written_dense(tensor, dtype, self._places, factors=factors, transposed=turned)
 
-    def _quantized(self, tensor: StoredTensor, fmt: QuantFormat | None) -> Outcome:
+    def _quantized(self, tensor: StoredTensor, target: Target) -> Outcome:
+        fmt = target.format
         factors = self._factors.get(tensor.name)
         if tensor.name in self._replaced:
             return self._taken(tensor, tensor.dtype)
         if fmt is None:
             return written_dense(tensor, tensor.dtype, self._places, factors=factors)
-        if factors is not None and factors.transposed:
-            msg = f"{tensor.name}: a Conv1D, whose weight is dense in a quantized model: exclude it"
-            raise FormatError(msg)
         if factors is None and tensor.format is not None and _is_like(tensor.format, fmt):
             return carried(tensor, self._places)
-        fmt = fmt.for_shape(tensor.shape)
-        return written_quantized(tensor, fmt, self._places, method=self._method, factors=factors)
+        how: dict[str, Any] = {"method": self._method, "transposed": target.transposed}
+        fmt = fmt.for_shape(target.shape)
+        return written_quantized(tensor, fmt, self._places, factors=factors, **how)
 
-    def _formats(self, fmt: QuantFormat) -> dict[str, QuantFormat | None]:
+    def _targets(self, fmt: QuantFormat) -> dict[str, Target]:
         if not self._source.is_quantized:
             targets = choose_targets(self._source, fmt)
-            return {target.tensor.name: target.format for target in targets}
-        return {
-            tensor.name: None if tensor.format is None else fmt
-            for tensor in self._source.tensors.values()
-        }
+        else:
+            tensors = self._source.tensors.values()
+            targets = [Target(t, None if t.format is None else fmt) for t in tensors]
+        return {target.tensor.name: target for target in targets}
 
     def _taken(self, tensor: StoredTensor, dtype: str) -> Outcome:
         """A tensor that the adapter holds whole."""

@@ -180,14 +180,18 @@ def written_quantized(
     *,
     method: str = "absmax",
     factors: Factors | None = None,
+    transposed: bool = False,
     reason: str = "",
 ) -> Outcome:
     """A tensor, dense or quantized, as codes of ``fmt`` (after ``for_shape``)."""
-    weight = Weight(tensor.name, tensor.shape, tensor.dtype, fmt)
+    shape = tensor.shape[::-1] if transposed else tensor.shape
+    weight = Weight(tensor.name, shape, tensor.dtype, fmt)
     chosen = method if fmt.code is not None else "absmax"
-    step = Step(weight, places.values(tensor), chosen, factors)
+    values, stored = places.values(tensor), tensor.shape
+    step = Step(weight, values, chosen, factors, shape=stored, transposed=transposed)
     action = QUANTIZED if factors is None else MERGED
-    return _outcome(tensor, tensor.dtype, fmt, action, (step,), reason)
+    outcome = _outcome(tensor, tensor.dtype, fmt, action, (step,), reason)
+    return dataclasses.replace(outcome, shape=shape)
 
 
 def carried(tensor: StoredTensor, places: Places, reason: str = "") -> Outcome:

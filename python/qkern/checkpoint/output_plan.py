@@ -211,7 +211,8 @@ class OutputPlan:
             return WeightJob(item.key, shape, source, dense, transposed=step.transposed)
         scales = span(entry_keys.scales_key(item.name, item.format))
         coded = Quantized(item.format, span(item.name), scales)
-        return WeightJob(item.name, item.shape, source, coded, step.method, measure=True)
+        shape, turned = step.shape or item.shape, step.transposed
+        return WeightJob(item.name, shape, source, coded, step.method, True, transposed=turned)
 
 
 def _needed_version(outcomes: Sequence[Outcome]) -> dict[str, str]:

@@ -198,11 +198,12 @@ def _outcomes(source: Source, targets: Sequence[Target], method: str) -> list[Ou
     by_name, places = {target.tensor.name: target for target in targets}, Places(source)
     outcomes = []
     for tensor in in_file_order(source):
-        fmt = by_name[tensor.name].format
-        if fmt is None:
+        target = by_name[tensor.name]
+        if target.format is None:
             outcomes.append(copied(tensor, places))
         else:
-            outcomes.append(written_quantized(tensor, fmt, places, method=method))
+            how: dict[str, Any] = {"method": method, "transposed": target.transposed}
+            outcomes.append(written_quantized(tensor, target.format, places, **how))
     return outcomes
 
 
@@ -213,7 +214,7 @@ def _result(target: Target, done: Done | None) -> TensorResult:
     return TensorResult(
         name=tensor.name,
         file=tensor.file.name,
-        shape=tensor.shape,
+        shape=target.shape,
         dtype=tensor.dtype,
         format=fmt,
         reason=reason,

@@ -22,6 +22,7 @@ from qkern.files import replacing, write_json
 from qkern.flat_weight import FlatParameters
 from qkern.layers import QuantizedLinear
 from qkern.saved_modules import base_name
+from qkern.weight_sites import is_conv1d
 
 
 def save(model: nn.Module, path: str | PathLike[str]) -> None:
@@ -114,7 +115,7 @@ def _quantization_config(
     skipped = [
         name
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and path not in layers
+        if (isinstance(module, nn.Linear) or is_conv1d(module)) and path not in layers
         if (name := base_name(path, holders)) is not None
     ]
     plain = all(isinstance(layer, QuantizedLinear) for layer in layers.values())

@@ -137,8 +137,8 @@ class WeightJob:
         measure: whether the errors of a quantized target are measured, see ``Errors``; with
             a delta those of a dense one always are.
         delta: what is added before; none by default.
-        transposed: whether a dense target holds the matrices of the last two dimensions transposed.
-            A thread needs memory for one of them.
+        transposed: whether the target holds the matrices of the last two dimensions transposed, of
+            which a quantized one can have one. A thread needs memory for one of them.
     """
 
     name: str

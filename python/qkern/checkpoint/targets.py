@@ -38,12 +38,20 @@ class Target:
         format: after ``for_shape``; None if it stays dense.
         reason: why it stays dense, or has another format than was asked for; empty otherwise.
         expected: whether nobody would be surprised that it is dense.
+        transposed: whether what is quantized is its transpose: of a Conv1D, the linear layer that
+            it is.
     """
 
     tensor: StoredTensor
     format: QuantFormat | None
     reason: str = ""
     expected: bool = True
+    transposed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """After."""
+        return self.tensor.shape[::-1] if self.transposed else self.tensor.shape
 
 
 def choose_targets(
@@ -106,8 +114,6 @@ class _Rules:
             return self.quantized(tensor, self.fmt, reason)
         if not reason and self._is_router(tensor):
             return Target(tensor, None, "a router, by its name")
-        if not reason and is_conv1d(tensor, self.config):
-            return Target(tensor, None, "Conv1D, not nn.Linear", expected=False)
         return self.quantized(tensor, self.fmt, reason)
 
     def quantized(self, tensor: StoredTensor, fmt: QuantFormat, reason: str) -> Target:
@@ -115,7 +121,8 @@ class _Rules:
         reason = reason or _why_no_rows(tensor, fmt)
         if reason:
             return Target(tensor, None, reason, expected=len(tensor.shape) < 2)
-        return Target(tensor, fmt.for_shape(tensor.shape))
+        target = Target(tensor, fmt, transposed=is_conv1d(tensor, self.config))
+        return dataclasses.replace(target, format=fmt.for_shape(target.shape))
 
     def _why_not_per_expert(self, tensor: StoredTensor) -> str:
         size = tensor.shape[1] * tensor.shape[2]
@@ -139,8 +146,12 @@ class _Rules:
 
 def is_conv1d(tensor: StoredTensor, config: Mapping[str, Any]) -> bool:
     """Whether a model's layer of this name is transformers' Conv1D, whose weight is (in, out)."""
-    model = config.get("model_type")
-    return model in _CONV1D_MODELS and _CONV1D.fullmatch(tensor.name) is not None
+    return has_conv1d(config) and len(tensor.shape) == 2 and bool(_CONV1D.fullmatch(tensor.name))
+
+
+def has_conv1d(config: Mapping[str, Any]) -> bool:
+    """Whether a model is known to have such layers."""
+    return config.get("model_type") in _CONV1D_MODELS
 
 
 def _of_vocabulary(

@@ -44,8 +44,11 @@ impl Weight {
         if let Some(rows) = self.transposed {
             let matrix =
                 rows.checked_mul(self.row).filter(|size| (1..=LARGEST_MATRIX).contains(size));
-            let whole = matrix.is_some_and(|size| self.numel.is_multiple_of(size));
-            if !whole || !matches!(self.target, Target::Dense { .. }) || self.delta.is_some() {
+            let whole = matrix.is_some_and(|size| match self.target {
+                Target::Dense { .. } => self.numel.is_multiple_of(size),
+                Target::Quantized(_) => self.numel == size,
+            });
+            if !whole {
                 return Some(format!("no matrices of {rows} x {} to transpose", self.row));
             }
         }
@@ -55,7 +58,7 @@ impl Weight {
         let source = match &self.source {
             Source::Dense { dtype, at } => dense(dtype, at, inputs),
             Source::Quantized(Stored { format, codes, scales, nested, .. }) => {
-                format.check(self, codes, scales, inputs).or_else(|| {
+                format.check(self.numel, self.row, codes, scales, inputs).or_else(|| {
                     nested.check(4 * num_groups(format.num_blocks(self.numel)) as u64, inputs)
                 })
             }
@@ -66,7 +69,7 @@ impl Weight {
             Target::Quantized(Coded { format, codes, scales, search, .. }) => {
                 let integers = *search && format.code.is_none();
                 format
-                    .check(self, codes, scales, outputs)
+                    .check(self.numel, self.transposed.unwrap_or(self.row), codes, scales, outputs)
                     .or_else(|| integers.then(|| "scales are searched for 4 bits only".to_owned()))
             }
         };
@@ -75,9 +78,16 @@ impl Weight {
 }
 
 impl Format {
-    fn check(&self, weight: &Weight, codes: &Span, scales: &Span, files: usize) -> Option<String> {
+    fn check(
+        &self,
+        numel: usize,
+        row: usize,
+        codes: &Span,
+        scales: &Span,
+        files: usize,
+    ) -> Option<String> {
         let fits = if self.per_row {
-            self.code.is_none() && self.nested_code.is_none() && self.blocksize == weight.row
+            self.code.is_none() && self.nested_code.is_none() && self.blocksize == row
         } else {
             self.blocksize.is_power_of_two()
                 && (MIN_BLOCKSIZE..=MAX_BLOCKSIZE).contains(&self.blocksize)
@@ -85,14 +95,12 @@ impl Format {
         if !fits || self.blocksize == 0 {
             return Some(format!("blocksize {} does not fit the format", self.blocksize));
         }
-        let blocks = self.num_blocks(weight.numel) as u64;
+        let blocks = self.num_blocks(numel) as u64;
         let bytes = match self.nested_code {
             Some(_) => blocks,
             None => blocks.saturating_mul(4),
         };
-        codes
-            .check(self.packed_size(weight.numel) as u64, files)
-            .or_else(|| scales.check(bytes, files))
+        codes.check(self.packed_size(numel) as u64, files).or_else(|| scales.check(bytes, files))
     }
 }
 

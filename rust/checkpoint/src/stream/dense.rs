@@ -4,13 +4,11 @@ use std::ops::Range;
 
 use qkern_codec::Values;
 
+use super::fill::{stripe, ReadBuffers};
 use super::job::{Dtype, Errors, Span};
 use super::values::{bytes_of, has_infinite, is, round, widen, ValueBuffer};
-use super::weight::{Buffers, ReadBuffers, WeightRun, CHUNK};
+use super::weight::{Buffers, WeightRun};
 use crate::error::CheckpointError;
-
-/// Bytes of a cache line.
-const LINE: usize = 64;
 
 impl WeightRun<'_> {
     /// Writes values as `to`.
@@ -67,16 +65,20 @@ impl WeightRun<'_> {
         chunk: usize,
         buffers: &mut Buffers,
     ) -> Result<(), CheckpointError> {
-        let Buffers { bytes, read, rounded, wide, .. } = buffers;
+        let Buffers { bytes, read, rounded, wide, again, .. } = buffers;
         let (row, size, places) = (self.weight.row, to.size(), self.places(chunk));
         bytes.resize(places.len() * size, 0);
-        // As many rows at a time as fill a cache line of the result, or a chunk.
-        let most = (CHUNK / row).clamp(1, LINE / size);
+        let mut errors = Errors::default();
+        let most = stripe(row, size);
         for first in (0..rows).step_by(most) {
             let count = most.min(rows - first);
             let start = places.start + first * row;
             let part = start..start + count * row;
-            let (_, values, _) = self.rounded(to, &part, read, wide, rounded)?;
+            let (exact, values, squared) = self.rounded(to, &part, read, wide, rounded)?;
+            if let (Some(_), Values::F32(exact)) = (&self.weight.delta, exact) {
+                let found = Errors::between(exact, widen(values, again));
+                errors = Errors::sum(&[errors, Errors { squared_delta: squared, ..found }]);
+            }
             let values = bytes_of(values);
             for column in 0..row {
                 let to = &mut bytes[(column * rows + first) * size..][..count * size];
@@ -85,6 +87,7 @@ impl WeightRun<'_> {
                 }
             }
         }
+        self.state().errors[chunk] = errors;
         let offset = at.offset + (places.start * size) as u64;
         self.write(&self.files.outputs[at.file], bytes, offset, chunk)
     }

@@ -213,8 +213,8 @@ pub struct Weight {
     pub source: Source,
     /// What is added to it.
     pub delta: Option<Delta>,
-    /// Rows of each of its matrices, which a dense target holds transposed. A thread needs memory
-    /// for one of them.
+    /// Rows of each of its matrices, which a dense target holds transposed; of the one matrix that
+    /// a quantized target holds so. A thread needs memory for one of them.
     pub transposed: Option<usize>,
     /// What is written.
     pub target: Target,

@@ -13,6 +13,7 @@ mod copy;
 mod delta;
 mod dense;
 mod errors;
+mod fill;
 mod job;
 mod queue;
 #[cfg(test)]

@@ -15,6 +15,7 @@ use memory::{stream, stream_until, Keeper, Memory};
 mod blocks;
 mod faults;
 mod memory;
+mod transposed;
 
 fn at(offset: usize) -> Span {
     Span { file: 0, offset: offset as u64 }

@@ -12,11 +12,12 @@
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use qkern_codec::{Codebook, Engine, Values};
+use qkern_codec::{Codebook, Engine};
 
-use super::job::{Done, Dtype, Errors, Source, Target, Weight};
+use super::fill::ReadBuffers;
+use super::job::{Done, Errors, Source, Target, Weight};
 use super::queue::Passes;
-use super::values::{widened, CodeBuffer, Reader, ValueBuffer};
+use super::values::{Reader, ValueBuffer};
 use super::{Files, Place};
 use crate::error::CheckpointError;
 
@@ -34,33 +35,6 @@ pub(super) struct Buffers {
     pub(super) again: Vec<f32>,
     pub(super) codes: Vec<u8>,
     pub(super) scales: Vec<f32>,
-}
-
-/// Where the values of a chunk are put.
-#[derive(Default)]
-pub(super) struct ReadBuffers {
-    values: ValueBuffer,
-    wide: Vec<f32>,
-    scratch: CodeBuffer,
-}
-
-/// What was put there.
-pub(super) struct Filled {
-    dtype: Dtype,
-    range: Range<usize>,
-    is_sum: bool,
-    pub(super) squared_delta: f64,
-}
-
-impl ReadBuffers {
-    pub(super) fn values(&self, filled: &Filled) -> Values<'_> {
-        let Filled { dtype, range, is_sum, .. } = filled;
-        if *is_sum {
-            Values::F32(&self.wide[range.clone()])
-        } else {
-            self.values.values(*dtype, range.clone())
-        }
-    }
 }
 
 /// What is done to every chunk, one after the other.
@@ -215,44 +189,13 @@ impl<'a> WeightRun<'a> {
         }))
     }
 
-    fn reader(&self) -> Reader<'_> {
+    pub(super) fn reader(&self) -> Reader<'_> {
         Reader {
             weight: self.weight,
             inputs: &self.files.inputs,
             access: self.files.access,
             engine: self.engine,
         }
-    }
-
-    /// Reads values: as they are, or decoded to `dtype`, or widened with the adapter's part added.
-    /// Returns the sum of that one's squares, too.
-    pub(super) fn read<'b>(
-        &self,
-        places: &Range<usize>,
-        dtype: Dtype,
-        read: &'b mut ReadBuffers,
-    ) -> Result<(Values<'b>, f64), CheckpointError> {
-        let filled = self.fill(places, dtype, read)?;
-        Ok((read.values(&filled), filled.squared_delta))
-    }
-
-    /// The same, to be looked at by [`ReadBuffers::values`].
-    pub(super) fn fill(
-        &self,
-        places: &Range<usize>,
-        dtype: Dtype,
-        read: &mut ReadBuffers,
-    ) -> Result<Filled, CheckpointError> {
-        let ReadBuffers { values, wide, scratch } = read;
-        let delta = self.weight.delta.as_ref();
-        let dtype = delta.map_or(dtype, |delta| delta.base);
-        let (dtype, range) = self.reader().read(places.clone(), dtype, values, scratch)?;
-        let Some(delta) = delta else {
-            return Ok(Filled { dtype, range, is_sum: false, squared_delta: 0.0 });
-        };
-        let sums = widened(values.values(dtype, range), wide);
-        let squared_delta = delta.add(places, self.weight.row, sums);
-        Ok(Filled { dtype: Dtype::F32, range: 0..places.len(), is_sum: true, squared_delta })
     }
 
     pub(super) fn write(
