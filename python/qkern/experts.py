@@ -69,8 +69,11 @@ class QuantizedExperts(FlatParameters):
             dense: Tensor = super().forward(hidden_states, top_k_index, top_k_weights)
             return dense
         tokens, k = top_k_index.shape
-        expert, order = torch.sort(top_k_index.reshape(-1), stable=True)  # (tokens k,)
-        offsets = _ends(expert, getattr(self, up).shape[0])
+        count = getattr(self, up).shape[0]
+        chosen = top_k_index.reshape(-1)
+        chosen = chosen.masked_fill(chosen < 0, count)  # sorted behind the last expert
+        expert, order = torch.sort(chosen, stable=True)  # (tokens k,)
+        offsets = _ends(expert, count)
         rows = self._project(hidden_states[order // k], up, offsets)
         rows = self._apply_gate(rows) if self.has_gate else self.act_fn(rows)
         rows = self._project(rows, down, offsets)
@@ -78,7 +81,7 @@ class QuantizedExperts(FlatParameters):
             rows = self.post_expert_norm(rows)
         rows = rows * top_k_weights.reshape(-1)[order].unsqueeze(-1)  # (tokens k, hidden)
         place = torch.argsort(order)
-        total: Tensor = rows[place].view(tokens, k, -1).sum(1)
+        total: Tensor = rows[place].view(tokens, k, rows.shape[-1]).sum(1)
         return total.to(hidden_states.dtype)
 
     def _project(self, x: Tensor, name: str, offsets: Tensor) -> Tensor:
