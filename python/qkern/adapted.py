@@ -1,4 +1,4 @@
-"""A model's layers with adapters: find them, and give exactly these layers one."""
+"""A model's layers and experts with adapters: find them, and give exactly these one."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ from qkern import saved_modules
 from qkern.adapter_holder import NamedAdapters
 from qkern.dense_weights import DenseSource, dense_weight
 from qkern.errors import AdapterMismatchError, QkernError
+from qkern.experts_lora import ExpertWeight, expert_weights
 from qkern.layers import QLoRALinear, QuantizedLinear
 from qkern.lora_adapter import DEFAULT, LoRAAdapter, check_name
 from qkern.module_tree import leave_inference_mode, module_paths, replace_module
+
+# What has adapters by name: a layer, or a weight of stacked experts.
+Adapted = QLoRALinear | ExpertWeight
 
 
 def attach_adapters(
@@ -25,11 +29,12 @@ def attach_adapters(
     dense: DenseSource | None = None,
     **lora: Any,
 ) -> None:
-    """Give exactly these quantized layers an adapter each, and freeze everything else.
+    """Give exactly these layers and weights of experts an adapter, and freeze everything else.
 
     Args:
         model: after ``quantize_model``.
-        names: paths as ``named_modules`` has them; with settings of each layer's own, if given.
+        names: paths as ``named_modules`` has them, of experts those of their weights; with
+            settings of each one's own, if given.
         adapter_name: of the adapter; it becomes the active one if the model has none.
         dense: what the layers were quantized from.
         copies: makes the modules that are trained as a whole, by their paths.
@@ -39,8 +44,11 @@ def attach_adapters(
         AdapterMismatchError: if one has an adapter of that name already, or one is merged.
     """
     check_name(adapter_name)
-    layers = quantized_layers(model)
-    adapted = {n: m for n, (m, _) in layers.items() if isinstance(m, QLoRALinear)}
+    layers, experts = quantized_layers(model), quantized_experts(model)
+    adapted: dict[str, Adapted] = {
+        **{name: layer for name, (layer, _) in layers.items() if isinstance(layer, QLoRALinear)},
+        **experts,
+    }
     taken = [name for name in names if name in adapted and adapter_name in adapted[name].adapters]
     if taken:
         msg = (
@@ -56,6 +64,8 @@ def attach_adapters(
     def make(name: str) -> QLoRALinear | LoRAAdapter:
         settings = {**lora, **own[name]}
         try:
+            if name in experts:
+                return experts[name].make_adapter(**settings)
             if dense is not None:
                 settings["dense"] = dense_weight(dense, name)
             if name not in adapted:
@@ -109,8 +119,19 @@ def quantized_layers(model: nn.Module) -> dict[str, tuple[QuantizedLinear, list[
     }
 
 
-def adapted_layers(model: nn.Module) -> Iterator[tuple[str, QLoRALinear]]:
-    """Paths and layers that have an adapter."""
+def quantized_experts(model: nn.Module) -> dict[str, ExpertWeight]:
+    """The quantized weights of experts by their paths."""
+    found: dict[str, ExpertWeight] = {}
+    for name, module in model.named_modules():
+        found |= expert_weights(name, module)
+    return found
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
+    """Paths and layers that have an adapter, and weights of experts that do."""
     for name, module in model.named_modules():
         if isinstance(module, QLoRALinear) and module.adapters:
             yield name, module
+        for path, weight in expert_weights(name, module).items():
+            if weight.adapters:
+                yield path, weight
