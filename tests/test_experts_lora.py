@@ -326,6 +326,23 @@ def test_linear_layers_first_and_experts_by_a_second_call(tmp_path: Path) -> Non
     assert torch.equal(logits(other), logits(model))
 
 
+def test_layers_of_another_start_and_experts_are_one_file(tmp_path: Path) -> None:
+    model = quantized()
+    qkern.add_lora(model, r=2, target_modules=["q_proj"], init_lora_weights="olora")
+    qkern.add_lora(model, r=2, target_modules=[], target_parameters=BOTH)
+    train(model, 1)
+    qkern.save(model, tmp_path)
+    assert torch.equal(logits(qkern.load(tmp_path)), logits(model))
+
+
+def test_layers_with_dropout_and_experts_are_no_file_of_pefts(tmp_path: Path) -> None:
+    model = quantized()
+    qkern.add_lora(model, r=2, target_modules=["q_proj"], lora_dropout=0.1)
+    qkern.add_lora(model, r=2, target_modules=[], target_parameters=BOTH)
+    with pytest.raises(AdapterMismatchError, match="layers differ"):
+        qkern.save_adapter(model, tmp_path)
+
+
 def test_a_forward_that_was_replaced_is_refused() -> None:
     model = quantized()
     experts_of(model, 1).forward = lambda *inputs: inputs[0]
@@ -412,8 +429,8 @@ def test_compiled_without_a_break() -> None:
 # -- several adapters ------------------------------------------------------------------------
 
 
-def two() -> nn.Module:
-    model = adapted(adapter_name="a")
+def two(name: str = "Mixtral") -> nn.Module:
+    model = adapted(name, adapter_name="a")
     add(model, 2, adapter_name="b", target_parameters=[UP], r=2)
     return model
 
@@ -438,8 +455,9 @@ def test_named_adapters_are_switched_disabled_and_deleted() -> None:
     assert torch.equal(logits(model), a)
 
 
-def test_each_row_gets_what_its_adapter_alone_gives() -> None:
-    model = two()
+@pytest.mark.parametrize("arch", MOE)
+def test_each_row_gets_what_its_adapter_alone_gives(arch: str) -> None:
+    model = two(arch)
     rows = {"a": 0, None: 1}
     with qkern.adapter_rows(model, list(rows)):
         mixed = logits(model)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qkern import shards
 from qkern.adapter_holder import NamedAdapters
 from qkern.errors import AdapterMismatchError, FormatError, ShapeError
 from qkern.experts import QuantizedExperts, class_of, is_transposed, weight_names
@@ -124,7 +125,7 @@ class ExpertWeight:
     @property
     def transposed(self) -> bool:
         """Whether it is (experts, in, out)."""
-        return is_transposed(self.experts, self.quantized_weight.format)
+        return is_transposed(self.experts, shards.local_part(self.weight).format)
 
     @property
     def in_features(self) -> int:
@@ -211,18 +212,20 @@ class ExpertWeight:
             "merge_into": merge_into is not None,
         }
         if any(asked.values()):
-            names = ", ".join(name for name, is_asked in asked.items() if is_asked)
-            msg = (
-                f"adapters of stacked experts have no {names} (nor has PEFT for parameters): give "
-                "the linear layers theirs by an add_lora without target_parameters, then the "
-                "experts by one with target_modules=[]"
-            )
+            names = [name for name, is_asked in asked.items() if is_asked]
+            advice = "leave it out"
+            if not asked["lora_dropout"] and not asked["use_dora"]:  # in files they are one setting
+                advice = (
+                    "linear layers can have it by an add_lora of their own, before one with "
+                    "target_modules=[] and target_parameters"
+                )
+            msg = f"adapters of stacked experts have no {', '.join(names)}: {advice}"
             raise FormatError(msg)
         own = QuantizedExperts.forward.__get__(self.experts)
         if vars(self.experts).get("forward", own) != own:
             msg = "the module's forward was replaced on the instance (by accelerate?): undo that"
             raise FormatError(msg)
-        if not isinstance(self.weight, QuantizedTensor) or not self.weight.is_whole:
+        if shards.is_sharded(self.weight) or not self.quantized_weight.is_whole:
             msg = "the weight is one rank's shard: add adapters before the model is sharded"
             raise ShapeError(msg)
         for name in ("dense", "loftq_iterations", "method"):  # of other initializations
