@@ -9,6 +9,7 @@ from qkern import embeddings, experts
 from qkern.embeddings import QuantizedEmbedding
 from qkern.errors import AdapterMismatchError
 from qkern.experts import QuantizedExperts
+from qkern.experts_lora import QLoRAExperts
 from qkern.integrations.pretrained import cast_parameters
 from qkern.layers import QLoRALinear, QuantizedLinear
 from qkern.module_tree import module_paths, replace_module
@@ -30,12 +31,16 @@ def dequantize_modules(model: nn.Module, named: torch.dtype | str | None) -> Non
     dtype: torch.dtype | None = getattr(torch, named) if isinstance(named, str) else named
     found = module_paths(model)
     for layer, names in found:
-        if isinstance(layer, QLoRALinear) and not layer.merged:
+        adapted = isinstance(layer, QLoRALinear)
+        adapted = adapted or (isinstance(layer, QLoRAExperts) and bool(layer.adapters))
+        if adapted and not layer.merged:
             msg = f"{names[0]} has an adapter, which would be lost: qkern.merge_adapter first"
             raise AdapterMismatchError(msg)
     shared: dict[int, nn.Parameter] = {}
     for module, _ in found:
         if isinstance(module, QuantizedExperts):
+            if isinstance(module, QLoRAExperts):
+                module.drop_adapters()
             experts.hold_dense(module, dtype)
         elif isinstance(module, QuantizedEmbedding):
             key = id(module.weight)
