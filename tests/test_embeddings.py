@@ -60,6 +60,13 @@ def test_what_cannot_be_read_back_is_refused() -> None:
         hold_quantized(nn.Embedding(9, 64, max_norm=1.0), rows)
 
 
+def test_a_quantized_embedding_keeps_its_size_and_says_so() -> None:
+    embedding = nn.Embedding(9, 64)
+    hold_quantized(embedding, qkern.quantize(torch.randn(9, 64), "int8_row"))
+    with pytest.raises(qkern.ShapeError, match=r"\(12, 64\).*\(9, 64\), which keeps its shape"):
+        embedding.weight.data = torch.randn(12, 64)  # as resize_token_embeddings does
+
+
 def test_ids_outside_of_the_table_are_refused_as_of_a_dense_one() -> None:
     values = torch.randn(9, 64)
     for weight in (values, qkern.quantize(values, "int8_row")):

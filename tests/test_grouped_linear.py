@@ -179,9 +179,18 @@ def test_operands_that_do_not_fit_are_refused() -> None:
         qkern.grouped_linear(x, weight, torch.tensor([4, 2, 5, 6, 7]))
     with pytest.raises(ShapeError, match=r"offsets\[4\] is 21: 7 to 20"):
         qkern.grouped_linear(x, weight, torch.tensor([4, 5, 6, 7, 21]))
+    with pytest.raises(ShapeError, match=r"offsets\[1\] is 2: 4 to 20"):  # on a dense copy
+        qkern.grouped_linear(x.double(), weight, torch.tensor([4, 2, 5, 6, 7]))
+    with pytest.raises(DTypeError, match="expects offsets as a tensor, got a list"):
+        qkern.grouped_linear(x, weight, [4, 5, 6, 7, 8])  # type: ignore[arg-type]
     with pytest.raises(DTypeError, match=r"expects offsets as int32 or int64 on cpu, got torch.fl"):
         qkern.grouped_linear(x, weight, offsets.float())
     with pytest.raises(ShapeError, match=r"stacked weights of 3 dimensions, got \(32, 64\)"):
         qkern.grouped_linear(x, weight[0], offsets)
     with pytest.raises(DTypeError, match="the weight is a Tensor"):
         qkern.grouped_linear(x, weight.dequantize(), offsets)
+
+
+def test_no_experts_give_zeros() -> None:
+    weight, none = qkern.quantize(torch.empty(0, 32, 64)), torch.empty(0, dtype=torch.int64)
+    assert torch.equal(qkern.grouped_linear(torch.randn(3, 64), weight, none), torch.zeros(3, 32))

@@ -10,7 +10,7 @@ import hf_models
 import pytest
 import torch
 import transformers
-from hf_models import load, logits, quantized_names, write_dense
+from hf_models import llama, load, logits, quantized_names, write_dense
 from torch import nn
 
 import qkern
@@ -58,6 +58,22 @@ def test_a_dense_checkpoint_becomes_what_quantize_model_makes_of_it(
     assert type(layer) is QuantizedLinear
     assert layer.path == "model.layers.0.mlp.up_proj"
     assert not layer.weight.requires_grad
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_a_layer_that_the_files_lack_is_new_and_trained(tmp_path: Path, kind: str) -> None:
+    model, lacking = llama(), "model.layers.0.mlp.up_proj"
+    state = {key: t for key, t in model.state_dict().items() if not key.startswith(lacking)}
+    model.save_pretrained(tmp_path, state_dict=dict(state))  # which empties it
+    if kind == "bin":
+        (tmp_path / "model.safetensors").unlink()
+        torch.save(state, tmp_path / "pytorch_model.bin")
+    loaded = load(tmp_path, quantization_config=QkernConfig())
+    assert type(loaded.get_submodule(lacking)) is nn.Linear
+    assert loaded.get_submodule(lacking).weight.requires_grad
+    assert len(quantized_names(loaded)) == 13
+    reasons = {row.name: row.reason for row in loaded.hf_quantizer.coverage.rows}
+    assert reasons[lacking] == "the checkpoint has no such weight: it is new, to be trained"
 
 
 def test_a_head_that_is_tied_stays_so(tmp_path: Path) -> None:

@@ -152,7 +152,8 @@ def grouped_linear(
         (M, out_features) in x's dtype, or in autocast's.
 
     Raises:
-        ShapeError: for sizes that do not fit, and offsets that fall or leave the rows.
+        ShapeError: for sizes that do not fit, and offsets that fall or leave the rows; a GPU's
+            kernel, which does not wait for them, takes the nearest that do not.
         DTypeError: for anything but floating-point tensors, offsets that are no integers, or a
             weight that is not quantized.
         DeviceError: for operands on different devices.

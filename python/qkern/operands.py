@@ -137,6 +137,9 @@ def check_grouped_linear(
     for name, tensor in (("x", x), ("bias", bias), ("lora_A", lora_A), ("lora_B", lora_B)):
         if tensor is not None:
             _check_tensor(tensor, name, device, layer)
+    if not isinstance(offsets, Tensor):
+        msg = f"{_name(layer)} expects offsets as a tensor, got a {type(offsets).__name__}"
+        raise DTypeError(msg)
     if offsets.dtype not in (torch.int32, torch.int64) or offsets.device != device:
         msg = (
             f"{_name(layer)} expects offsets as int32 or int64 on {device}, got {offsets.dtype} on "

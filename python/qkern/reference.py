@@ -9,11 +9,13 @@ Shapes: ``n`` values, ``b = ceil(n / blocksize)`` blocks, ``g = ceil(b / 256)`` 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from qkern.errors import ShapeError
 from qkern.formats import NESTED_BLOCKSIZE, QuantFormat, dynamic_code
 
 # Below this, bitsandbytes' reciprocal would overflow: its floor for the block maximum.
@@ -278,14 +280,37 @@ def grouped_linear(
         lora_B: (E, N, r) or None.
         scaling: factor of the adapters' part.
         transposed: which of the two the weight is.
+
+    Raises:
+        ShapeError: if offsets fall, or leave the rows.
     """
-    pieces, first = [], 0
-    for e, last in enumerate(offsets.tolist()):
+    pieces, last = [], 0
+    for e, first, last in spans(offsets, x.shape[0]):
         W = weight[e].mT if transposed else weight[e]  # (N, K)
         b, A, B = (None if t is None else t[e] for t in (bias, lora_A, lora_B))
         pieces.append(linear(x[first:last], W, b, A, B, scaling))
+    columns = weight.shape[2 if transposed else 1]
+    behind = (pieces[0] if pieces else x).new_zeros(x.shape[0] - last, columns)
+    return torch.cat([*pieces, behind])
+
+
+def spans(offsets: Tensor, rows: int) -> Iterator[tuple[int, int, int]]:
+    """Each expert, its first row, and the one behind its last.
+
+    Args:
+        offsets: (E,) integers: where each expert's rows end.
+        rows: how many there are.
+
+    Raises:
+        ShapeError: if offsets fall, or leave the rows.
+    """
+    first = 0
+    for expert, last in enumerate(offsets.tolist()):
+        if not first <= last <= rows:
+            msg = f"offsets[{expert}] is {last}: {first} to {rows} is needed"
+            raise ShapeError(msg)
+        yield expert, first, last
         first = last
-    return torch.cat([*pieces, pieces[0].new_zeros(x.shape[0] - first, pieces[0].shape[1])])
 
 
 def _encode_4bit(x: Tensor, fmt: QuantFormat) -> tuple[Tensor, Tensor]:

@@ -35,6 +35,8 @@ def assign(q: QuantizedTensor, values: Tensor) -> None:
 def _write(q: QuantizedTensor, values: Tensor) -> None:
     if values.shape != q.shape or not q.is_whole:
         msg = f"cannot assign {tuple(values.shape)} to a quantized tensor of {tuple(q.shape)}"
+        if values.dim() == q.dim() and q.is_whole:
+            msg += ", which keeps its shape: quantize the model after it is resized"
         if values.dim() == 1 < q.dim():
             msg += (
                 ": packed bytes cannot be part of a flat parameter, as FSDP1 makes them; use FSDP2 "

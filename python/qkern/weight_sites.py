@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from qkern.errors import FormatError
 from qkern.formats import QuantFormat
 from qkern.layers import QuantizedLinear
 from qkern.module_tree import module_paths
-from qkern.name_patterns import matches
+from qkern.name_patterns import is_router, matches
 from qkern.tensor import QuantizedTensor
 
 
@@ -108,21 +108,6 @@ def called(module: nn.Module, names: list[str]) -> list[str]:
     # Both weights or none, by the name of either.
     weights = experts.weight_names(module)
     return names + [f"{name}.{weight}" for name in names for weight in weights]
-
-
-def is_router(name: str, paths: Collection[str]) -> bool:
-    """Whether a linear layer chooses experts, by its path and those of the other modules.
-
-    Most models have a class of their own for it; some hold an ``nn.Linear``.
-    """
-    parent, _, last = name.rpartition(".")
-    above, _, kind = parent.rpartition(".")
-    if "router" in (last, kind):
-        return True
-    if "gate" not in (last, kind):
-        return False
-    block = parent if last == "gate" else above
-    return f"{block}.experts".removeprefix(".") in paths
 
 
 def is_conv1d(module: nn.Module) -> bool:

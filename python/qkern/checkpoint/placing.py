@@ -94,7 +94,7 @@ def place_empty(model: nn.Module, prefix: str, empty: Any, paths: Mapping[str, l
     _check_takes(module, prefix)
     held: Any = module._parameters[parameter]
     expected = held.shape
-    if is_swapped(module, empty.format):
+    if _is_swapped(module, empty.format):
         expected = torch.Size((*expected[:-2], expected[-1], expected[-2]))
     if empty.shape != expected:
         msg = f"{prefix}: the file holds {tuple(empty.shape)}, {tuple(expected)} needed"
@@ -173,7 +173,7 @@ def _check_takes(module: nn.Module, prefix: str) -> None:
             raise type(error)(msg) from error
 
 
-def is_swapped(module: nn.Module, fmt: QuantFormat) -> bool:
+def _is_swapped(module: nn.Module, fmt: QuantFormat) -> bool:
     """Whether the file holds (..., out, in) of what the module holds as (..., in, out)."""
     if is_conv1d(module):
         return True

@@ -69,10 +69,10 @@ def quantize_checkpoint(
 
     Memory does not grow with the model, but with its largest weight: 4 bytes for each scale.
 
-    Quantized are the weights that ``quantize_model`` would quantize, by names and shapes, and the
-    experts that a layer holds as one 3-D tensor, each by itself. ``DST`` gets files of the same
-    names, under bitsandbytes' keys, with ``quantization_config`` in config.json and a section on
-    the measured errors in README.md; tokenizer and other small files are copied.
+    Quantized are the weights that ``quantize_model`` would quantize, by names and shapes, but for
+    those of ``Conv1D``, and the experts that a layer holds as one 3-D tensor. ``DST`` gets files of
+    the same names, under bitsandbytes' keys, with ``quantization_config`` in config.json and a
+    section on the measured errors in README.md; tokenizer and other small files are copied.
 
     All files are written to ``DST/.qkern-partial`` and renamed at the end, each whole. A call
     after one that was killed or interrupted, or that met an error in reading, goes on where that

@@ -64,11 +64,7 @@ def restack(tensors: Mapping[str, Tensor], pieces: Pieces) -> dict[str, Tensor]:
             last = key.rpartition(".")[2]
             out[at if inside else entry_keys.sibling(piece.target, last)] = tensor
     for target, parts in stacked(names, pieces).items():
-        found = {name in quantized for name in parts}
-        if len(found) > 1:
-            msg = f"{target}: the file holds some of its experts quantized and others dense"
-            raise CorruptFileError(msg)
-        if found == {True}:
+        if are_quantized(target, (name in quantized for name in parts)):
             weights = [flat_keys.unflatten(tensors, name) for name in parts]
             experts = len({pieces[name].expert for name in parts})
             out |= flat_keys.flatten(join(target, weights, experts), target)
@@ -95,6 +91,19 @@ def stacked(names: Iterable[str], pieces: Pieces) -> dict[str, list[str]]:
             msg = f"{target}: the file lacks part {missing[0][1]} of expert {missing[0][0]}"
             raise CorruptFileError(msg)
     return {target: [parts[at] for at in sorted(parts)] for target, parts in found.items()}
+
+
+def are_quantized(target: str, parts: Iterable[bool]) -> bool:
+    """Whether the parts of a stacked tensor are quantized, which all or none of them must be.
+
+    Raises:
+        CorruptFileError: for some of them.
+    """
+    found = set(parts)
+    if len(found) > 1:
+        msg = f"{target}: the file holds some of its experts quantized and others dense"
+        raise CorruptFileError(msg)
+    return found == {True}
 
 
 def join_dense(

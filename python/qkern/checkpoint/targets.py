@@ -16,6 +16,7 @@ from qkern.checkpoint.selection import named_by, select, vocab_size_of, why_neve
 from qkern.checkpoint.source import Source, StoredTensor
 from qkern.errors import FormatError
 from qkern.formats import QuantFormat
+from qkern.name_patterns import is_router
 
 RULE: Final = (
     "by names and shapes: 2-D floating-point weights and experts stacked in 3-D ones, but for "
@@ -112,7 +113,7 @@ class _Rules:
         if len(tensor.shape) == 3 and _EXPERTS.search(tensor.name):
             reason = why_never(tensor) or self._why_not_per_expert(tensor)
             return self.quantized(tensor, self.fmt, reason)
-        if not reason and self._is_router(tensor):
+        if not reason and is_router(tensor.name.removesuffix(".weight"), self.names):
             return Target(tensor, None, "a router, by its name")
         return self.quantized(tensor, self.fmt, reason)
 
@@ -132,16 +133,6 @@ class _Rules:
             f"blocks would straddle experts: {size} values each, no multiple of the blocksize "
             f"{self.fmt.blocksize}"
         )
-
-    def _is_router(self, tensor: StoredTensor) -> bool:
-        module = tensor.name.removesuffix(".weight")
-        parent, _, last = module.rpartition(".")
-        above, _, kind = parent.rpartition(".")
-        if "gate" in (last, kind):
-            block = parent if last == "gate" else above
-            prefix = f"{block}.experts." if block else "experts."
-            return any(name.startswith(prefix) for name in self.names)
-        return "router" in (last, kind)
 
 
 def is_conv1d(tensor: StoredTensor, config: Mapping[str, Any]) -> bool:

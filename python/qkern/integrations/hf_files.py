@@ -14,7 +14,7 @@ from torch import Tensor
 from qkern import entry_keys
 from qkern.checkpoint.placing import check_transposed, place_empty
 from qkern.checkpoint.source import INDEX_NAME, Source, StoredTensor
-from qkern.checkpoint.stacking import Pieces, check_parts, stacked
+from qkern.checkpoint.stacking import Pieces, are_quantized, check_parts, stacked
 from qkern.errors import CorruptFileError
 from qkern.formats import QuantFormat
 from qkern.integrations.expert_names import pieces_of
@@ -113,12 +113,9 @@ def place_layers(model: PreTrainedModel, source: Source) -> Placed:
             filled.append(key)
     stacks = {}
     for target, parts in stacked(source.tensors, pieces).items():
-        found = {source.tensors[name].format is not None for name in parts}
-        if len(found) > 1:
-            msg = f"{target}: the file holds some of its experts quantized and others dense"
-            raise CorruptFileError(msg)
-        stacks[_stack(target, parts, pieces, renaming)] = found == {True}
-        if found == {True}:
+        quantized = are_quantized(target, (source.tensors[n].format is not None for n in parts))
+        stacks[_stack(target, parts, pieces, renaming)] = quantized
+        if quantized:
             key = renaming.prefixed(target)
             dtype = _dtype_of(f"{source.path}: {target}", key, renaming.state)
             fmt, shape = _joined(target, [source.tensors[name] for name in parts], pieces)

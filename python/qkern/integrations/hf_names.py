@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -60,10 +61,14 @@ class Renaming:
 
 
 def stored_names(model: PreTrainedModel, files: Sequence[str]) -> set[str]:
-    """The parameters of a model that get values of these safetensors files."""
-    renaming, found = Renaming(model), set()
-    for file in files:
+    """The parameters of a model that get values of these files, safetensors or torch's own."""
+    renaming = Renaming(model)
+    return {key for file in files for name in _keys(file) for key in renaming.parameters(name)}
+
+
+def _keys(file: str) -> list[str]:
+    if file.endswith(".safetensors"):
         with safe_open(file, "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 - it is no dict
-                found.update(renaming.parameters(name))
-    return found
+            return list(opened.keys())
+    # On meta the values are not read.
+    return list(torch.load(file, map_location="meta", weights_only=True))

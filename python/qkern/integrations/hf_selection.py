@@ -79,7 +79,7 @@ def _weights(module: nn.Module) -> tuple[str, ...]:
 
 def _new(model: PreTrainedModel, files: Sequence[str] | None) -> dict[str, str]:
     """Layers whose weights the checkpoint lacks: transformers initializes them, to be trained."""
-    if not files or not all(file.endswith(".safetensors") for file in files):
+    if not files:
         return {}
     have = stored_names(model, files) | tied_keys(model).keys()
     reason = "the checkpoint has no such weight: it is new, to be trained"

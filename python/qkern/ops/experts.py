@@ -16,8 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qkern import kernels
-from qkern.errors import ShapeError
+from qkern import kernels, reference
 from qkern.formats import QuantFormat
 from qkern.ops import device, host
 from qkern.ops.dequantize import parts_of_expert
@@ -58,19 +57,8 @@ class Adapters(NamedTuple):
 
 
 def spans(offsets: Tensor, rows: int) -> Iterator[tuple[int, int, int]]:
-    """Expert, first row and the one behind the last, of experts that have any.
-
-    Raises:
-        ShapeError: if offsets fall, or leave the rows.
-    """
-    first = 0
-    for expert, last in enumerate(offsets.tolist()):
-        if not first <= last <= rows:
-            msg = f"offsets[{expert}] is {last}: {first} to {rows} is needed"
-            raise ShapeError(msg)
-        if last > first:
-            yield expert, first, last
-        first = last
+    """``reference.spans`` of the experts that have any rows."""
+    return (span for span in reference.spans(offsets, rows) if span[2] > span[1])
 
 
 def multiply(
