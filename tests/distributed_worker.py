@@ -263,14 +263,15 @@ def fsdp1_shards_adapters_alone() -> None:
 
 
 def fsdp2_shards_experts() -> None:
-    """Stacked experts, each whole on one rank: the same logits, gradients and state."""
+    """Stacked experts and their adapters, each whole on one rank: logits, gradients, state."""
     from architectures import ARCHITECTURES, output
 
     import qkern
 
     model = next(a for a in ARCHITECTURES if a.name == "Mixtral").small()
     qkern.quantize_model(model)
-    qkern.add_lora(model, r=4, init_lora_weights=False)
+    parameters = ["experts.gate_up_proj", "experts.down_proj"]
+    qkern.add_lora(model, r=4, init_lora_weights=False, target_parameters=parameters)
     expected = output(model)
     expected.square().mean().backward()
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}

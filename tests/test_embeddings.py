@@ -58,3 +58,11 @@ def test_what_cannot_be_read_back_is_refused() -> None:
         hold_quantized(nn.Embedding(9, 64), qkern.quantize(torch.randn(9, 64)))
     with pytest.raises(qkern.FormatError, match="max_norm scales its rows in place"):
         hold_quantized(nn.Embedding(9, 64, max_norm=1.0), rows)
+
+
+def test_ids_outside_of_the_table_are_refused_as_of_a_dense_one() -> None:
+    values = torch.randn(9, 64)
+    for weight in (values, qkern.quantize(values, "int8_row")):
+        for ids in ([-1], [9]):  # -1 must not be the last row
+            with pytest.raises(IndexError, match="out of range"):
+                nn.functional.embedding(torch.tensor(ids), weight)

@@ -59,3 +59,14 @@ def test_prefixes_of_all_layouts_are_found_once() -> None:
     keys |= {f"b.c.{k}": v for k, v in layer("nf4").state_dict().items()} | layer().state_dict()
     assert sorted(flat_keys.prefixes(keys)) == ["a.weight", "b.c.weight", "weight"]
     assert flat_keys.prefixes(nn.Linear(2, 2).state_dict()) == []
+
+
+def test_a_state_dict_is_taken_while_others_compute_with_the_layer() -> None:
+    made = layer()
+
+    class Watched(dict):  # type: ignore[type-arg]
+        def __setitem__(self, key: str, value: object) -> None:
+            assert isinstance(made.weight, qkern.QuantizedTensor)  # what another thread would read
+            super().__setitem__(key, value)
+
+    assert made.state_dict(destination=Watched()).keys() == layer().state_dict().keys()

@@ -213,6 +213,39 @@ def test_adapters_of_peft_load_fused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert all(".second." in name for name in trained)
 
 
+def test_a_second_adapter_is_as_trainable_as_peft_makes_it(tmp_path: Path) -> None:
+    plain, _ = pair()
+    plain.save_pretrained(tmp_path / "some")
+    stock = PeftModel.from_pretrained(quantized(), tmp_path / "some", is_trainable=True)
+    loaded = fused_peft.load(quantized(), tmp_path, subfolder="some", is_trainable=True)
+    for name, is_trainable in (("second", True), ("third", False)):
+        stock.load_adapter(tmp_path / "some", name, is_trainable=is_trainable)
+        fused_peft.load(loaded, tmp_path, name, subfolder="some", is_trainable=is_trainable)
+    trained = [{n for n, p in m.named_parameters() if p.requires_grad} for m in (stock, loaded)]
+    assert trained[0] == trained[1]
+    assert len(trained[1]) == 8
+    assert loaded.active_adapters == stock.active_adapters == ["default"]
+
+
+def test_an_adapter_that_cannot_be_read_is_not_added(tmp_path: Path) -> None:
+    plain, _ = pair()
+    plain.save_pretrained(tmp_path)
+    loaded = fused_peft.load(quantized(), tmp_path)
+    expected = loaded(inputs())
+    weights = tmp_path / "adapter_model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:20])
+    for _ in range(2):
+        with pytest.raises(Exception, match="header"):
+            fused_peft.load(loaded, tmp_path, "second")
+        assert list(loaded.peft_config) == ["default"]
+        assert torch.equal(loaded(inputs()), expected)
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match="already exists"):
+        fused_peft.load(loaded, tmp_path)
+    assert fused_peft.load(loaded, tmp_path, "second") is loaded
+
+
 def test_dense_layers_and_own_adapters_keep_what_they_have() -> None:
     dense = get_peft_model(Net(), fused_peft.fused(config()))
     assert not fused_layers(dense)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from architectures import ARCHITECTURES
 from torch import nn
 from toys import tiny_llama
 
 import qkern
+from qkern.embeddings import hold_quantized
+
+BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES}
 
 
 def model() -> nn.Module:
@@ -53,3 +57,22 @@ def test_what_is_in_the_way_is_an_error() -> None:
     made.model.norm.to(torch.bfloat16).requires_grad_(True)
     with pytest.raises(qkern.DTypeError, match=r"norm\.weight in torch\.bfloat16"):
         qkern.fsdp_ready(made)
+
+
+def test_experts_and_shared_weights_are_counted_once() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(8, 64), nn.Linear(64, 8, bias=False)
+            self.experts = BY_NAME["Mixtral"].small().model.layers[0].mlp.experts
+
+    made = Net()
+    qkern.quantize_model(made)
+    hold_quantized(made.embed, qkern.quantize(torch.randn(8, 64), "int8_row"))
+    made.head.weight = made.embed.weight
+    report = qkern.fsdp_ready(made)
+    names = ["embed", "experts.gate_up_proj", "experts.down_proj"]
+    assert sorted(row.name for row in report.rows) == sorted(names)
+    assert all(row.sharded for row in report.rows)
+    stored = sum(p.nbytes for p in made.parameters() if isinstance(p, qkern.QuantizedTensor))
+    assert report.bytes_per_rank(1) == stored

@@ -90,6 +90,14 @@ def test_a_users_skips_are_added_to_the_default_ones(dense: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("skip", ["layers.0", "model.layers.0", "*.layers.0", "model.layers.0.*"])
+def test_a_skip_of_a_module_is_one_of_all_that_is_in_it(dense: Path, skip: str) -> None:
+    model = load(dense, quantization_config=QkernConfig(modules_to_not_convert=skip))
+    names = quantized_names(model)
+    assert len(names) == 7
+    assert all(name.startswith("model.layers.1.") for name in names)
+
+
 def test_what_is_skipped_stays_dense_after_a_reload(tmp_path: Path, dense: Path) -> None:
     config = QkernConfig(modules_to_not_convert="model.layers.0.self_attn.q_proj")
     model = load(dense, quantization_config=config)
@@ -236,6 +244,15 @@ def test_dequantize_gives_the_dense_model_of_the_same_values(tmp_path: Path, den
     assert torch.equal(logits(load(tmp_path)), expected)
 
 
+def test_dequantize_keeps_the_hooks_of_layers(dense: Path) -> None:
+    model, seen = load(dense, quantization_config=QkernConfig()), []
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: seen.append("hook"))
+    model.dequantize()
+    logits(model)
+    assert seen == ["hook"]
+    assert all(p.requires_grad for p in model.model.layers[0].mlp.parameters())
+
+
 def test_dequantize_refuses_to_lose_an_adapter(dense: Path) -> None:
     model = load(dense, quantization_config=QkernConfig())
     qkern.add_lora(model, r=2, init_lora_weights=False)
@@ -258,6 +275,18 @@ def test_a_file_that_lost_an_entry_is_a_typed_error(tmp_path: Path, dense: Path)
     save_file(entries, file, metadata={"format": "pt"})
     with pytest.raises(qkern.CorruptFileError, match=r"up_proj\.weight.*absmax"):
         load(tmp_path)
+
+
+def test_a_variant_opens_from_one_file_and_shards_of_it_say_so(tmp_path: Path, dense: Path) -> None:
+    model = load(dense, quantization_config=QkernConfig())
+    model.save_pretrained(tmp_path / "one", variant="v")
+    assert torch.equal(logits(load(tmp_path / "one", variant="v")), logits(model))
+    model.save_pretrained(tmp_path / "many", variant="v", max_shard_size="20KB")
+    with pytest.raises(qkern.CorruptFileError, match=r"shards of a variant.*max_shard_size"):
+        load(tmp_path / "many", variant="v")
+    model.save_pretrained(tmp_path / "many", max_shard_size="10KB")  # beside them
+    with pytest.raises(qkern.CorruptFileError, match=r"does not name .*model\.v-00001"):
+        load(tmp_path / "many", variant="v")
 
 
 def test_an_error_while_entries_become_a_weight_keeps_its_type(

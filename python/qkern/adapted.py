@@ -1,4 +1,4 @@
-"""A model's layers with adapters: find them, and give exactly these layers one."""
+"""A model's layers and experts with adapters: find them, and give exactly these one."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ from qkern import saved_modules
 from qkern.adapter_holder import NamedAdapters
 from qkern.dense_weights import DenseSource, dense_weight
 from qkern.errors import AdapterMismatchError, QkernError
+from qkern.experts_lora import ExpertWeight, expert_weights
 from qkern.layers import QLoRALinear, QuantizedLinear
 from qkern.lora_adapter import DEFAULT, LoRAAdapter, check_name
 from qkern.module_tree import leave_inference_mode, module_paths, replace_module
+
+# What has adapters by name: a layer, or a weight of stacked experts.
+Adapted = QLoRALinear | ExpertWeight
 
 
 def attach_adapters(
@@ -25,11 +29,12 @@ def attach_adapters(
     dense: DenseSource | None = None,
     **lora: Any,
 ) -> None:
-    """Give exactly these quantized layers an adapter each, and freeze everything else.
+    """Give exactly these layers and weights of experts an adapter, and freeze everything else.
 
     Args:
         model: after ``quantize_model``.
-        names: paths as ``named_modules`` has them; with settings of each layer's own, if given.
+        names: paths as ``named_modules`` has them, of experts those of their weights; with
+            settings of each one's own, if given.
         adapter_name: of the adapter; it becomes the active one if the model has none.
         dense: what the layers were quantized from.
         copies: makes the modules that are trained as a whole, by their paths.
@@ -39,8 +44,11 @@ def attach_adapters(
         AdapterMismatchError: if one has an adapter of that name already, or one is merged.
     """
     check_name(adapter_name)
-    layers = quantized_layers(model)
-    adapted = {n: m for n, (m, _) in layers.items() if isinstance(m, QLoRALinear)}
+    layers, experts = quantized_layers(model), quantized_experts(model)
+    adapted: dict[str, Adapted] = {
+        **{name: layer for name, (layer, _) in layers.items() if isinstance(layer, QLoRALinear)},
+        **experts,
+    }
     taken = [name for name in names if name in adapted and adapter_name in adapted[name].adapters]
     if taken:
         msg = (
@@ -52,14 +60,18 @@ def attach_adapters(
     leave_inference_mode(model)
     active = next((h.active_adapter for h in holders(model) if h.adapters), adapter_name)
     own = names if isinstance(names, Mapping) else {name: {} for name in names}
-    weights = {name: adapted[name].weight for name in names if name in adapted}
+    known = [adapted[name] for name in names if name in adapted]
+    weights = [(layer, layer.weight) for layer in known if isinstance(layer, QLoRALinear)]
+    made: list[QLoRALinear | LoRAAdapter] = []
     # Before anything is frozen: if one cannot be made, the model stays as it was.
     try:
-        made = [_make(n, layers[n][0], adapter_name, dense, {**lora, **own[n]}) for n in names]
+        for name in names:
+            place = experts[name] if name in experts else layers[name][0]
+            made.append(_make(name, place, adapter_name, dense, {**lora, **own[name]}))
         copied = copies()
     except BaseException:
-        for name, weight in weights.items():  # an adapter's start may have changed it
-            adapted[name].weight = weight
+        for layer, weight in weights:  # an adapter's start may have changed it
+            layer.weight = weight
         raise
     model.requires_grad_(False)
     for parameter in trained:  # adapters that were there before stay trainable
@@ -77,13 +89,15 @@ def attach_adapters(
 
 def _make(
     name: str,
-    layer: QuantizedLinear,
+    layer: QuantizedLinear | ExpertWeight,
     adapter_name: str,
     dense: DenseSource | None,
     settings: dict[str, Any],
 ) -> QLoRALinear | LoRAAdapter:
     """An adapter for a layer, and where it can hold none the layer that takes its place."""
     try:
+        if isinstance(layer, ExpertWeight):
+            return layer.make_adapter(**settings)
         if dense is not None:
             weight = dense_weight(dense, name)
             settings["dense"] = weight.mT if layer.fan_in_fan_out else weight
@@ -121,8 +135,19 @@ def quantized_layers(model: nn.Module) -> dict[str, tuple[QuantizedLinear, list[
     }
 
 
-def adapted_layers(model: nn.Module) -> Iterator[tuple[str, QLoRALinear]]:
-    """Paths and layers that have an adapter."""
+def quantized_experts(model: nn.Module) -> dict[str, ExpertWeight]:
+    """The quantized weights of experts by their paths."""
+    found: dict[str, ExpertWeight] = {}
+    for name, module in model.named_modules():
+        found |= expert_weights(name, module)
+    return found
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
+    """Paths and layers that have an adapter, and weights of experts that do."""
     for name, module in model.named_modules():
         if isinstance(module, QLoRALinear) and module.adapters:
             yield name, module
+        for path, weight in expert_weights(name, module).items():
+            if weight.adapters:
+                yield path, weight

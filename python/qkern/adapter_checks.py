@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from qkern.adapted import quantized_experts
 from qkern.adapter_config import nearest
 from qkern.adapter_tensors import AdapterTensors
 from qkern.errors import AdapterMismatchError, DeviceError, NonFiniteError
+from qkern.experts_lora import ExpertWeight, peft_paths
 from qkern.layers import QuantizedLinear
-from qkern.lora_adapter import LoRAAdapter
+from qkern.lora_adapter import LoRAAdapter, stacked
 from qkern.saved_modules import check_modules, original_module, saved_copies
 
 
@@ -32,7 +34,7 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
             raise NonFiniteError(msg)
 
 
-def check_place(layers: Mapping[str, QuantizedLinear]) -> None:
+def check_place(layers: Mapping[str, QuantizedLinear | ExpertWeight]) -> None:
     """Refuse layers on meta: the adapter's values would be lost there.
 
     Raises:
@@ -111,12 +113,54 @@ def check_copies(
         raise AdapterMismatchError(msg)
 
 
+def pairs_of_experts(
+    model: nn.Module,
+    pairs: Mapping[str, AdapterTensors],
+    targets: Collection[str],
+    directory: Path,
+) -> dict[str, AdapterTensors]:
+    """A file's entries, those of stacked experts by the paths of their weights, as stacks.
+
+    Args:
+        model: to load into.
+        pairs: entries by their paths in the file.
+        targets: the file's ``target_parameters``.
+        directory: of the file, for errors.
+
+    Raises:
+        AdapterMismatchError: for a target that names no such weight, one without an entry, and
+            an entry that cannot be divided among the experts.
+    """
+    experts = quantized_experts(model)
+    wanted = [n for n in experts if any(n == t or n.endswith(f".{t}") for t in targets)]
+    places = peft_paths(wanted)
+    found = {name: pair for name, pair in pairs.items() if name not in places.values()}
+    for name, place in places.items():
+        pair, count = pairs.get(place), experts[name].weight.shape[0]
+        if pair is None:
+            msg = f"{directory}: target_parameters has {name}, the file has no entry {place}"
+            raise AdapterMismatchError(msg)
+        if pair.magnitude is not None or pair.A.shape[0] % count:
+            what = f"{pair.A.shape[0]} rows of lora_A" if pair.magnitude is None else "DoRA"
+            msg = f"{directory}: {what} for {name}, which has {count} experts"
+            raise AdapterMismatchError(msg)
+        found[name] = AdapterTensors(*stacked(pair.A, pair.B, count), None)
+    for target in targets:
+        if not any(n == target or n.endswith(f".{target}") for n in wanted):
+            msg = (
+                f"{directory}: target_parameters has {target!r}, no quantized weight of stacked "
+                f"experts is called so; nearest: {nearest(target, experts)}"
+            )
+            raise AdapterMismatchError(msg)
+    return found
+
+
 def check_fit(
     model: nn.Module,
     pairs: Mapping[str, AdapterTensors],
     adapted: Mapping[str, LoRAAdapter],
-) -> dict[str, QuantizedLinear]:
-    """The layers that a file's entries are for.
+) -> dict[str, QuantizedLinear | ExpertWeight]:
+    """The layers, and weights of experts, that a file's entries are for.
 
     Args:
         model: to load into.
@@ -127,17 +171,22 @@ def check_fit(
         AdapterMismatchError: for a layer that the model has not, other sizes, and for an adapter
             that has other layers than the file.
     """
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    layers: dict[str, QuantizedLinear | ExpertWeight] = {
+        n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)
+    }
+    layers |= quantized_experts(model)
     for name, (A, B, _) in pairs.items():
         layer = layers.get(name)
         if layer is None:
             msg = f"the model has no quantized layer {name}; nearest: {nearest(name, layers)}"
             raise AdapterMismatchError(msg)
         expected = (layer.out_features, layer.in_features)
-        ranks = (adapted[name].r,) if name in adapted else (A.shape[0],)
-        if (B.shape[0], A.shape[1]) != expected or A.shape[0] not in ranks:
+        r = A.shape[-2]  # of experts, before which there is one dimension more
+        ranks = (adapted[name].r,) if name in adapted else (r,)
+        found = (B.shape[-2], A.shape[-1])
+        if found != expected or r not in ranks:
             msg = (
-                f"{name}: the adapter is (out, in, r) = {(B.shape[0], A.shape[1], A.shape[0])}, "
+                f"{name}: the adapter is (out, in, r) = {(*found, r)}, "
                 f"the layer is {(*expected, *ranks)}: is this the adapter's base model?"
             )
             raise AdapterMismatchError(msg)

@@ -20,7 +20,7 @@ def describe(
 
     Args:
         model: that the adapter is of.
-        layers: the adapter of each layer, by path.
+        layers: the adapter of each layer, by path, and of each weight of experts.
         copies: paths of the modules that are trained as a whole.
 
     Raises:
@@ -34,6 +34,8 @@ def describe(
             "of each"
         )
         raise AdapterMismatchError(msg)
+    linear = [name for name, adapter in layers.items() if adapter.experts is None]
+    parameters = [name for name in layers if name not in linear]
     base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     config = {
         "peft_type": "LORA",
@@ -43,7 +45,7 @@ def describe(
         "lora_alpha": first.lora_alpha,
         "lora_dropout": first.lora_dropout,
         "use_rslora": first.use_rslora,
-        "target_modules": _target_names(model, layers),
+        "target_modules": _target_names([n for n, _ in model.named_modules()], linear),
         "rank_pattern": {_pattern(n): v.r for n, v in layers.items() if v.r != first.r},
         "alpha_pattern": {
             _pattern(n): v.lora_alpha for n, v in layers.items() if v.lora_alpha != first.lora_alpha
@@ -54,6 +56,9 @@ def describe(
         "inference_mode": True,
         "modules_to_save": _saved_targets(model, copies) or None,
     }
+    if parameters:
+        held = [name for name, _ in model.named_parameters()]
+        config["target_parameters"] = _parameter_names(held, parameters)
     return config | {"use_dora": True} if first.use_dora else config
 
 
@@ -62,9 +67,15 @@ def _pattern(name: str) -> str:
     return f"^{re.escape(name)}"
 
 
-def _target_names(model: nn.Module, layers: Collection[str]) -> list[str] | str:
+def _parameter_names(held: Collection[str], adapted: Collection[str]) -> list[str]:
+    """What names the adapted parameters and no others: ends of paths, or paths."""
+    ends = {".".join(name.split(".")[-2:]) for name in adapted}
+    named = {n for n in held if any(n == end or n.endswith(f".{end}") for end in ends)}
+    return sorted(ends) if named == set(adapted) else sorted(adapted)
+
+
+def _target_names(modules: Collection[str], layers: Collection[str]) -> list[str] | str:
     """What names the adapted layers and no others: ends of paths, paths, or an expression."""
-    modules = [name for name, _ in model.named_modules()]
     ends = {name.rpartition(".")[2] for name in layers}
     for targets in (sorted(ends), sorted(layers)):
         named = {n for n in modules if any(n == t or n.endswith(f".{t}") for t in targets)}

@@ -7,6 +7,12 @@ A directory holds ``adapter_config.json`` and ``adapter_model.safetensors`` with
     base_model.model.<path of the layer>.lora_magnitude_vector    (out_features,), with DoRA
     base_model.model.<path of a module>.<its entries>     of modules_to_save
 
+and for weights of stacked experts (``target_parameters``), each with one more ``base_layer`` than
+the one after it, and in the layout that ``lora_adapter`` tells of,
+
+    base_model.model.<path of the module>[.base_layer].lora_A.weight    (experts r, in_features)
+    base_model.model.<path of the module>[.base_layer].lora_B.weight    (out_features, r experts)
+
 which PEFT loads over the same base model, and whose own files load here. The file's metadata, which
 PEFT ignores, keeps the format of the quantized base under "qkern", a fingerprint of its bytes under
 "qkern_base", and the number of tokens of its embeddings under "qkern_tokens": an adapter is of use
@@ -26,13 +32,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkern.adapted import adapted_layers, attach_adapters, check_unmerged
+from qkern.adapted import (
+    Adapted,
+    adapted_layers,
+    attach_adapters,
+    check_unmerged,
+)
 from qkern.adapter_checks import (
     check_copies,
     check_finite,
     check_fit,
     check_place,
     check_tokens,
+    pairs_of_experts,
     token_count,
 )
 from qkern.adapter_config import (
@@ -55,11 +67,12 @@ from qkern.errors import (
     DeviceError,
     QkernError,
 )
+from qkern.experts_lora import ExpertWeight, peft_paths
 from qkern.files import read_json, replacing, write_json
 from qkern.fingerprint import base_fingerprint
 from qkern.formats import QuantFormat
-from qkern.layers import QLoRALinear, QuantizedLinear
-from qkern.lora_adapter import DEFAULT, LoRAAdapter, check_name
+from qkern.layers import QuantizedLinear
+from qkern.lora_adapter import DEFAULT, LoRAAdapter, check_name, joined
 from qkern.merge_aware import check_settings
 from qkern.merge_target import MERGE_KEY, MergeTarget, targets_as_text, targets_of_text
 from qkern.merging import unmerged_format
@@ -98,9 +111,13 @@ def save_adapter(
     layers = {name: layers[name] for name in adapters}
     names = {adapter_name or layer.active_adapter or "" for layer in layers.values()}
     tensors = {}
+    inside = peft_paths([name for name, adapter in adapters.items() if adapter.experts is not None])
     for name, adapter in adapters.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = _plain(adapter.lora_A)
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = _plain(adapter.lora_B)
+        factors = (_plain(adapter.lora_A), _plain(adapter.lora_B))
+        if adapter.experts is not None:
+            factors = joined(*factors)
+        for part, tensor in zip("AB", factors, strict=True):
+            tensors[f"{PREFIX}{inside.get(name, name)}.lora_{part}.weight"] = tensor
         if adapter.lora_magnitude is not None:
             tensors[f"{PREFIX}{name}.{MAGNITUDE}"] = _plain(adapter.lora_magnitude)
     copies = saved_copies(model, next(iter(names)))
@@ -130,9 +147,7 @@ def save_adapter(
     write_json(directory / CONFIG_NAME, describe(model, adapters, list(copies)))
 
 
-def _adapters_of(
-    layers: Mapping[str, QLoRALinear], adapter_name: str | None
-) -> dict[str, LoRAAdapter]:
+def _adapters_of(layers: Mapping[str, Adapted], adapter_name: str | None) -> dict[str, LoRAAdapter]:
     """The adapter of a name, or the active one, by the layers' paths."""
     found = {}
     for name, layer in layers.items():
@@ -172,13 +187,16 @@ def load_adapter(
     directory = Path(path)
     config = read_json(directory / CONFIG_NAME)
     # PEFT says fan_in_fan_out for Conv1D, whose factors are those of any layer.
-    check_config(config, directory, applied=("use_dora", "modules_to_save", "fan_in_fan_out"))
+    applied = ("use_dora", "modules_to_save", "fan_in_fan_out", "target_parameters")
+    check_config(config, directory, applied=applied)
     found = read_tensors(directory / WEIGHTS_NAME, use_dora=bool(config.get("use_dora")))
     copied = find_modules(model, _saved_names(config, directory))
     states = {
         name: found.module(name) for name in copied if original_module(model, name).state_dict()
     }
-    pairs = found.pairs()
+    pairs = pairs_of_experts(
+        model, found.pairs(), _names(config, "target_parameters", directory), directory
+    )
     check_name(adapter_name)
     check_unmerged(model)
     adapters = _adapters_of(dict(adapted_layers(model)), adapter_name)
@@ -199,7 +217,7 @@ def load_adapter(
     if not adapters:
         attach_adapters(
             model,
-            {n: {"r": p.A.shape[0], "merge_into": targets.get(n)} for n, p in pairs.items()},
+            {n: {"r": p.A.shape[-2], "merge_into": targets.get(n)} for n, p in pairs.items()},
             copies=lambda: make_copies(model, list(states), tied=_are_tied(model, states)),
             lora_dropout=number_of(config, "lora_dropout", 0.0, directory),
             use_dora=found.use_dora,
@@ -222,9 +240,13 @@ def load_adapter(
 
 
 def _saved_names(config: Mapping[str, Any], directory: Path) -> list[str]:
-    names = config.get("modules_to_save") or []
+    return _names(config, "modules_to_save", directory)
+
+
+def _names(config: Mapping[str, Any], key: str, directory: Path) -> list[str]:
+    names = config.get(key) or []
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        msg = f"{directory}: modules_to_save is {str(names)[:80]}, a list of names is needed"
+        msg = f"{directory}: {key} is {str(names)[:80]}, a list of names is needed"
         raise CorruptFileError(msg)
     return names
 
@@ -251,7 +273,7 @@ def read_quantization(path: str | PathLike[str]) -> QuantFormat | None:
         raise CorruptFileError(msg) from error
 
 
-def _check_base(layers: Mapping[str, QuantizedLinear], directory: Path) -> None:
+def _check_base(layers: Mapping[str, QuantizedLinear | ExpertWeight], directory: Path) -> None:
     """Refuse an adapter that says it was trained over other bytes than these layers have."""
     metadata, here = _read_metadata(directory / WEIGHTS_NAME), base_fingerprint(layers)
     trained_on, changed = metadata.get(BASE_KEY), metadata.get(CHANGED_KEY)

@@ -15,7 +15,7 @@ Each expert is whole blocks.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from qkern.flat_weight import FlatParameters
 from qkern.formats import QuantFormat
 from qkern.functional import grouped_linear
+from qkern.lora_adapter import LoRAAdapter
 from qkern.tensor import QuantizedTensor
 
 # What the experts interface of transformers gives every module of its classes.
@@ -66,26 +67,50 @@ class QuantizedExperts(FlatParameters):
         up, down = weight_names(self)
         if not all(isinstance(getattr(self, name), QuantizedTensor) for name in (up, down)):
             # Something computes a weight anew, as PEFT does for adapters of parameters.
+            self._check_dense()
             dense: Tensor = super().forward(hidden_states, top_k_index, top_k_weights)
             return dense
+        return self._multiply(hidden_states, top_k_index, top_k_weights, {})
+
+    def _multiply(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        adapters: Mapping[str, LoRAAdapter],
+    ) -> Tensor:
+        """The same, with what adapters of weights add, by the names of these."""
+        up, down = weight_names(self)
         tokens, k = top_k_index.shape
-        expert, order = torch.sort(top_k_index.reshape(-1), stable=True)  # (tokens k,)
-        offsets = _ends(expert, getattr(self, up).shape[0])
-        rows = self._project(hidden_states[order // k], up, offsets)
+        count = getattr(self, up).shape[0]
+        chosen = top_k_index.reshape(-1)
+        chosen = chosen.masked_fill(chosen < 0, count)  # sorted behind the last expert
+        expert, order = torch.sort(chosen, stable=True)  # (tokens k,)
+        offsets = _ends(expert, count)
+        rows = self._project(hidden_states[order // k], up, offsets, adapters.get(up))
         rows = self._apply_gate(rows) if self.has_gate else self.act_fn(rows)
-        rows = self._project(rows, down, offsets)
+        rows = self._project(rows, down, offsets, adapters.get(down))
         if getattr(self, "has_post_expert_norm", False):
             rows = self.post_expert_norm(rows)
         rows = rows * top_k_weights.reshape(-1)[order].unsqueeze(-1)  # (tokens k, hidden)
         place = torch.argsort(order)
-        total: Tensor = rows[place].view(tokens, k, -1).sum(1)
+        total: Tensor = rows[place].view(tokens, k, rows.shape[-1]).sum(1)
         return total.to(hidden_states.dtype)
 
-    def _project(self, x: Tensor, name: str, offsets: Tensor) -> Tensor:
+    def _check_dense(self) -> None:
+        """Refuse to compute over dense values what these alone do not make."""
+
+    def _project(
+        self, x: Tensor, name: str, offsets: Tensor, adapter: LoRAAdapter | None
+    ) -> Tensor:
         weight: Any = getattr(self, name)
         bias = getattr(self, f"{name}_bias") if self.has_bias else None
         transposed = is_transposed(self, weight.format)
-        return grouped_linear(x, weight, offsets, bias, transposed=transposed, layer=self)
+        lora: dict[str, Any] = {}
+        if adapter is not None:
+            factors = {"lora_A": adapter.lora_A, "lora_B": adapter.lora_B}
+            lora = {**factors, "scaling": adapter.scaling}
+        return grouped_linear(x, weight, offsets, bias, **lora, transposed=transposed, layer=self)
 
     def extra_repr(self) -> str:
         """Sizes and formats, for ``print(model)``."""
@@ -97,7 +122,7 @@ class QuantizedExperts(FlatParameters):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """For pickle, which finds no class that was made at run time."""
-        return _rebuild, (type(self).__bases__[1],), vars(self)
+        return _rebuild, type(self).__bases__, vars(self)
 
 
 def weight_names(module: nn.Module) -> tuple[str, str]:
@@ -144,20 +169,26 @@ def hold_quantized(module: nn.Module, name: str, weight: QuantizedTensor, path: 
         module._parameters[name] = nn.Parameter(weight, requires_grad=False)
     if not isinstance(module, QuantizedExperts):
         kind: Any = type(module)
-        module.__class__ = _class_of(kind)
+        module.__class__ = class_of(QuantizedExperts, kind)
     module.path = path  # type: ignore[assignment]
 
 
-def hold_dense(module: QuantizedExperts, dtype: torch.dtype | None = None) -> None:
+def hold_dense(
+    module: QuantizedExperts,
+    dtype: torch.dtype | None = None,
+    sums: Mapping[str, Tensor] | None = None,
+) -> None:
     """Make quantized experts what they were, with the values that they multiply; in place.
 
     Args:
         module: changed in place.
         dtype: of the weights; the one that they report if None.
+        sums: values of some of the weights, to take in place of their own.
     """
     for name in module.quantized_names():
         weight: Any = module._parameters[name]
-        values = weight.dequantize(dtype)
+        given = (sums or {}).get(name)
+        values = weight.dequantize(dtype) if given is None else given
         if module.is_transposed and not is_transposed(module, weight.format):
             values = values.mT.contiguous()
         module._parameters[name] = nn.Parameter(values)
@@ -167,12 +198,14 @@ def hold_dense(module: QuantizedExperts, dtype: torch.dtype | None = None) -> No
 
 
 @functools.cache
-def _class_of(experts: Any) -> Any:
-    return type(f"Quantized{experts.__name__}", (QuantizedExperts, experts), {})
+def class_of(quantized: Any, experts: Any) -> Any:
+    """A class of experts with ``QuantizedExperts``, or a subclass of it, before it."""
+    name = quantized.__name__.removesuffix("Experts")
+    return type(f"{name}{experts.__name__}", (quantized, experts), {})
 
 
-def _rebuild(experts: Any) -> Any:
-    made = _class_of(experts)
+def _rebuild(quantized: Any, experts: Any) -> Any:
+    made = class_of(quantized, experts)
     return made.__new__(made)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from qkern.experts_lora import ExpertWeight
 from qkern.layers import QuantizedLinear
 from qkern.merging import unmerged_format, unmerged_parts
 
@@ -15,7 +16,7 @@ from qkern.merging import unmerged_format, unmerged_parts
 _SAMPLES = 4096
 
 
-def base_fingerprint(layers: Mapping[str, QuantizedLinear]) -> str | None:
+def base_fingerprint(layers: Mapping[str, QuantizedLinear | ExpertWeight]) -> str | None:
     """What tells quantized weights from others: the same on every device and after a reload.
 
     SHA-256 over the path, shape, format and 4096 evenly spaced values of each part of each weight:

@@ -34,12 +34,10 @@ class FlatParameters(nn.Module):
         prefix: str,
         keep_vars: bool,  # noqa: FBT001 - torch's signature
     ) -> None:
-        held = self._set_apart()
-        try:
-            super()._save_to_state_dict(destination, prefix, keep_vars)
-        finally:
-            self._put_together(held)
+        # Only read: another thread may compute with the module meanwhile.
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in self.quantized_names():
+            destination.pop(f"{prefix}{name}")
             destination.update(shards.entries(self._parameters[name], f"{prefix}{name}"))
 
     def _load_from_state_dict(

@@ -1,4 +1,11 @@
-"""One adapter of a layer: its parameters and settings. A layer may hold several, by name."""
+"""One adapter of a layer, or of all experts of a weight: its parameters and settings.
+
+A layer may hold several, by name. PEFT has the adapters of E stacked experts as one linear layer of
+rank E r, experts after each other in A's rows, and next to each other in B's columns:
+
+    lora_A.weight   (E r, in)      row e r + j is A[e, j]
+    lora_B.weight   (out, r E)     column j E + e is B[e, :, j]
+"""
 
 from __future__ import annotations
 
@@ -33,10 +40,11 @@ class LoRAAdapter(nn.Module):
         init_lora_weights: True, False or "gaussian", see ``reset``.
         dtype: of the parameters.
         device: of the parameters.
+        experts: how many have factors of their own, stacked; None for a layer.
 
     Attributes:
-        lora_A: (r, in_features).
-        lora_B: (out_features, r).
+        lora_A: (r, in_features), or (experts, r, in_features).
+        lora_B: (out_features, r), or (experts, out_features, r).
         lora_magnitude: (out_features,), None without DoRA.
         changed_base: the initialization that took a part out of the base, empty if none did.
         merge_into: what it is trained to be merged into, see ``qkern.merge_aware``.
@@ -65,6 +73,7 @@ class LoRAAdapter(nn.Module):
         init_lora_weights: bool | str = True,
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
+        experts: int | None = None,
     ) -> None:
         super().__init__()
         if r < 1:
@@ -75,12 +84,13 @@ class LoRAAdapter(nn.Module):
             msg = f"an adapter's dtype is one of {allowed}, got {dtype}"
             raise DTypeError(msg)
         operands.check_dropout(lora_dropout)
-        self.r, self.lora_dropout = r, lora_dropout
+        self.r, self.lora_dropout, self.experts = r, lora_dropout, experts
         self.changed_base = ""
         self.set_scaling(lora_alpha, use_rslora=use_rslora)
         with torch.inference_mode(False):  # what is made under it could never be trained on
-            A = torch.empty(r, in_features, device=device, dtype=dtype)
-            B = torch.empty(out_features, r, device=device, dtype=dtype)
+            stack = () if experts is None else (experts,)
+            A = torch.empty(*stack, r, in_features, device=device, dtype=dtype)
+            B = torch.empty(*stack, out_features, r, device=device, dtype=dtype)
             self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B)
             magnitude = None
             if use_dora:
@@ -104,22 +114,32 @@ class LoRAAdapter(nn.Module):
 
         Args:
             init_lora_weights: True: A as ``nn.Linear`` is, B zero; "gaussian": A normal of
-                deviation 1/r, B zero; False: both as ``nn.Linear``.
+                deviation 1/r, B zero; False: both as ``nn.Linear``. Those of experts: as the one
+                layer that PEFT has of them.
         """
         if init_lora_weights not in PLAIN_INITS:
             msg = f"init_lora_weights is {init_lora_weights!r}: True, False or 'gaussian' are known"
             raise FormatError(msg)
+        A, B = (factor.detach() for factor in (self.lora_A, self.lora_B))
+        if self.experts is not None:  # the deviations depend on the sizes
+            A, B = map(torch.empty_like, joined(A, B))
         if init_lora_weights == "gaussian":
-            nn.init.normal_(self.lora_A, std=1 / self.r)
+            nn.init.normal_(A, std=1 / self.r)
         else:
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         if init_lora_weights is False:
-            nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
+            nn.init.kaiming_uniform_(B, a=math.sqrt(5))
         else:
-            nn.init.zeros_(self.lora_B)
+            nn.init.zeros_(B)
+        if self.experts is not None:
+            with torch.no_grad():
+                for factor, values in zip(
+                    (self.lora_A, self.lora_B), stacked(A, B, self.experts), strict=True
+                ):
+                    factor.copy_(values)
 
     def product(self) -> Tensor:
-        """``scaling B A``, fp32 (out_features, in_features), under autocast too."""
+        """``scaling B A``, fp32 (out_features, in_features), or of each expert; autocast or not."""
         A, B = self.lora_A.detach().float(), self.lora_B.detach().float()
         if A.is_meta:  # which has no autocast
             return (B @ A) * self.scaling
@@ -131,7 +151,20 @@ class LoRAAdapter(nn.Module):
         kind = ", DoRA" if self.use_dora else ""
         if self.merge_into is not None:
             kind += f", merge_into={self.merge_into.format} by {self.merge_into.method}"
+        if self.experts is not None:
+            kind += f", experts={self.experts}"
         return f"r={self.r}, scaling={self.scaling:g}{kind}"
+
+
+def joined(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors of experts, (E, r, in) and (E, out, r), as PEFT's (E r, in) and (out, r E)."""
+    return A.reshape(-1, A.shape[-1]), B.permute(1, 2, 0).reshape(B.shape[1], -1)
+
+
+def stacked(A: Tensor, B: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """The opposite of ``joined``; r E is a multiple of ``experts``."""
+    split = B.reshape(B.shape[0], -1, experts)
+    return A.reshape(experts, -1, A.shape[-1]), split.permute(2, 0, 1).contiguous()
 
 
 def check_name(name: str) -> None:

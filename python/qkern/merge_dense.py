@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from qkern.adapted import holders
+from qkern.adapted import Adapted, adapted_layers, holders
 from qkern.errors import AdapterMismatchError, FormatError, NonFiniteError, QkernError
+from qkern.experts import hold_dense
+from qkern.experts_lora import ExpertWeight, QLoRAExperts, expert_weights
 from qkern.layers import QLoRALinear, QuantizedLinear
 from qkern.merge_loss import MergedLayer, MergeLoss
 from qkern.merging import aware_weight, check_place, check_rows, exact_sum, merged_row
@@ -24,9 +26,9 @@ def merge_to_dense(model: nn.Module, *, dtype: torch.dtype | None = None) -> Mer
     The base in its dtype, exactly as it was trained over, and what the active adapter adds are
     added in fp32 and rounded once; a layer with ``merge_into`` becomes the rounded weight that it
     multiplies. What was a ``Conv1D`` becomes one again, and modules that the adapter trains as a
-    whole (``modules_to_save``) take their places. Adapters that are not active are dropped; experts
-    and embeddings stay quantized. Nothing undoes it. Layer by layer, so that only one is there
-    twice.
+    whole (``modules_to_save``) take their places. Adapters that are not active are dropped.
+    Experts become dense if the adapter has a part in them; others, and embeddings, stay quantized.
+    Nothing undoes it. Layer by layer, so that only one is there twice.
 
     Args:
         model: after ``quantize_model``, with or without adapters.
@@ -59,6 +61,8 @@ def merge_to_dense(model: nn.Module, *, dtype: torch.dtype | None = None) -> Mer
         if row is not None:
             rows.append(row)
     for module, names in module_paths(model):
+        if isinstance(module, QLoRAExperts):
+            rows += _merge_experts(names[0], module, dtype)
         if isinstance(module, SavedModule):
             kept = module.module_of(module.active_adapter).requires_grad_(requires_grad=False)
             replace_module(model, names, kept)
@@ -68,18 +72,21 @@ def merge_to_dense(model: nn.Module, *, dtype: torch.dtype | None = None) -> Mer
 def _paths_to_merge(model: nn.Module) -> list[list[str]]:
     """All paths of each quantized layer, if every one can be made dense."""
     found = [(names, m) for m, names in module_paths(model) if isinstance(m, QuantizedLinear)]
-    if not found or found[0][0][0] == "":
+    experts = {n: layer for n, layer in adapted_layers(model) if isinstance(layer, ExpertWeight)}
+    if (not found and not experts) or (found and found[0][0][0] == ""):
         msg = "the model is a single layer" if found else "the model has no quantized layer"
         raise FormatError(msg)
     check_rows(holders(model))
-    for names, layer in found:
+    layers: dict[str, QuantizedLinear | ExpertWeight] = {names[0]: m for names, m in found}
+    layers |= experts
+    for name, layer in layers.items():
         try:
             check_place(layer)
         except QkernError as error:
-            msg = f"{names[0]}: {error}; nothing was merged"
+            msg = f"{name}: {error}; nothing was merged"
             raise type(error)(msg) from error
-        if isinstance(layer, QLoRALinear) and layer.merged:
-            msg = f"{names[0]} is merged already: call qkern.unmerge_adapter first"
+        if isinstance(layer, Adapted) and layer.merged:
+            msg = f"{name} is merged already: call qkern.unmerge_adapter first"
             raise AdapterMismatchError(msg)
     return [names for names, _ in found]
 
@@ -93,18 +100,46 @@ def _dense(
     if dense.bias is not None:
         dense.bias = nn.Parameter(dense.bias.to(dtype), requires_grad=False)
     if isinstance(layer, QLoRALinear) and layer.adapter is not None:
-        delta, merged = layer.delta().float(), aware_weight(layer)
-        if merged is None:
-            exact = exact_sum(layer.quantized_weight, delta)
-        else:
-            exact = merged.dequantize(torch.float32)
-        values = exact.to(dtype)
-        if not bool(values.isfinite().all()):
-            fits = bool(exact.isfinite().all())
-            why = f"{dtype} cannot hold it, bfloat16 can" if fits else "the adapter is not finite"
-            msg = f"the weight with its adapter holds NaN or infinity: {why}"
-            raise NonFiniteError(msg)
+        values, row = _sum(name, layer, dtype)
         dense.weight = nn.Parameter(values, requires_grad=False)
-        into = str(dtype).removeprefix("torch.")
-        row = merged_row(name, layer, into, values.float(), exact, delta)
     return take_hooks(conv1d_of_linear(dense) if layer.fan_in_fan_out else dense, layer), row
+
+
+def _merge_experts(path: str, module: QLoRAExperts, dtype: torch.dtype | None) -> list[MergedLayer]:
+    """Make experts dense with the active adapter in them; leave those without one quantized."""
+    weights = expert_weights(path, module)
+    sums, rows = {}, []
+    for name, weight in weights.items():
+        if weight.adapter is None:
+            continue
+        try:
+            values, row = _sum(name, weight, dtype or weight.weight.dtype)
+        except QkernError as error:
+            msg = f"{name}: {error}; layers before it are dense already"
+            raise type(error)(msg) from error
+        sums[weight.parameter] = values
+        rows.append(row)
+    module.drop_adapters()
+    if sums:
+        hold_dense(module, dtype, sums)
+        for name, parameter in module.named_parameters(recurse=False):
+            cast = parameter.detach().to(dtype or parameter.dtype)
+            module._parameters[name] = nn.Parameter(cast, requires_grad=False)
+    return rows
+
+
+def _sum(name: str, layer: Adapted, dtype: torch.dtype) -> tuple[Tensor, MergedLayer]:
+    """A weight with its adapter, rounded once, and what became of the adapter."""
+    delta, merged = layer.delta().float(), aware_weight(layer)
+    if merged is None:
+        exact = exact_sum(layer.quantized_weight, delta)
+    else:
+        exact = merged.dequantize(torch.float32)
+    values = exact.to(dtype)
+    if not bool(values.isfinite().all()):
+        fits = bool(exact.isfinite().all())
+        why = f"{dtype} cannot hold it, bfloat16 can" if fits else "the adapter is not finite"
+        msg = f"the weight with its adapter holds NaN or infinity: {why}"
+        raise NonFiniteError(msg)
+    into = str(dtype).removeprefix("torch.")
+    return values, merged_row(name, layer, into, values.float(), exact, delta)

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from qkern import shards
-from qkern.adapted import adapted_layers
+from qkern.adapted import Adapted, adapted_layers, holders
 from qkern.adapter_holder import NamedAdapters
 from qkern.codec import check_method
 from qkern.errors import AdapterMismatchError, DeviceError, QkernError, ShapeError
+from qkern.experts_lora import ExpertWeight
 from qkern.formats import QuantFormat
-from qkern.layers import QLoRALinear, QuantizedLinear
+from qkern.layers import QuantizedLinear
 from qkern.merge_aware import check_settings, merged_weight
 from qkern.merge_loss import MergedLayer, MergeLoss
 from qkern.merge_target import MergeTarget
@@ -56,7 +57,7 @@ def merge_adapter(
         DeviceError: if an adapter is on another device than its weight, or both are on meta;
             nothing is merged then.
     """
-    done: list[QLoRALinear] = []
+    done: list[Adapted] = []
     rows: list[MergedLayer] = []
     try:
         for name, layer in _in_state(model, merged=False).items():
@@ -119,7 +120,7 @@ def set_merge_into(model: nn.Module, merge_into: str | QuantFormat | MergeTarget
         adapter.merge_into = target
 
 
-def _merge(name: str, layer: QLoRALinear, method: str) -> MergedLayer:
+def _merge(name: str, layer: Adapted, method: str) -> MergedLayer:
     """Quantize a layer's weight with its adapter into the weight."""
     check_place(layer)
     weight, delta = layer.quantized_weight, layer.delta().float()
@@ -145,9 +146,9 @@ def exact_sum(weight: QuantizedTensor, delta: Tensor) -> Tensor:
     return weight.dequantize(dtype).float() + delta
 
 
-def aware_weight(layer: QLoRALinear) -> QuantizedTensor | None:
+def aware_weight(layer: Adapted) -> QuantizedTensor | None:
     """What a layer that is trained for its merge multiplies; None for any other."""
-    if layer.merge_into is None:
+    if isinstance(layer, ExpertWeight) or layer.merge_into is None:
         return None
     check_settings(layer.active(), layer.lora_mode)
     adapter = (layer.lora_A, layer.lora_B, layer.scaling)
@@ -155,17 +156,18 @@ def aware_weight(layer: QLoRALinear) -> QuantizedTensor | None:
 
 
 def merged_row(
-    name: str, layer: QLoRALinear, into: str, result: Tensor, exact: Tensor, delta: Tensor
+    name: str, layer: Adapted, into: str, result: Tensor, exact: Tensor, delta: Tensor
 ) -> MergedLayer:
     """What a report says of a layer whose adapter was merged."""
     norms = (
         torch.linalg.vector_norm(t, dtype=torch.float64) for t in (exact, result - exact, delta)
     )
     sums = (float(norm) ** 2 for norm in norms)
-    return MergedLayer(name, layer.r, layer.scaling, into, layer.merge_into is not None, *sums)
+    adapter = layer.active()
+    return MergedLayer(name, adapter.r, adapter.scaling, into, layer.merge_into is not None, *sums)
 
 
-def check_place(layer: QuantizedLinear) -> None:
+def check_place(layer: QuantizedLinear | ExpertWeight) -> None:
     """Refuse what is not here as a whole, and an adapter that is not where its weight is.
 
     Raises:
@@ -175,9 +177,10 @@ def check_place(layer: QuantizedLinear) -> None:
     if shards.is_sharded(layer.weight) or not layer.quantized_weight.is_whole:
         msg = "a merge needs the whole weight, this is one rank's shard: gather it first"
         raise ShapeError(msg)
-    if not isinstance(layer, QLoRALinear) or layer.adapter is None:
+    adapter = layer.adapter if isinstance(layer, Adapted) else None
+    if adapter is None:
         return
-    here, devices = layer.weight.device, {layer.lora_A.device, layer.lora_B.device}
+    here, devices = layer.weight.device, {adapter.lora_A.device, adapter.lora_B.device}
     if devices != {here} or here.type == "meta":
         found = ", ".join(sorted(map(str, devices)))
         msg = (
@@ -194,16 +197,16 @@ def check_rows(held: Iterable[NamedAdapters]) -> None:
         raise AdapterMismatchError(msg)
 
 
-def _take_out(layer: QLoRALinear) -> None:
+def _take_out(layer: Adapted) -> None:
     if not take_back(layer.quantized_weight, _MERGED):
         layer.weight.data.sub_(layer.delta().to(layer.weight.dtype))
     layer.merged = False
 
 
-def _in_state(model: nn.Module, *, merged: bool) -> dict[str, QLoRALinear]:
+def _in_state(model: nn.Module, *, merged: bool) -> dict[str, Adapted]:
     found = dict(adapted_layers(model))
     layers = {name: layer for name, layer in found.items() if layer.adapter is not None}
-    check_rows(found.values())
+    check_rows(holders(model))
     wrong = [name for name, layer in layers.items() if layer.merged is not merged]
     if not layers or wrong:
         what = "not merged" if merged else "merged already"
@@ -212,7 +215,7 @@ def _in_state(model: nn.Module, *, merged: bool) -> dict[str, QLoRALinear]:
     return layers
 
 
-def unmerged_parts(layer: QuantizedLinear) -> tuple[Tensor | None, ...] | None:
+def unmerged_parts(layer: QuantizedLinear | ExpertWeight) -> tuple[Tensor | None, ...] | None:
     """Codes and scales without a merged adapter; None if they are not here as a whole, or lost."""
     weight = layer.weight
     if shards.is_sharded(weight) or not has_data(layer.quantized_weight.packed):
@@ -223,7 +226,7 @@ def unmerged_parts(layer: QuantizedLinear) -> tuple[Tensor | None, ...] | None:
     return undo.parts if undo.label == _MERGED else None
 
 
-def unmerged_format(layer: QuantizedLinear) -> QuantFormat:
+def unmerged_format(layer: QuantizedLinear | ExpertWeight) -> QuantFormat:
     """The format of these parts."""
     weight: QuantizedTensor = shards.local_part(layer.weight)
     merged = getattr(layer, "merged", False) and weight.undo.label == _MERGED

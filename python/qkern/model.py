@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from qkern import saved_modules
-from qkern.adapted import attach_adapters, quantized_layers
+from qkern.adapted import attach_adapters, quantized_experts, quantized_layers
 from qkern.adapter_config import by_pattern
 from qkern.codec import COMPUTE, check_choice
 from qkern.coverage import CoverageReport, CoverageRow
@@ -117,11 +117,12 @@ def add_lora(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     modules_to_save: str | Sequence[str] = (),
+    target_parameters: Sequence[str] = (),
     dense: DenseSource | None = None,
     loftq_iterations: int = 1,
     method: str = "absmax",
 ) -> list[str]:
-    """Give quantized layers a trainable adapter, in place, and freeze everything else.
+    """Give quantized layers, and experts, a trainable adapter, in place; freeze everything else.
 
     The first adapter of a model is active and trains. Another one waits, frozen, until
     ``qkern.set_adapter`` makes it the active one. After an error nothing has changed: no layer, and
@@ -132,7 +133,7 @@ def add_lora(
         r: rank.
         lora_alpha: the adapter's part is multiplied by ``lora_alpha / r``.
         target_modules: "all-linear" for every quantized layer, names or ends of paths, or one
-            regular expression for whole paths, as in PEFT.
+            regular expression for whole paths, as in PEFT. ``[]`` for experts alone.
         lora_dropout: probability of zeroing an input of the adapter's part, in training.
         use_rslora: multiply by ``lora_alpha / sqrt(r)`` instead.
         use_dora: train the lengths of the rows of the sum too, see ``qkern.dora``.
@@ -151,6 +152,9 @@ def add_lora(
         modules_to_save: ends of paths of dense modules that are trained as a whole, as in PEFT:
             embeddings, norms ("norm" is the end of "input_layernorm" too), heads. What shares a
             weight with one is trained with it. They keep their dtype.
+        target_parameters: weights of stacked experts, by ends of their paths, as in PEFT:
+            ``["experts.gate_up_proj", "experts.down_proj"]``. Each expert gets factors of its own.
+            With ``r``, ``lora_alpha``, ``use_rslora``, patterns, and plain starts only.
         dense: the weights of before quantization, for "loftq", "pissa" and "olora": the dense
             model, its state dict, or a safetensors file or directory, read layer by layer. LoftQ
             needs it, the others take the quantized weights without it.
@@ -160,22 +164,24 @@ def add_lora(
             changes.
 
     Returns:
-        The paths of the layers that got one.
+        The paths of the layers that got one, and of the weights of experts.
 
     Raises:
         AdapterMismatchError: if a target, a pattern or one of ``modules_to_save`` matches nothing,
             a module to save is quantized, a layer has an adapter of that name already, an adapter
             is merged, or ``dense`` is of another model.
         FormatError: for another ``lora_mode``, "merged" with dropout or DoRA, or a name with a
-            dot; for another format to merge into, or dropout or DoRA with one; for targets that are
-            no regular expression.
+            dot; for another format to merge into, or dropout or DoRA with one; for what adapters
+            of experts have not; for targets that are no regular expression.
         DeviceError: for a start from weights that are on meta.
         DTypeError: for a ``dtype`` that is not float32, float16, bfloat16 or float64.
         ShapeError: for a rank below 1, or a dropout outside of [0, 1).
     """
-    layers = quantized_layers(model)
+    layers, experts = quantized_layers(model), quantized_experts(model)
+    if target_modules or not target_parameters:
+        _check_targets(target_modules, list(layers))
     names = [name for name in layers if _is_target(name, target_modules)]
-    _check_targets(target_modules, list(layers))
+    names += _experts_of(target_parameters, list(experts))
     ranks, alphas = (
         _numbers(names, default, patterns or {}, what)
         for default, patterns, what in (
@@ -294,6 +300,23 @@ def _check_targets(targets: str | Sequence[str], names: list[str]) -> None:
         f"{', '.join(found) or 'none (call quantize_model first)'}"
     )
     raise AdapterMismatchError(msg)
+
+
+def _experts_of(targets: Sequence[str], names: list[str]) -> list[str]:
+    """The weights of experts that ``target_parameters`` names; each of them must be of use."""
+    if isinstance(targets, str):
+        msg = f"target_parameters={targets!r}: a list of names is needed, no expression"
+        raise FormatError(msg)
+    for target in targets:
+        if not any(_is_target(name, [target]) for name in names):
+            ends = sorted({".".join(name.split(".")[-2:]) for name in names})
+            msg = (
+                f"target_parameters: {target!r} matches no quantized weight of stacked experts; "
+                f"nearest: {', '.join(difflib.get_close_matches(target, ends)) or 'none'}; there "
+                f"are: {', '.join(ends) or 'none (call quantize_model first, see its report)'}"
+            )
+            raise AdapterMismatchError(msg)
+    return [name for name in names if _is_target(name, list(targets))]
 
 
 def _is_target(name: str, targets: str | Sequence[str]) -> bool:

@@ -74,6 +74,8 @@ def embedding(input: Tensor, weight: QuantizedTensor, *args: Any, **kwargs: Any)
     """``F.embedding`` with a quantized weight: with a scale a row, the rows that are asked for."""
     if not (weight.format.kind.per_row and weight.is_whole and weight.dim() == 2):
         return torch.nn.functional.embedding(input, weight.dequantize(), *args, **kwargs)
-    codes, absmax = weight.packed[input], weight.absmax.reshape(-1, 1)[input]
+    # Not by indexing, which takes -1 for the last row.
+    parts = (weight.packed, weight.absmax.reshape(-1, 1))
+    codes, absmax = (torch.nn.functional.embedding(input, part) for part in parts)
     values = codes.float() * (absmax * absmax.new_tensor(1 / 127))  # as ``reference.dequantize``
     return values.to(weight.dtype)

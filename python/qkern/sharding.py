@@ -9,7 +9,7 @@ from torch import nn
 
 from qkern import shards
 from qkern.errors import AdapterMismatchError, DTypeError, FormatError
-from qkern.flat_weight import FlatWeight
+from qkern.flat_weight import FlatParameters
 from qkern.text_table import format_bytes, format_table
 
 
@@ -18,7 +18,7 @@ class ShardingRow:
     """One quantized weight.
 
     Args:
-        name: path of its module.
+        name: path of its module; of the parameter where that is not "weight".
         shape: of the dense weight.
         nbytes: as stored, whole.
         common: bytes that every rank holds: second-level scales, or all.
@@ -42,7 +42,7 @@ class ShardingReport:
     """What ``fsdp_ready`` found; ``print(report)`` is a table.
 
     Args:
-        rows: the quantized weights.
+        rows: the quantized weights; one that modules share is there once.
         frozen: all parameters that are not trained: ``ignored_states`` of FSDP1.
     """
 
@@ -96,7 +96,7 @@ def fsdp_ready(model: nn.Module) -> ShardingReport:
         >>> [(row.name, row.sharded) for row in report.rows]
         [('0', True), ('1', False)]
     """
-    rows = []
+    rows: dict[int, ShardingRow] = {}
     for name, module in model.named_modules():
         if getattr(module, "merged", False):
             msg = f"{name} has a merged adapter: call unmerge_adapter before the model is sharded"
@@ -104,8 +104,11 @@ def fsdp_ready(model: nn.Module) -> ShardingReport:
         if getattr(module, "siblings", None) is not None:
             msg = f"{name} is computed with other layers: call qkern.unfuse_projections first"
             raise FormatError(msg)
-        if isinstance(module, FlatWeight):
-            rows.append(_row(name, module))
+        if isinstance(module, FlatParameters):
+            for key in module.quantized_names():
+                weight = module._parameters[key]
+                path = name if key == "weight" else f"{name}.{key}"
+                rows.setdefault(id(weight), _row(path, weight))
     trained: dict[torch.dtype, str] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -115,11 +118,11 @@ def fsdp_ready(model: nn.Module) -> ShardingReport:
         msg = f"what is trained must be of one dtype for FSDP, found {found}: cast one of them"
         raise DTypeError(msg)
     frozen = tuple(p for p in model.parameters() if not p.requires_grad)
-    return ShardingReport(tuple(rows), frozen)
+    return ShardingReport(tuple(rows.values()), frozen)
 
 
-def _row(name: str, module: FlatWeight) -> ShardingRow:
-    weight = shards.local_part(module.weight)
+def _row(name: str, parameter: nn.Parameter | None) -> ShardingRow:
+    weight = shards.local_part(parameter)
     shape, nbytes = tuple(weight.whole_shape), weight.nbytes
     if not weight.has_rows:
         reason = f"blocks of {weight.format.blocksize} cross its rows"

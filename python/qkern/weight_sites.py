@@ -92,6 +92,16 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module) or experts.is_experts(module)
 
 
+def dense_linear(model: nn.Module) -> list[str]:
+    """Paths of the linear layers that are not quantized: those that others would quantize."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if is_conv1d(module)
+        or (isinstance(module, nn.Linear) and not isinstance(module, QuantizedLinear))
+    ]
+
+
 def called(module: nn.Module, names: list[str]) -> list[str]:
     """What a user may exclude a module of these paths by; nothing for one never quantized."""
     if not is_linear(module):
@@ -162,8 +172,8 @@ def _why_dense(module: nn.Module, parameter: str, fmt: QuantFormat) -> str:
         return next(filter(None, reasons), "")
     if type(module) is nn.Linear and parameter != "weight":
         return f"its weight is computed from {parameter}"
-    is_linear = type(module) is nn.Linear or isinstance(module, QuantizedLinear)
-    if parameter == "weight" and (is_linear or is_conv1d(module)):
+    is_plain = type(module) is nn.Linear or isinstance(module, QuantizedLinear)
+    if parameter == "weight" and (is_plain or is_conv1d(module)):
         return ""
     return f"{kind}{'' if parameter == 'weight' else f'.{parameter}'}, not nn.Linear"
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qkern import flat_keys
 from qkern.adapter_config import CONFIG_NAME as ADAPTER_NAME
 from qkern.adapters import load_adapter
-from qkern.checkpoint.placing import check_transposed, place, place_tied
+from qkern.checkpoint.placing import check_places, check_transposed, place, place_tied
 from qkern.checkpoint.reader import open_maps
 from qkern.checkpoint.source import Source, dtype_of_config
 from qkern.checkpoint.stacking import Pieces, restack
@@ -43,7 +43,10 @@ def load_into(
 
     Raises:
         FileNotFoundError: if the directory holds no safetensors weights.
-        CorruptFileError: if the file does not fit the model, or contradicts itself.
+        CorruptFileError: if the file does not fit the model, or contradicts itself. Some layers may
+            have been replaced then, without values: build the model again.
+        FormatError: for a linear layer that computes something else than ``nn.Linear`` does;
+            nothing is changed then.
     """
     directory = Path(path)
     source = Source(directory)
@@ -54,6 +57,7 @@ def load_into(
     paths = {name: names for _, names in module_paths(model) for name in names}
     prefixes = flat_keys.prefixes(tensors)
     _check_scales(model, tensors, prefixes)
+    check_places(model, prefixes)
     named = dtype_of_config(source.config)
     dtype = None if named is None else getattr(torch, named)
     for prefix in prefixes:

@@ -8,13 +8,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkern import embeddings, experts, flat_keys
-from qkern.errors import CorruptFileError
+from qkern import embeddings, experts, flat_keys, operands
+from qkern.errors import CorruptFileError, QkernError
 from qkern.formats import QuantFormat
 from qkern.layers import QuantizedLinear
 from qkern.module_tree import module_at, replace_module
+from qkern.quantized_linear import take_hooks
 from qkern.tensor import QuantizedTensor
 from qkern.weight_sites import is_conv1d
+
+
+def check_places(model: nn.Module, prefixes: Iterable[str]) -> None:
+    """Refuse a model that cannot take quantized tensors, before anything of it is changed.
+
+    Args:
+        model: what they are for.
+        prefixes: of the tensors' keys.
+
+    Raises:
+        CorruptFileError: if there is no such module, or none that takes quantized weights.
+        FormatError: for a linear layer that computes something else than ``nn.Linear`` does.
+    """
+    for prefix in prefixes:
+        name, _, parameter = prefix.rpartition(".")
+        try:
+            module = module_at(model, name)
+        except AttributeError as error:
+            msg = f"the model has no layer {name}, for which the file holds a quantized weight"
+            raise CorruptFileError(msg) from error
+        if not _is_quantized(module, parameter):
+            _check_takes(module, prefix)
 
 
 def place(
@@ -30,26 +53,21 @@ def place(
     does that.
 
     Args:
-        model: changed in place.
+        model: changed in place; one that ``check_places`` lets pass.
         tensors: entries of the file.
         prefix: of the tensor's keys.
         dtype: of the weight, for files that do not say.
         paths: every path of each module, by each of them.
 
     Raises:
-        CorruptFileError: if there is no such module, or none that takes quantized weights.
+        CorruptFileError: if the module takes no weight of this shape.
         FormatError: for an embedding in another format than int8_row.
     """
     name, _, parameter = prefix.rpartition(".")
-    try:
-        module = module_at(model, name)
-    except AttributeError as error:
-        msg = f"the model has no layer {name}, for which the file holds a quantized weight"
-        raise CorruptFileError(msg) from error
-    held: Any = module._parameters.get(parameter)
-    if isinstance(module, QuantizedLinear) or isinstance(held, QuantizedTensor):
+    module = module_at(model, name)
+    if _is_quantized(module, parameter):
         return
-    _check_takes(module, prefix)
+    held: Any = module._parameters[parameter]
     loaded = flat_keys.unflatten(tensors, prefix, dtype or held.dtype)
     # On meta the strict load hands over the file's own memory; else it copies.
     place_empty(model, prefix, torch.empty_like(loaded, device=held.device), paths)
@@ -68,7 +86,8 @@ def place_empty(model: nn.Module, prefix: str, empty: Any, paths: Mapping[str, l
 
     Raises:
         CorruptFileError: if the module takes no quantized weight, or none of this shape.
-        FormatError: for an embedding in another format than int8_row.
+        FormatError: for an embedding in another format than int8_row, and a linear layer that
+            computes something else than ``nn.Linear`` does.
     """
     name, _, parameter = prefix.rpartition(".")
     module = module_at(model, name)
@@ -124,11 +143,16 @@ def check_transposed(model: nn.Module, names: Iterable[str]) -> None:
 def _replace_linear(model: nn.Module, paths: list[str], module: Any, weight: Any) -> None:
     if module.bias is not None:
         module.bias.requires_grad_(False)
-    layer = QuantizedLinear(weight, module.bias).train(module.training)
+    layer = take_hooks(QuantizedLinear(weight, module.bias), module)
     if isinstance(weight, nn.Parameter):
         layer.weight = weight  # the same one, not another of the same values
     layer.fan_in_fan_out = is_conv1d(module)
     replace_module(model, paths, layer)
+
+
+def _is_quantized(module: nn.Module, parameter: str) -> bool:
+    held = module._parameters.get(parameter)
+    return isinstance(module, QuantizedLinear) or isinstance(held, QuantizedTensor)
 
 
 def _check_takes(module: nn.Module, prefix: str) -> None:
@@ -141,6 +165,12 @@ def _check_takes(module: nn.Module, prefix: str) -> None:
     if not takes:
         msg = f"{prefix}: a quantized weight for a {type(module).__name__}, nn.Linear is needed"
         raise CorruptFileError(msg)
+    if type(module) is nn.Linear:
+        try:
+            operands.check_layer(module)
+        except QkernError as error:
+            msg = f"{prefix}: {error}"
+            raise type(error)(msg) from error
 
 
 def is_swapped(module: nn.Module, fmt: QuantFormat) -> bool:

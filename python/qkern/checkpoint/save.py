@@ -17,12 +17,12 @@ from qkern.adapters import save_adapter
 from qkern.checkpoint.file_metadata import TIED_KEY
 from qkern.checkpoint.quantization_config import quantization_config
 from qkern.checkpoint.source import INDEX_NAME, WEIGHTS_NAME
-from qkern.errors import AdapterMismatchError, FormatError
+from qkern.errors import AdapterMismatchError, DeviceError, FormatError
 from qkern.files import replacing, write_json
 from qkern.flat_weight import FlatParameters
 from qkern.layers import QuantizedLinear
 from qkern.saved_modules import base_name
-from qkern.weight_sites import is_conv1d
+from qkern.weight_sites import dense_linear
 
 
 def save(model: nn.Module, path: str | PathLike[str]) -> None:
@@ -39,6 +39,7 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
         FormatError: if no layer is quantized.
         AdapterMismatchError: if an adapter is merged into the weights, the model has several
             adapters, or is wrapped by PEFT.
+        DeviceError: for a tensor on meta.
     """
     from safetensors.torch import save_file
 
@@ -62,13 +63,7 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
     if any(name.endswith(".base_layer") for name in layers):
         msg = "the model is wrapped by PEFT: save its adapter with save_pretrained, and the base "
         raise AdapterMismatchError(msg + "before wrapping it (or after unload())")
-    tensors, tied = _distinct(
-        {
-            name: tensor
-            for key, tensor in model.state_dict().items()
-            if (name := base_name(key, holders)) is not None
-        }
-    )
+    tensors, tied = _distinct(_base_state(model, holders))
     metadata = {"format": "pt", TIED_KEY: json.dumps(tied)}
     with replacing(directory / WEIGHTS_NAME) as temporary:
         save_file(tensors, temporary, metadata)
@@ -88,13 +83,28 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
         (directory / name).unlink(missing_ok=True)
 
 
+def _base_state(model: nn.Module, holders: list[str]) -> dict[str, Tensor]:
+    """The ``state_dict`` without adapters, which ``holders`` are the paths of."""
+    state = {
+        name: tensor
+        for key, tensor in model.state_dict().items()
+        if (name := base_name(key, holders)) is not None
+    }
+    empty = next((name for name, tensor in state.items() if tensor.is_meta), None)
+    if empty is not None:
+        msg = f"{empty} is on meta and has no values to save: load the model first (qkern.load)"
+        raise DeviceError(msg)
+    return state
+
+
 def _distinct(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Entries with memory of their own, and for the others the entry that they share."""
     kept: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}
     for key, tensor in state.items():
-        place = (tensor.data_ptr(), tensor.shape, tensor.dtype)
+        # A transposed view has the same place, shape and dtype.
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if tensor.numel() and place in first:
             tied[key] = first[place]
         else:
@@ -112,12 +122,8 @@ def _quantization_config(
     ]
     formats = [weight.format.template for weight in weights]
     fmt = max(set(formats), key=formats.count)
-    skipped = [
-        name
-        for path, module in model.named_modules()
-        if (isinstance(module, nn.Linear) or is_conv1d(module)) and path not in layers
-        if (name := base_name(path, holders)) is not None
-    ]
+    paths = (base_name(path, holders) for path in dense_linear(model))
+    skipped = [name for name in paths if name is not None]
     plain = all(isinstance(layer, QuantizedLinear) for layer in layers.values())
     return quantization_config(fmt, skipped, _as_text(weights[0].dtype), bitsandbytes=plain)
 

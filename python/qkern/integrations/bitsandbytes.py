@@ -45,7 +45,7 @@ OPERATORS: Final = (
 _REPACKS: Final = "support_avx512bf16_for_cpu"
 
 _log = logging.getLogger(__name__)
-_lock = threading.RLock()
+_lock = threading.Lock()
 
 
 class Status(NamedTuple):
@@ -87,11 +87,12 @@ def enable() -> tuple[str, ...]:
         MissingDependencyError: without bitsandbytes, torch or qkern's native extension, or with a
             bitsandbytes that has none of these operators.
     """
+    # Not under the lock: what imports bitsandbytes holds its import lock, and calls register().
+    torch, bnb = _import("torch"), _import("bitsandbytes")
+    kernels = _import("qkern.integrations.bitsandbytes_kernels").KERNELS
     with _lock:
-        torch, bnb = _import("torch"), _import("bitsandbytes")  # the latter may call register()
         if _state:
             return _state[0].operators
-        kernels = _import("qkern.integrations.bitsandbytes_kernels").KERNELS
         known = {name: kernels[name] for name in OPERATORS if _exists(torch, name)}
         if "dequantize_4bit" not in known:
             msg = (

@@ -34,9 +34,9 @@ class QkernConfig(QuantizationConfigMixin):
         blocksize: values that share a scale; unused by int8_row, where a row does.
         double_quant: store the scales in 8 bits; unused by int8_row.
         method: "absmax" or "search", see ``qkern.quantize``.
-        modules_to_not_convert: paths, beginnings or ends of paths, or globs of linear layers that
-            stay dense, beside those that always do: the output head, tied weights, and what the
-            model's class keeps in float32.
+        modules_to_not_convert: paths, ends of paths, or globs of modules whose linear layers stay
+            dense, beside those that always do: the output head, tied weights, and what the model's
+            class keeps in float32.
         min_coverage: least share of the values that must be quantized, 0 to 1; checked before any
             weight is read.
         save_as: whom ``save_pretrained`` names in ``config.json`` as the one who opens the files:

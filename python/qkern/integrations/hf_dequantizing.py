@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from qkern import embeddings, experts
 from qkern.embeddings import QuantizedEmbedding
 from qkern.errors import AdapterMismatchError
 from qkern.experts import QuantizedExperts
+from qkern.experts_lora import QLoRAExperts
 from qkern.integrations.pretrained import cast_parameters
 from qkern.layers import QLoRALinear, QuantizedLinear
 from qkern.module_tree import module_paths, replace_module
+from qkern.quantized_linear import take_hooks
+from qkern.weight_sites import conv1d_of_linear
 
 
 def dequantize_modules(model: nn.Module, named: torch.dtype | str | None) -> None:
@@ -31,12 +31,16 @@ def dequantize_modules(model: nn.Module, named: torch.dtype | str | None) -> Non
     dtype: torch.dtype | None = getattr(torch, named) if isinstance(named, str) else named
     found = module_paths(model)
     for layer, names in found:
-        if isinstance(layer, QLoRALinear) and not layer.merged:
+        adapted = isinstance(layer, QLoRALinear)
+        adapted = adapted or (isinstance(layer, QLoRAExperts) and bool(layer.adapters))
+        if adapted and not layer.merged:
             msg = f"{names[0]} has an adapter, which would be lost: qkern.merge_adapter first"
             raise AdapterMismatchError(msg)
     shared: dict[int, nn.Parameter] = {}
     for module, _ in found:
         if isinstance(module, QuantizedExperts):
+            if isinstance(module, QLoRAExperts):
+                module.drop_adapters()
             experts.hold_dense(module, dtype)
         elif isinstance(module, QuantizedEmbedding):
             key = id(module.weight)
@@ -54,18 +58,12 @@ def dequantize_modules(model: nn.Module, named: torch.dtype | str | None) -> Non
 def _dense(
     layer: QuantizedLinear, dtype: torch.dtype | None, weight: nn.Parameter | None
 ) -> nn.Module:
-    """The layer's dense twin; with the weight that an embedding has."""
-    dense: Any = layer.dequantize(dtype).requires_grad_(True)
+    """The layer's dense twin, with its hooks; with the weight that an embedding has."""
+    dense = layer.dequantize(dtype).requires_grad_(True)
     if weight is not None:
         dense.weight = weight
-    if not layer.fan_in_fan_out:
-        return dense  # type: ignore[no-any-return]
-    made: Any = Conv1D(  # type: ignore[no-untyped-call]
-        layer.out_features, layer.in_features
-    )
-    made.weight = nn.Parameter(dense.weight.detach().mT.contiguous())
-    made.bias = dense.bias
-    return made.train(layer.training)  # type: ignore[no-any-return]
+    made = conv1d_of_linear(dense) if layer.fan_in_fan_out else dense
+    return take_hooks(made.requires_grad_(True), layer)
 
 
 def with_hook(layer: nn.Module, replaced: nn.Module) -> nn.Module:

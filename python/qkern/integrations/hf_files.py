@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qkern import entry_keys
 from qkern.checkpoint.placing import check_transposed, place_empty
-from qkern.checkpoint.source import Source, StoredTensor
+from qkern.checkpoint.source import INDEX_NAME, Source, StoredTensor
 from qkern.checkpoint.stacking import Pieces, check_parts, stacked
 from qkern.errors import CorruptFileError
 from qkern.formats import QuantFormat
@@ -60,13 +60,25 @@ def open_source(files: list[str] | None) -> Source:
     """The quantized checkpoint that transformers reads, checked.
 
     Raises:
-        CorruptFileError: if it holds no safetensors, no quantized weight, or contradicts itself.
+        CorruptFileError: if it holds no safetensors, no quantized weight, or contradicts itself;
+            for the shards of a ``variant``.
     """
     found = [Path(file) for file in files or []]
     if not found or any(file.suffix != ".safetensors" for file in found):
         msg = f"config.json says that qkern quantized it, which writes safetensors: got {files}"
         raise CorruptFileError(msg)
-    source = Source(found[0] if len(found) == 1 else found[0].parent)
+    directory = found[0].parent
+    if len(found) > 1 and not (directory / INDEX_NAME).exists():
+        msg = (
+            f"{directory}: {found[0].name} and others are shards of a variant, of which one file "
+            "alone can be read: save it with a larger max_shard_size, or without variant="
+        )
+        raise CorruptFileError(msg)
+    source = Source(found[0] if len(found) == 1 else directory)
+    if {file.name for file in source.files} != {file.name for file in found}:
+        others = sorted({file.name for file in found}.difference(f.name for f in source.files))
+        msg = f"{directory}: {INDEX_NAME} does not name {others[:3]}, which transformers reads"
+        raise CorruptFileError(msg)
     if not source.is_quantized:
         msg = f"{source.path}: config.json says that qkern quantized it, but no weight is"
         raise CorruptFileError(msg)

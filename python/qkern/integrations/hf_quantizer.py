@@ -22,7 +22,7 @@ from qkern.integrations.hf_selection import quantize_empty, tied_keys
 from qkern.layers import QuantizedLinear
 from qkern.module_tree import module_at, module_paths
 from qkern.tensor import QuantizedTensor
-from qkern.weight_sites import is_conv1d
+from qkern.weight_sites import dense_linear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -165,14 +165,9 @@ class QkernQuantizer(HfQuantizer):
         self._conversions = getattr(model, "_weight_conversions", None)
         _keep_conversions_of_dense(model, self._quantized)
         quantized = {n: m for n, m in model.named_modules() if isinstance(m, FlatParameters)}
-        dense = [
-            name
-            for name, module in model.named_modules()
-            if (isinstance(module, nn.Linear) or is_conv1d(module)) and name not in quantized
-        ]
         fmt, plain = self.quantization_config.format, _is_plain(quantized)
         dtype = str(model.dtype).removeprefix("torch.")
-        self.quantization_config.describe(fmt, dense, dtype, plain=plain)
+        self.quantization_config.describe(fmt, dense_linear(model), dtype, plain=plain)
         return model
 
     # -- what it asks of a loaded model -------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import glob
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -119,23 +119,29 @@ def _kept_in_float32(model: PreTrainedModel) -> dict[str, str]:
 def _chosen(model: PreTrainedModel, patterns: Sequence[str]) -> dict[str, str]:
     # What each module may be called by.
     names = {paths[0]: {*paths, *called(module, paths)} for module, paths in module_paths(model)}
+    every = set().union(*names.values())
     reasons: dict[str, str] = {}
-    linear = _linear(model)
+    linear = {
+        name: {above for n in names[name] for above in _upwards(n)} for name in _linear(model)
+    }
     for pattern in patterns:
-        meant = {name for name, all_ in names.items() if any(_is_meant(n, pattern) for n in all_)}
+        meant = {name for name in every if matches(name, pattern)}
         if not meant:
             msg = (
                 f"modules_to_not_convert={pattern!r} matches no module of {type(model).__name__}: "
-                "paths, beginnings or ends of paths, and globs do"
+                "paths, ends of paths, and globs do"
             )
             raise FormatError(msg)
         reason = f"modules_to_not_convert has {pattern!r}"
-        reasons |= {name: reason for name in linear if name in meant}
+        reasons |= {name: reason for name, places in linear.items() if places & meant}
     return reasons
 
 
-def _is_meant(name: str, pattern: str) -> bool:
-    return matches(name, pattern) or name.startswith(f"{pattern}.")
+def _upwards(name: str) -> Iterator[str]:
+    """A path, and those of the modules that it is in."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
 
 
 def _exactly(name: str) -> str:

@@ -157,21 +157,29 @@ def load(
         path: the adapter's directory, or its name on a hub.
         adapter_name: for PEFT's ``set_adapter``.
         is_trainable: False freezes it.
-        **kwargs: for PEFT's ``from_pretrained`` or ``load_adapter``.
+        **kwargs: for PEFT's ``from_pretrained`` or ``load_adapter``, such as ``subfolder``.
 
     Returns:
         The ``PeftModel``; ``model`` itself if it is one.
 
     Raises:
         AdapterMismatchError: for another kind of adapter.
+        ValueError: if there is no adapter at ``path``, or ``model`` has one of that name.
     """
     directory = os.fspath(path)
-    config = fused(PeftConfig.from_pretrained(directory))
+    config = fused(PeftConfig.from_pretrained(directory, **kwargs))
     config.inference_mode = not is_trainable
     if not isinstance(model, PeftModel):
         return PeftModel.from_pretrained(
             model, directory, adapter_name, is_trainable=is_trainable, config=config, **kwargs
         )
     model.add_adapter(adapter_name, config)
-    model.load_adapter(directory, adapter_name, is_trainable=is_trainable, **kwargs)
+    try:
+        model.load_adapter(directory, adapter_name, is_trainable=is_trainable, **kwargs)
+    except BaseException:
+        model.delete_adapter(adapter_name)
+        raise
+    # load_adapter sees to that if it adds the adapter itself; before PEFT 0.18 nobody does
+    if is_trainable and hasattr(model, "set_requires_grad"):
+        model.set_requires_grad(adapter_name)
     return model
