@@ -57,13 +57,11 @@ def test_the_randomized_svd_is_near_the_best_and_the_scaling_taken_out(
 def test_it_is_the_same_on_every_run_and_draws_nothing_from_the_users_generators(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # It seeds the generators of all devices; only this one's is put back.
-    monkeypatch.setattr(torch, "manual_seed", None)
-    monkeypatch.setattr(torch.random, "manual_seed", None)
+    monkeypatch.setattr(torch.random, "fork_rng", None)  # nor does it seed one and put it back
     state = torch.random.get_rng_state()
     first = low_rank(weight(), 4, 1.0)
     assert torch.equal(torch.random.get_rng_state(), state)
-    torch.default_generator.manual_seed(99)
+    torch.manual_seed(99)
     assert all(map(torch.equal, first, low_rank(weight(), 4, 1.0)))
 
 
@@ -228,6 +226,39 @@ def test_what_cannot_be_changes_nothing(
         qkern.add_lora(model, **settings)
     assert not layers_of(model)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("start", ["loftq", "pissa", "olora"])
+def test_autocast_changes_no_start(start: str) -> None:
+    dense = nn.Sequential(nn.Linear(128, 96))
+    models = [copy.deepcopy(dense) for _ in range(2)]
+    for model, cast in zip(models, (False, True), strict=True):
+        qkern.quantize_model(model)
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            qkern.add_lora(model, r=4, init_lora_weights=start, dense=dense, loftq_iterations=3)
+    first, second = (model.state_dict() for model in models)
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+@pytest.mark.parametrize("place", ["model", "dense"])
+def test_a_start_from_the_weight_needs_its_values(place: str) -> None:
+    dense = nn.Sequential(nn.Linear(128, 96))
+    model = copy.deepcopy(dense)
+    qkern.quantize_model(model)
+    (model if place == "model" else dense).to("meta")
+    with pytest.raises(qkern.DeviceError, match=r"0: .*on meta: load the model first"):
+        qkern.add_lora(model, r=4, init_lora_weights="loftq", dense=dense)
+
+
+@pytest.mark.parametrize(
+    "places", ["[]", '{"0.weight": "../other.safetensors"}', '{"0.weight": 1}']
+)
+def test_an_index_that_names_no_files_is_refused(places: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(f'{{"weight_map": {places}}}')
+    model = nn.Sequential(nn.Linear(128, 96))
+    qkern.quantize_model(model)
+    with pytest.raises(qkern.CorruptFileError, match="weight_map is no object of file names"):
+        qkern.add_lora(model, r=4, init_lora_weights="loftq", dense=tmp_path)
 
 
 def test_a_base_under_other_adapters_stays() -> None:

@@ -178,3 +178,32 @@ def test_dense_merges_that_cannot_be_are_refused() -> None:
         model.model.layers[0].self_attn.k_proj.lora_B.mul_(1e8)
     with pytest.raises(qkern.NonFiniteError, match=r"layers\.0\.self_attn\.k_proj"):
         qkern.merge_to_dense(model, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"merge_into": "int8"}])
+@pytest.mark.parametrize("merge", [qkern.merge_adapter, qkern.merge_to_dense])
+def test_autocast_changes_no_merge(merge: object, settings: dict[str, object]) -> None:
+    weights = []
+    for cast in (False, True):
+        model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 8))
+        for seed, layer in enumerate(model):
+            nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(seed))
+        qkern.quantize_model(model)
+        torch.manual_seed(1)
+        qkern.add_lora(model, r=3, init_lora_weights=False, **settings)
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            merge(model)
+        weights.append([layer.weight + 0 for layer in model])  # a dense value of either
+    assert all(map(torch.equal, *weights))
+
+
+def test_a_weight_that_its_adapter_takes_away_is_in_the_report() -> None:
+    model = nn.Sequential(nn.Linear(64, 32))
+    qkern.quantize_model(model)
+    qkern.add_lora(model, r=3, init_lora_weights=False, use_dora=True)
+    with torch.no_grad():
+        model[0].adapter.lora_magnitude.zero_()
+    loss = qkern.merge_adapter(model)
+    assert not model[0].weight.dequantize().any()
+    assert loss.layers[0].relative_delta is None
+    assert str(loss).split()[-4:] == ["0", "3", "-", "100.0%"]

@@ -152,3 +152,16 @@ def test_whole_modules_that_do_not_fit(
     with pytest.raises(qkern.AdapterMismatchError, match=text):
         qkern.load_adapter(fresh, tmp_path)
     assert not qkern.adapter_names(fresh)
+
+
+def test_quantizing_again_leaves_what_is_trained_as_a_whole() -> None:
+    model = quantized()
+    qkern.add_lora(model, modules_to_save=["lm_head"])
+    before = logits(model)
+    for exclude in ((), ["lm_head"]):
+        report = qkern.quantize_model(model, exclude=exclude, compute="exact")
+        reasons = {row.reason for row in report.rows if row.name.startswith("lm_head")}
+        expected = "excluded by 'lm_head'" if exclude else "trained as a whole, by modules_to_save"
+        assert reasons == {expected}
+    assert torch.equal(logits(model), before)
+    assert model.lm_head.adapters["default"].weight.requires_grad

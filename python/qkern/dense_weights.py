@@ -53,6 +53,16 @@ def _checked(found: Tensor | None, name: str, known: list[str]) -> Tensor:
     return found
 
 
+def _shard_of(index: Path, key: str) -> str | None:
+    """The name of the file that an index says an entry is in."""
+    places = read_json(index).get("weight_map", {})
+    found = places.get(key, "") if isinstance(places, dict) else None
+    if not isinstance(found, str) or found != Path(found).name:
+        msg = f"{index}: its weight_map is no object of file names"
+        raise CorruptFileError(msg)
+    return found or None
+
+
 def _from_files(path: Path, key: str) -> Tensor:
     from safetensors import SafetensorError, safe_open
 
@@ -60,8 +70,8 @@ def _from_files(path: Path, key: str) -> Tensor:
     if path.is_dir():
         files = sorted(path.glob("*.safetensors"))
         if (path / _INDEX).exists():
-            placed = read_json(path / _INDEX).get("weight_map", {}).get(key)
-            files = files if placed is None else [path / str(placed)]
+            placed = _shard_of(path / _INDEX, key)
+            files = files if placed is None else [path / placed]
     if not files:
         msg = f"{path} holds no safetensors file"
         raise FileNotFoundError(msg)

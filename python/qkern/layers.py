@@ -159,6 +159,7 @@ class QLoRALinear(MergedState, QuantizedLinear):
                 has not.
             AdapterMismatchError: for another layer's dense weight, or if the base would change
                 under other adapters.
+            DeviceError: for a start from a weight that is on meta.
         """
         lora_dropout = lora.get("lora_dropout", 0.0)
         if self.lora_mode == "merged" and lora_dropout > 0.0:

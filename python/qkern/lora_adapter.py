@@ -139,8 +139,12 @@ class LoRAAdapter(nn.Module):
                     factor.copy_(values)
 
     def product(self) -> Tensor:
-        """``scaling B A``, fp32 (out_features, in_features), or of each expert."""
-        return (self.lora_B.detach().float() @ self.lora_A.detach().float()) * self.scaling
+        """``scaling B A``, fp32 (out_features, in_features), or of each expert; autocast or not."""
+        A, B = self.lora_A.detach().float(), self.lora_B.detach().float()
+        if A.is_meta:  # which has no autocast
+            return (B @ A) * self.scaling
+        with torch.autocast(A.device.type, enabled=False):
+            return (B @ A) * self.scaling
 
     def extra_repr(self) -> str:
         """Rank, scaling and kind, for ``print(model)``."""

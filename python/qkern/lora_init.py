@@ -9,20 +9,18 @@
 LoftQ: Li et al., https://arxiv.org/abs/2310.08659; PiSSA: Meng et al.,
 https://arxiv.org/abs/2404.02948; OLoRA: Buyukakyuz, https://arxiv.org/abs/2406.01775.
 
-``rank`` is a randomized SVD (Halko et al., https://arxiv.org/abs/0909.4061) by a generator of a
-fixed seed: the same on every run.
+``rank`` is a randomized SVD (Halko et al., https://arxiv.org/abs/0909.4061) by a generator of its
+own: the same on every run.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
-from qkern.errors import AdapterMismatchError, FormatError
+from qkern.errors import AdapterMismatchError, DeviceError, FormatError
 from qkern.tensor import QuantizedTensor
 
 # Rows more than r that the randomized SVD samples, and how often it multiplies by M M^T.
@@ -106,6 +104,7 @@ def start_from_weight(
         FormatError: as ``check_init``, for a scaling that is not positive, and for a rank above the
             weight's.
         AdapterMismatchError: if ``dense`` is of another layer.
+        DeviceError: if one of them is on meta.
     """
     niter = check_init(init_lora_weights, has_dense=dense is not None, iterations=iterations)
     if not scaling > 0 or r > min(weight.shape):
@@ -114,7 +113,13 @@ def start_from_weight(
             f"a rank of at most {min(weight.shape)}, got {r}"
         )
         raise FormatError(msg)
-    with torch.no_grad():
+    if weight.is_meta or (dense is not None and dense.is_meta):
+        msg = (
+            f"init_lora_weights={init_lora_weights!r} needs the values of the weight, which is on "
+            "meta: load the model first"
+        )
+        raise DeviceError(msg)
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         W = weight.dequantize(torch.float32)
         if dense is not None:
             W = _checked(dense.detach().to(W.device, torch.float32), W)
@@ -142,27 +147,27 @@ def low_rank(M: Tensor, r: int, scaling: float, *, niter: int = NITER) -> tuple[
         U, S, Vh = torch.linalg.svd(M, full_matrices=False)
         V = Vh.mT
     else:
-        with _seeded(M.device):
-            U, S, V = torch.svd_lowrank(M, r + _MORE, niter)
+        U, S, V = _sampled_svd(M, r + _MORE, niter)
     root = (S[:r] / scaling).sqrt()  # (r,)
     return (V[:, :r] * root).mT.contiguous(), U[:, :r] * root
 
 
-@contextlib.contextmanager
-def _seeded(device: torch.device) -> Iterator[None]:
-    """The same random numbers on every run; no generator of the user's is another one after it.
+def _sampled_svd(M: Tensor, size: int, niter: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The first singular vectors and values of M: U (N, size), S (size,), V (K, size).
 
-    ``torch.manual_seed`` would seed those of all devices.
+    As ``torch.svd_lowrank``, but for the generator: that draws from the user's, on M's device.
     """
-    if device.type == "cpu":
-        with torch.random.fork_rng([]):
-            torch.default_generator.manual_seed(_SEED)
-            yield
-        return
-    module = torch.get_device_module(device)
-    with module.device(device), torch.random.fork_rng([device], device_type=device.type):
-        module.manual_seed(_SEED)
-        yield
+    wide = M.shape[0] < M.shape[1]
+    tall = M.mT if wide else M
+    generator = torch.Generator().manual_seed(_SEED)
+    start = torch.randn(tall.shape[1], size, generator=generator, device="cpu").to(M.device)
+    Q = torch.linalg.qr(tall @ start).Q
+    for _ in range(niter):
+        Q = torch.linalg.qr(tall.mT @ Q).Q
+        Q = torch.linalg.qr(tall @ Q).Q
+    U, S, Vh = torch.linalg.svd(Q.mT @ tall, full_matrices=False)
+    U, V = Q @ U, Vh.mT
+    return (V, S, U) if wide else (U, S, V)
 
 
 def _loftq(

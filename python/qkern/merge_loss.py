@@ -78,7 +78,14 @@ def kept_table(rows: Sequence[Kept]) -> str:
 
 def kept_cells(rows: Sequence[Kept]) -> list[tuple[str, int, str, str]]:
     """The cells of that table."""
-    return [(row.name, row.rank, f"{row.relative_delta:.3g}", f"{row.kept:.1%}") for row in rows]
+    return [
+        (row.name, row.rank, _text(row.relative_delta, ".3g"), _text(row.kept, ".1%"))
+        for row in rows
+    ]
+
+
+def _text(number: float | None, spec: str) -> str:
+    return "-" if number is None else format(number, spec)
 
 
 @dataclasses.dataclass(frozen=True)

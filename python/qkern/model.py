@@ -173,6 +173,7 @@ def add_lora(
         FormatError: for another ``lora_mode``, "merged" with dropout or DoRA, or a name with a
             dot; for another format to merge into, or dropout or DoRA with one; for what adapters
             of experts have not; for targets that are no regular expression.
+        DeviceError: for a start from weights that are on meta.
         DTypeError: for a ``dtype`` that is not float32, float16, bfloat16 or float64.
         ShapeError: for a rank below 1, or a dropout outside of [0, 1).
     """

@@ -75,6 +75,17 @@ def saved_copies(model: nn.Module, adapter_name: str) -> dict[str, nn.Module]:
     }
 
 
+def parts_of_saved(model: nn.Module) -> dict[int, str]:
+    """What modules that are trained as a whole consist of, by id: the path without adapters."""
+    found = {}
+    for path, module in model.named_modules():
+        if isinstance(module, SavedModule):
+            for held in (module.original_module, *module.adapters.values()):
+                for name, part in held.named_modules(prefix=path):
+                    found[id(part)] = name
+    return found
+
+
 def find_modules(model: nn.Module, targets: Sequence[str]) -> dict[str, list[str]]:
     """The modules whose paths end in a target, as PEFT finds them: all paths of each, by the first.
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkern import experts
+from qkern import experts, saved_modules
 from qkern.errors import FormatError
 from qkern.formats import QuantFormat
 from qkern.layers import QuantizedLinear
@@ -60,15 +60,18 @@ def sites(model: nn.Module, exclude: str | Sequence[str], fmt: QuantFormat) -> l
                 owners.setdefault(id(parameter), []).append(names[0])
                 found.append((module, names, key, owners[id(parameter)]))
     matched: set[str] = set()
-    heads, listed = output_heads(model), []
+    heads, whole, listed = output_heads(model), saved_modules.parts_of_saved(model), []
     paths = {name for name, _ in model.named_modules()}
     for module, names, key, shared in found:
-        hits = [p for p in patterns if any(matches(name, p) for name in called(module, names))]
+        paths_here = [*names, whole[id(module)]] if id(module) in whole else names
+        hits = [p for p in patterns if any(matches(n, p) for n in called(module, paths_here))]
         matched.update(hits)
         others = [other for other in shared if other != names[0]]
         reason = ""
         if hits:
             reason = f"excluded by {hits[0]!r}"
+        elif id(module) in whole and is_linear(module):
+            reason = "trained as a whole, by modules_to_save"
         elif id(module) in heads and is_linear(module):
             reason = "the output head"
         elif others and is_linear(module):
