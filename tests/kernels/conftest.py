@@ -10,7 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from kernel_device import DEVICE, INTERPRETED, host_code_takes_cpu_tensors_alone
+from kernel_device import (
+    DEVICE,
+    INTERPRETED,
+    host_code_takes_cpu_tensors_alone,
+    patch_once_a_launch,
+)
+
+if INTERPRETED and importlib.util.find_spec("triton") is not None:
+    patch_once_a_launch()
 
 # They send CPU tensors to the kernels by force: the operators of a GPU are tested in tests/gpu.
 FORCED = (
