@@ -66,6 +66,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _setting(lora, "lora_dropout", float, "dropout on the adapter's input")
     _flag(lora, "use_rslora", "--use-rslora", "scale by lora-alpha / sqrt(r)")
     _setting(lora, "target_modules", str, "all-linear, or names separated by commas")
+    lora.add_argument(
+        "--target-parameters",
+        default=argparse.SUPPRESS,
+        metavar="PARAMETERS",
+        help="weights of stacked experts: experts.gate_up_proj,experts.down_proj",
+    )
     base = parser.add_argument_group("frozen weights")
     _setting(base, "quant_type", str, "format", choices=QUANT_TYPES)
     shared = "values that share a scale; unused by int8_row"
@@ -126,9 +132,10 @@ def _config(args: argparse.Namespace) -> FinetuneConfig:
     """The settings that were given, over those of the resumed run or the defaults."""
     names = {field.name for field in dataclasses.fields(FinetuneConfig)}
     given = {name: value for name, value in vars(args).items() if name in names}
-    targets = given.get("target_modules", "all-linear")
-    if targets != "all-linear":
-        given["target_modules"] = tuple(name.strip() for name in targets.split(","))
+    for key in ("target_modules", "target_parameters"):
+        targets = given.get(key, "all-linear")
+        if targets != "all-linear":
+            given[key] = tuple(name.strip() for name in targets.split(",") if name.strip())
     start = RunRecord.read(Path(args.output)).config if args.resume else FinetuneConfig()
     return dataclasses.replace(start, **given)
 

@@ -37,6 +37,7 @@ class FinetuneConfig:
         lora_dropout: dropout on the adapter's input.
         use_rslora: scale by ``lora_alpha / sqrt(r)`` instead.
         target_modules: layers that get an adapter: "all-linear", or names.
+        target_parameters: names of weights of stacked experts that get one; without dropout alone.
         quant_type: "nf4", "fp4", "int8" or "int8_row" for the frozen weights.
         blocksize: values that share a scale; unused by int8_row, where a row does.
         double_quant: scales in 8 bits; unused by int8_row.
@@ -74,6 +75,7 @@ class FinetuneConfig:
     lora_dropout: float = 0.0
     use_rslora: bool = False
     target_modules: str | tuple[str, ...] = "all-linear"
+    target_parameters: tuple[str, ...] = ()
     quant_type: str = "nf4"
     blocksize: int = 64
     double_quant: bool = True
@@ -125,8 +127,9 @@ class FinetuneConfig:
     def as_dict(self) -> dict[str, Any]:
         """The settings as JSON values."""
         values = dataclasses.asdict(self)
-        if isinstance(self.target_modules, tuple):
-            values["target_modules"] = list(self.target_modules)
+        for name in ("target_modules", "target_parameters"):
+            if isinstance(values[name], tuple):
+                values[name] = list(values[name])
         return values
 
     @classmethod
@@ -134,8 +137,9 @@ class FinetuneConfig:
         """The settings that ``as_dict`` wrote; settings that are not known here are ignored."""
         known = {field.name for field in dataclasses.fields(cls)}
         values = {key: value for key, value in values.items() if key in known}
-        if isinstance(values.get("target_modules"), list):
-            values["target_modules"] = tuple(values["target_modules"])
+        for name in ("target_modules", "target_parameters"):
+            if isinstance(values.get(name), list):
+                values[name] = tuple(values[name])
         return cls(**values)
 
 
