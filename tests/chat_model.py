@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from toys import tiny_llama
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 TEMPLATE = (
     "{% for message in messages %}"
@@ -33,9 +33,9 @@ def byte_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
     return fast
 
 
-def save_chat_model(directory: Path) -> Path:
+def save_chat_model(directory: Path, model: PreTrainedModel | None = None) -> Path:
     """Write model and tokenizer as a Hugging Face directory."""
-    model = tiny_llama(
+    model = model or tiny_llama(
         vocab_size=259, hidden_size=64, intermediate_size=128, max_position_embeddings=512
     )
     model.generation_config.pad_token_id = SPECIALS.index("<pad>")

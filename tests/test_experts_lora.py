@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import ARCHITECTURES, output
+from chat_model import save_chat_model, write_chats
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -749,3 +750,23 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
         qkern.load_adapter(model, tmp_path)
     qkern.load_adapter(model, tmp_path, force=True)
     assert isinstance(experts_of(model), QuantizedExperts)
+
+
+# -- fine-tuning -----------------------------------------------------------------------------
+
+
+def test_finetune_trains_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from qkern.cli import main
+
+    sizes = {**BY_NAME["Mixtral"].sizes, "vocab_size": 259, "max_position_embeddings": 512}
+    torch.manual_seed(0)
+    path = save_chat_model(tmp_path / "model", BY_NAME["Mixtral"]._build(sizes))
+    data, out = write_chats(tmp_path / "chats.jsonl"), tmp_path / "out"
+    targets = ["--target-modules", "", "--target-parameters", ", ".join(BOTH)]
+    settings = ["--steps", "2", "--r", "2", "--dtype", "float32", "--device", "cpu"]
+    where = [str(path), str(data), "--output", str(out)]
+    assert main(["finetune", *where, *settings, *targets, "--json"]) == 0
+    capsys.readouterr()
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert (config["target_modules"], config["target_parameters"]) == ([], sorted(BOTH))
+    assert len(load_file(out / "adapter_model.safetensors")) == 8

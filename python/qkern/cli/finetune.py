@@ -69,6 +69,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     into = "train for a merge into this format, which then loses nothing (qkern merge --format)"
     _setting(lora, "merge_into", str, into, choices=QUANT_TYPES)
     _setting(lora, "target_modules", str, "all-linear, or names separated by commas")
+    lora.add_argument(
+        "--target-parameters",
+        default=argparse.SUPPRESS,
+        metavar="PARAMETERS",
+        help="weights of stacked experts: experts.gate_up_proj,experts.down_proj",
+    )
     base = parser.add_argument_group("frozen weights")
     _setting(base, "quant_type", str, "format", choices=QUANT_TYPES)
     shared = "values that share a scale; unused by int8_row"
@@ -129,9 +135,10 @@ def _config(args: argparse.Namespace) -> FinetuneConfig:
     """The settings that were given, over those of the resumed run or the defaults."""
     names = {field.name for field in dataclasses.fields(FinetuneConfig)}
     given = {name: value for name, value in vars(args).items() if name in names}
-    targets = given.get("target_modules", "all-linear")
-    if targets != "all-linear":
-        given["target_modules"] = tuple(name.strip() for name in targets.split(","))
+    for key in ("target_modules", "target_parameters"):
+        targets = given.get(key, "all-linear")
+        if targets != "all-linear":
+            given[key] = tuple(name.strip() for name in targets.split(",") if name.strip())
     start = RunRecord.read(Path(args.output)).config if args.resume else FinetuneConfig()
     return dataclasses.replace(start, **given)
 

@@ -40,6 +40,7 @@ class FinetuneConfig:
         merge_into: train for a merge into this format ("nf4", ...), which then loses nothing; None
             for an adapter that stays beside its base. Needs ``lora_dropout=0``, and no DoRA.
         target_modules: layers that get an adapter: "all-linear", or names.
+        target_parameters: names of weights of stacked experts that get one; without dropout alone.
         quant_type: "nf4", "fp4", "int8" or "int8_row" for the frozen weights.
         blocksize: values that share a scale; unused by int8_row, where a row does.
         double_quant: scales in 8 bits; unused by int8_row.
@@ -79,6 +80,7 @@ class FinetuneConfig:
     use_dora: bool = False
     merge_into: str | None = None
     target_modules: str | tuple[str, ...] = "all-linear"
+    target_parameters: tuple[str, ...] = ()
     quant_type: str = "nf4"
     blocksize: int = 64
     double_quant: bool = True
@@ -140,8 +142,9 @@ class FinetuneConfig:
     def as_dict(self) -> dict[str, Any]:
         """The settings as JSON values."""
         values = dataclasses.asdict(self)
-        if isinstance(self.target_modules, tuple):
-            values["target_modules"] = list(self.target_modules)
+        for name in ("target_modules", "target_parameters"):
+            if isinstance(values[name], tuple):
+                values[name] = list(values[name])
         return values
 
     @classmethod
@@ -149,8 +152,9 @@ class FinetuneConfig:
         """The settings that ``as_dict`` wrote; settings that are not known here are ignored."""
         known = {field.name for field in dataclasses.fields(cls)}
         values = {key: value for key, value in values.items() if key in known}
-        if isinstance(values.get("target_modules"), list):
-            values["target_modules"] = tuple(values["target_modules"])
+        for name in ("target_modules", "target_parameters"):
+            if isinstance(values.get(name), list):
+                values[name] = tuple(values[name])
         return cls(**values)
 
 

@@ -63,6 +63,7 @@ class Session:
             r=config.r,
             lora_alpha=config.lora_alpha,
             target_modules=config.target_modules,
+            target_parameters=config.target_parameters,
             lora_dropout=config.lora_dropout,
             use_rslora=config.use_rslora,
             use_dora=config.use_dora,
