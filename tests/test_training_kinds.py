@@ -15,7 +15,7 @@ from torch import Tensor
 
 import qkern
 from qkern import adapters
-from qkern.training import FinetuneConfig, finetune
+from qkern.training import FinetuneConfig, SettingError, finetune
 from qkern.training.base import load_finetuned
 
 CONFIG = FinetuneConfig(
@@ -36,6 +36,24 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def logits(model: Any) -> Tensor:
     with torch.no_grad():
         return model(input_ids=torch.arange(3, 40)[None]).logits
+
+
+def test_a_quantized_base_stays_as_it_is_or_is_refused(
+    model_dir: Path, data: Path, tmp_path: Path
+) -> None:
+    base, said = tmp_path / "int8", list[str]()
+    qkern.quantize_checkpoint(model_dir, base, "int8")
+    run = finetune(base, data, tmp_path / "adapter", CONFIG, say=said.append)
+    assert run.losses[-1] < run.losses[0]
+    assert "the model is quantized already, and stays int8 in blocks of 64" in said
+    asked = dataclasses.replace(CONFIG, quant_type="fp4", blocksize=128)
+    message = r"fp4 in blocks of 128 is asked for, but .* is int8 in blocks of 64 already"
+    with pytest.raises(SettingError, match=message):
+        finetune(base, data, tmp_path / "other", asked)
+    with pytest.raises(SettingError, match="nf4 in blocks of 64 is asked for"):
+        load_finetuned(base, fmt=qkern.QuantFormat("nf4"))
+    same = load_finetuned(base, tmp_path / "adapter", fmt=qkern.QuantFormat("int8"))
+    assert torch.equal(logits(same), logits(load_finetuned(base, tmp_path / "adapter")))
 
 
 @pytest.mark.parametrize(

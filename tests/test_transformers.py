@@ -272,13 +272,22 @@ def test_dequantize_keeps_the_hooks_of_layers(dense: Path) -> None:
 def test_dequantize_refuses_to_lose_an_adapter(dense: Path) -> None:
     model = load(dense, quantization_config=QkernConfig())
     qkern.add_lora(model, r=2, init_lora_weights=False)
-    with pytest.raises(qkern.AdapterMismatchError, match=r"qkern\.merge_adapter first"):
+    with pytest.raises(qkern.AdapterMismatchError, match=r"qkern\.merge_to_dense without a loss"):
         model.dequantize()
     assert len(quantized_names(model)) == 14
     qkern.merge_adapter(model)
     merged = logits(model)
     model.dequantize()
     assert torch.equal(logits(model), merged)
+
+
+def test_merged_to_dense_it_is_an_ordinary_model(dense: Path, tmp_path: Path) -> None:
+    model = load(dense, quantization_config=QkernConfig())
+    qkern.add_lora(model, r=2, init_lora_weights=False)
+    qkern.merge_to_dense(model)
+    assert not model.is_quantized
+    model.float().save_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(load(tmp_path / "merged")), logits(model))
 
 
 def test_a_file_that_lost_an_entry_is_a_typed_error(tmp_path: Path, dense: Path) -> None:

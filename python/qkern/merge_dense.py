@@ -11,6 +11,7 @@ from qkern.adapted import Adapted, adapted_layers, holders
 from qkern.errors import AdapterMismatchError, FormatError, NonFiniteError, QkernError
 from qkern.experts import hold_dense
 from qkern.experts_lora import ExpertWeight, QLoRAExperts, expert_weights
+from qkern.flat_weight import FlatParameters
 from qkern.layers import QLoRALinear, QuantizedLinear
 from qkern.merge_loss import MergedLayer, MergeLoss
 from qkern.merging import aware_weight, check_place, check_rows, exact_sum, merged_row
@@ -27,8 +28,9 @@ def merge_to_dense(model: nn.Module, *, dtype: torch.dtype | None = None) -> Mer
     added in fp32 and rounded once; a layer with ``merge_into`` becomes the rounded weight that it
     multiplies. What was a ``Conv1D`` becomes one again, and modules that the adapter trains as a
     whole (``modules_to_save``) take their places. Adapters that are not active are dropped.
-    Experts become dense if the adapter has a part in them; others, and embeddings, stay quantized.
-    Nothing undoes it. Layer by layer, so that only one is there twice.
+    Experts become dense if the adapter has a part in them; others, and embeddings, stay quantized
+    (transformers' ``model.dequantize()`` does the rest, if it loaded the model). Nothing undoes it.
+    Layer by layer, so that only one is there twice.
 
     Args:
         model: after ``quantize_model``, with or without adapters.
@@ -66,7 +68,16 @@ def merge_to_dense(model: nn.Module, *, dtype: torch.dtype | None = None) -> Mer
         if isinstance(module, SavedModule):
             kept = module.module_of(module.active_adapter).requires_grad_(requires_grad=False)
             replace_module(model, names, kept)
+    _tell_transformers(model)
     return MergeLoss(tuple(rows))
+
+
+def _tell_transformers(model: nn.Module) -> None:
+    """A model that ``from_pretrained`` quantized is no longer one, if nothing is left of that."""
+    forget = getattr(getattr(model, "hf_quantizer", None), "remove_quantization_config", None)
+    modules = (m for m in model.modules() if isinstance(m, FlatParameters))
+    if forget is not None and not any(module.quantized_names() for module in modules):
+        forget(model)
 
 
 def _paths_to_merge(model: nn.Module) -> list[list[str]]:

@@ -34,7 +34,10 @@ def dequantize_modules(model: nn.Module, named: torch.dtype | str | None) -> Non
         adapted = isinstance(layer, QLoRALinear)
         adapted = adapted or (isinstance(layer, QLoRAExperts) and bool(layer.adapters))
         if adapted and not layer.merged:
-            msg = f"{names[0]} has an adapter, which would be lost: qkern.merge_adapter first"
+            msg = (
+                f"{names[0]} has an adapter, which would be lost: merge it, by "
+                "qkern.merge_to_dense without a loss, or by qkern.merge_adapter into the codes"
+            )
             raise AdapterMismatchError(msg)
     shared: dict[int, nn.Parameter] = {}
     for module, _ in found:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qkern import adapters
+from qkern.adapted import quantized_layers
 from qkern.formats import QuantFormat
 from qkern.integrations.pretrained import cast_parameters, load_model
 from qkern.model import memory_footprint, quantize_model
@@ -30,12 +31,14 @@ class FrozenModel:
         coverage: which weights were quantized.
         bytes_before: of the model as loaded.
         bytes_after: of the model now.
+        was: how it was quantized before; None if it was not.
     """
 
     model: PreTrainedModel
     coverage: CoverageReport
     bytes_before: int
     bytes_after: int
+    was: QuantFormat | None = None
 
 
 def load_frozen(
@@ -58,11 +61,37 @@ def load_frozen(
         QkernError: its files cannot be used.
     """
     model = load_model(path)
-    before = memory_footprint(model)
+    before, was = memory_footprint(model), _format_of(model)
     coverage = quantize_model(model, fmt, compute=compute)
     if dtype is not None:
         cast_parameters(model, dtype)
-    return FrozenModel(model, coverage, before, memory_footprint(model))
+    return FrozenModel(model, coverage, before, memory_footprint(model), was)
+
+
+def check_format(was: QuantFormat | None, fmt: QuantFormat, path: str | PathLike[str]) -> None:
+    """Refuse a format that was asked for, where a model has another one already.
+
+    Raises:
+        SettingError: naming both.
+    """
+    if was is not None and (was.quant_type, was.blocksize) != (fmt.quant_type, fmt.blocksize):
+        msg = (
+            f"{format_name(fmt)} is asked for, but {path} is {format_name(was)} already and stays "
+            "so: leave the setting out, or start from the dense model"
+        )
+        raise SettingError(msg)
+
+
+def format_name(fmt: QuantFormat) -> str:
+    """For people."""
+    return fmt.quant_type + (f" in blocks of {fmt.blocksize}" if fmt.template.blocksize else "")
+
+
+def _format_of(model: torch.nn.Module) -> QuantFormat | None:
+    """What most quantized layers have."""
+    layers = [layer for layer, _ in quantized_layers(model).values()]
+    formats = [layer.quantized_weight.format.template for layer in layers]
+    return max(formats, key=formats.count, default=None)
 
 
 def load_finetuned(
@@ -87,11 +116,12 @@ def load_finetuned(
         The model in evaluation mode, on the CPU.
 
     Raises:
-        SettingError: "int8" where no weight is quantized.
+        SettingError: "int8" where no weight is quantized, and for a format where the model has
+            another one already.
     """
     own = None if adapter is None else adapters.read_quantization(adapter) or QuantFormat()
     # A format that was asked for gives other bytes than the adapter was trained over.
-    force = fmt not in (None, own)
+    force, asked = fmt not in (None, own), fmt
     fmt = own if fmt is None else fmt
     if fmt is None:
         model = load_model(path, dtype=dtype)
@@ -102,7 +132,10 @@ def load_finetuned(
             )
             raise SettingError(msg)
     else:
-        model = load_frozen(path, fmt, dtype=dtype, compute=compute).model
+        frozen = load_frozen(path, fmt, dtype=dtype, compute=compute)
+        if asked is not None:
+            check_format(frozen.was, asked, path)
+        model = frozen.model
     if adapter is not None:
         adapters.load_adapter(model, adapter, force=force)
     model.train(mode=False)

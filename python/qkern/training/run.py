@@ -16,7 +16,15 @@ from trl.trainer.sft_config import SFTConfig
 from qkern import adapters
 from qkern.model import add_lora
 from qkern.text_table import format_bytes
-from qkern.training.base import check_compute, load_frozen, resolve_device, resolve_dtype
+from qkern.training.base import (
+    check_compute,
+    check_format,
+    format_name,
+    load_frozen,
+    resolve_device,
+    resolve_dtype,
+)
+from qkern.training.config import FinetuneConfig
 from qkern.training.errors import TrainingInterrupted
 from qkern.training.finetune import FinetuneResult
 from qkern.training.interrupt import InterruptCallback
@@ -28,7 +36,6 @@ from qkern.training.trainer import AdapterTrainer, check_adapter
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from qkern.training.config import FinetuneConfig
     from qkern.training.prepare import PreparedData
 
 
@@ -56,7 +63,11 @@ class Session:
         self.frozen = load_frozen(
             model_path, config.format, dtype=self.dtype, compute=config.compute
         )
-        self.model = self.frozen.model
+        self.model, was = self.frozen.model, self.frozen.was
+        if config.format != FinetuneConfig().format:
+            check_format(was, config.format, model_path)
+        elif was is not None:
+            say(f"the model is quantized already, and stays {format_name(was)}")
         torch.manual_seed(config.seed)
         add_lora(
             self.model,
@@ -73,7 +84,8 @@ class Session:
         before, after = (
             format_bytes(getattr(self.frozen, f"bytes_{x}")) for x in ("before", "after")
         )
-        share = f"{self.frozen.coverage.coverage:.0%} of the weights in {config.format.quant_type}"
+        fmt = was or config.format
+        share = f"{self.frozen.coverage.coverage:.0%} of the weights in {fmt.quant_type}"
         say(f"model: {before} -> {after} ({share}), {self.trainable} trainable parameters")
         rounded = "" if config.compute == "exact" else f", the base with {config.compute} inputs"
         say(f"computing in {str(self.dtype).removeprefix('torch.')} on {self.device}{rounded}")
