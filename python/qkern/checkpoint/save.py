@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qkern.adapted import adapted_layers, check_unmerged
+from qkern.adapted import adapted_layers
 from qkern.adapter_config import CONFIG_NAME as ADAPTER_CONFIG
 from qkern.adapter_config import WEIGHTS_NAME as ADAPTER_WEIGHTS
 from qkern.adapter_holder import NamedAdapters
@@ -52,7 +52,12 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
     # A shared layer has several paths: its adapter stays out of the base at each of them.
     modules = model.named_modules(remove_duplicate=False)
     holders = [name for name, module in modules if isinstance(module, NamedAdapters)]
-    check_unmerged(model)
+    if any(layer.merged for layer in adapted.values()):
+        msg = (
+            "an adapter is merged into the weights: call qkern.unmerge_adapter, and save both; or "
+            "merge from file to file (qkern.merge_checkpoint, qkern merge --format nf4)"
+        )
+        raise AdapterMismatchError(msg)
     names = {name for layer in adapted.values() for name in layer.adapters}
     if len(names) > 1:
         msg = (
