@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,6 +35,10 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 def pytest_configure(config: pytest.Config) -> None:
     """Hypothesis: few examples here, more with HYPOTHESIS_PROFILE=thorough."""
     gc.disable()  # until all is imported
+    if (
+        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    ):  # as a shell starts what it does not wait for
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     import hypothesis
 
     hypothesis.settings.register_profile("dev", max_examples=25, deadline=None, derandomize=True)
