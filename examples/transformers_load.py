@@ -7,7 +7,7 @@ The lines that differ from a program that uses bitsandbytes are marked.
 
 from __future__ import annotations
 
-import sys
+import argparse
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -16,8 +16,18 @@ import qkern
 from qkern.integrations.transformers import QkernConfig, model_config  # changed: registers qkern
 
 
-def main(source: str, target: str) -> None:
-    """Quantize ``source`` into ``target``, and compare what comes back."""
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("model", help="a directory of a dense model")
+    parser.add_argument("new", help="a directory to write")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Quantize one directory into the other, and compare what comes back."""
+    arguments = parse()
+    source, target = arguments.model, arguments.new
     # changed: QkernConfig for BitsAndBytesConfig
     model = AutoModelForCausalLM.from_pretrained(source, quantization_config=QkernConfig("nf4"))
     print(model.hf_quantizer.coverage)
@@ -48,4 +58,4 @@ def main(source: str, target: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

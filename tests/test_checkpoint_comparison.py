@@ -115,3 +115,83 @@ def test_nothing_is_written_into_a_file_that_is_read(tmp_path: Path) -> None:
     before = (path / "model.safetensors").read_bytes()
     qkern.inspect_checkpoint(path, compare=path)
     assert (path / "model.safetensors").read_bytes() == before
+
+
+# -- transposes ------------------------------------------------------------------------------
+
+# Conv1D's (in, out): one that widens, a square one, one that narrows.
+CONV1D = {"h.0.attn.c_attn": (64, 192), "h.0.attn.c_proj": (64, 64), "h.0.mlp.c_proj": (256, 64)}
+
+
+def write_gpt2(path: Path, tensors: dict[str, Tensor]) -> Path:
+    write(path, tensors)
+    (path / "config.json").write_text('{"model_type": "gpt2"}')
+    return path
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "int8_row"])
+@pytest.mark.parametrize("names", [[*CONV1D], ["h.0.attn.c_proj"]])
+def test_a_conv1d_is_compared_with_its_transpose(
+    quant_type: str, names: list[str], tmp_path: Path
+) -> None:
+    dense = {f"{name}.weight": torch.randn(*CONV1D[name]) for name in names}
+    src = write_gpt2(tmp_path / "dense", dense)
+    qkern.quantize_checkpoint(src, tmp_path / "q", quant_type)
+    for here, there in (("q", "dense"), ("dense", "q")):
+        report = qkern.inspect_checkpoint(tmp_path / here, compare=tmp_path / there)
+        assert report.findings() == []
+        assert report.comparison is not None
+        assert set(report.comparison.transposed) == set(dense)
+        assert f"{len(dense)} tensors are transposed in one of the two" in str(report)
+        for name, w in dense.items():
+            linear = w.T.contiguous()
+            found = qkern.quantize(linear, quant_type)
+            pair = (found.dequantize(), linear)
+            got, expected = pair if here == "q" else pair[::-1]
+            error = row(report, name).error
+            assert error is not None
+            exact = float((got - expected).double().norm() / expected.double().norm())
+            assert error.relative_rms == pytest.approx(exact, rel=1e-6)
+            assert error.relative_rms < 0.12
+            blocks = block_errors(got, expected, found.format.blocksize)
+            assert error.worst_blocks[0].block == int(blocks.argmax())
+        strict_json(report)
+
+
+def test_conv1d_weights_that_are_not_transposed_are_compared_as_they_are(tmp_path: Path) -> None:
+    dense = {f"{name}.weight": torch.randn(*shape) for name, shape in CONV1D.items()}
+    plain: dict[str, Tensor] = {}
+    for name, w in dense.items():
+        plain |= flat_keys.flatten(qkern.quantize(w), name)
+    src = write_gpt2(tmp_path / "dense", dense)
+    other = write_gpt2(tmp_path / "plain", plain)
+    qkern.quantize_checkpoint(src, tmp_path / "q")
+    qkern.quantize_checkpoint(src, tmp_path / "some", exclude=["c_attn"])
+    for here, there, count in (
+        (other, src, 0), (src, src, 0), (tmp_path / "q", tmp_path / "q", 0),
+        (tmp_path / "q", other, 3), (other, tmp_path / "q", 3), (tmp_path / "some", src, 2),
+    ):  # fmt: skip
+        report = qkern.inspect_checkpoint(here, compare=there)
+        assert report.comparison is not None
+        assert len(report.comparison.transposed) == count
+        assert report.exceeding(0.15) == ()
+        assert not report.findings()
+
+
+def test_stacked_mxfp4_is_compared_with_what_the_class_holds(tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.experts.down_proj"
+    src = write(
+        tmp_path / "src",
+        {
+            f"{name}_blocks": torch.randint(0, 256, (2, 64, 2, 16), dtype=torch.uint8),
+            f"{name}_scales": torch.randint(110, 140, (2, 64, 2), dtype=torch.uint8),
+        },
+    )
+    config = {"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}}
+    (src / "config.json").write_text(json.dumps(config))
+    qkern.convert_checkpoint(src, tmp_path / "codes", "qkern")
+    qkern.convert_checkpoint(src, tmp_path / "dense", "float32")
+    report = qkern.inspect_checkpoint(tmp_path / "codes", compare=tmp_path / "dense")
+    assert row(report, name).error is not None
+    assert row(report, name).error.max_abs == 0  # type: ignore[union-attr]
+    assert report.exceeding(0) == ()

@@ -113,6 +113,19 @@ def test_a_delta_that_4_bits_lose_is_refused_with_numbers(tmp_path: Path, base: 
     assert dense.kept > 0.9
 
 
+def test_rounding_beyond_what_is_added_leaves_nothing(tmp_path: Path, base: Path) -> None:
+    adapter, out = write_adapter(tmp_path / "adapter", model(), size=1e-3), tmp_path / "out"
+    with pytest.raises(qkern.LostDeltaError, match="nothing of what the adapter adds would be"):
+        qkern.merge_checkpoint(base, adapter, out, quant_type="nf4")
+    report = qkern.merge_checkpoint(base, adapter, out, quant_type="nf4", force=True)
+    assert report.kept is not None
+    assert report.kept < 0
+    assert report.as_dict()["kept"] == report.kept
+    assert "kept of what it adds: nothing; least of" in str(report)
+    assert "nothing of what it adds is kept" in (out / "README.md").read_text()
+    assert {row[3] for row in report.kept_rows(5)} == {"nothing"}
+
+
 @pytest.mark.case("E7")
 def test_what_is_kept_is_measured_against_the_exact_sum(
     tmp_path: Path, base: Path, adapter: Path

@@ -38,6 +38,18 @@ def test_transformers_load(
     assert "the output head" in out
 
 
+@pytest.mark.parametrize("name", ["transformers_load.py", "trainer.py"])
+def test_a_missing_argument_is_a_usage_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, name)
+    assert ended.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"usage: {name}")
+    assert "the following arguments are required: model" in err
+
+
 @pytest.mark.filterwarnings("ignore:.*pin_memory")  # torch's, where there is no accelerator
 @pytest.mark.parametrize("kind", ["peft", "qkern"])
 def test_trainer(tmp_path: Path, dense: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from adapted_llama import SAVED, dense_of, quantized
-from peft import PeftModel
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 
@@ -24,6 +24,7 @@ def test_lora_plus_groups_are_pefts(weight_decay: float, tmp_path: Path) -> None
         theirs, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=8, loraplus_weight_decay=weight_decay
     )
     groups = qkern.lora_plus_groups(own, lr=1e-3, ratio=8, weight_decay=weight_decay)
+    over_peft = qkern.lora_plus_groups(theirs, lr=1e-3, ratio=8, weight_decay=weight_decay)
 
     def numbers(groups: list[dict]) -> dict[tuple[float, float], int]:
         found: dict[tuple[float, float], int] = {}
@@ -34,6 +35,7 @@ def test_lora_plus_groups_are_pefts(weight_decay: float, tmp_path: Path) -> None
         return found
 
     assert numbers(groups) == numbers(optimizer.param_groups)
+    assert numbers(over_peft) == numbers(optimizer.param_groups)
     torch.optim.SGD(groups).step()
 
 
@@ -49,3 +51,30 @@ def test_layer_norms_and_biases_do_not_decay() -> None:
             qkern.lora_plus_groups(model, **settings)
     with pytest.raises(qkern.AdapterMismatchError, match="nothing to train"):
         qkern.lora_plus_groups(model.requires_grad_(False), lr=1.0)
+
+
+def test_a_model_without_adapters_is_refused() -> None:
+    for model in (nn.Sequential(nn.Linear(64, 64)), quantized()):
+        with pytest.raises(
+            qkern.AdapterMismatchError, match=r"call qkern\.add_lora or PEFT's get_peft_model"
+        ):
+            qkern.lora_plus_groups(model, lr=1.0)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=4, target_modules=["q_proj"]),
+        IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
+    ],
+)
+def test_pefts_adapters_are_found(config: PeftConfig) -> None:
+    model = get_peft_model(quantized(), config)
+    groups = qkern.lora_plus_groups(model, lr=1.0, ratio=2)
+    count = sum(p.requires_grad for p in model.parameters())
+    assert sum(len(group["params"]) for group in groups) == count
+    if isinstance(config, LoraConfig):
+        assert {group["lr"]: len(group["params"]) for group in groups} == {
+            1.0: count // 2,
+            2.0: count // 2,
+        }

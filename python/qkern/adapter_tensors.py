@@ -9,7 +9,6 @@ from torch import Tensor
 
 from qkern.adapter_config import PREFIX, pair_keys
 from qkern.errors import AdapterMismatchError, CorruptFileError
-from qkern.files import pickle_advice
 
 # The end of the keys of DoRA's magnitudes in files; some have ".weight" after it.
 MAGNITUDE: Final = "lora_magnitude_vector"
@@ -80,19 +79,11 @@ def read_tensors(file: Path, *, use_dora: bool) -> AdapterFile:
     """The tensors of a safetensors file.
 
     Raises:
-        FileNotFoundError: if it is missing.
-        CorruptFileError: if it cannot be read, or a pickle is there in its place.
+        CorruptFileError: if it cannot be read.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    pickled = file.with_name("adapter_model.bin")
-    if not file.exists() and pickled.exists():
-        msg = f"there is no {file}: {pickle_advice(pickled)}"
-        raise CorruptFileError(msg)
-    if not file.exists():
-        msg = f"there is no {file}"
-        raise FileNotFoundError(msg)
     try:
         return AdapterFile(load_file(file), file.parent, use_dora=use_dora)
     except SafetensorError as error:

@@ -60,6 +60,7 @@ from qkern.adapter_config import (
     number_of,
 )
 from qkern.adapter_description import describe
+from qkern.adapter_files import check_files
 from qkern.adapter_tensors import MAGNITUDE, read_tensors
 from qkern.errors import (
     AdapterMismatchError,
@@ -185,6 +186,7 @@ def load_adapter(
         DeviceError: if the model is on meta, where there is no place for its values.
     """
     directory = Path(path)
+    check_files(directory)
     config = read_json(directory / CONFIG_NAME)
     # PEFT says fan_in_fan_out for Conv1D, whose factors are those of any layer.
     applied = ("use_dora", "modules_to_save", "fan_in_fan_out", "target_parameters")
@@ -263,7 +265,13 @@ def _are_tied(model: nn.Module, states: Mapping[str, Mapping[str, Tensor]]) -> b
 
 
 def read_quantization(path: str | PathLike[str]) -> QuantFormat | None:
-    """The format of the base that an adapter was trained on, None if the file does not say."""
+    """The format of the base that an adapter was trained on, None if the file does not say.
+
+    Raises:
+        FileNotFoundError: if there is no adapter.
+        CorruptFileError: if its file cannot be read.
+    """
+    check_files(Path(path))
     file = Path(path) / WEIGHTS_NAME
     text = _read_metadata(file).get(FORMAT_KEY)
     try:

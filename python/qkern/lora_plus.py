@@ -18,7 +18,7 @@ def lora_plus_groups(
     and the weights of ``nn.LayerNorm`` do not decay.
 
     Args:
-        model: with adapters, by ``add_lora``.
+        model: with adapters, by ``add_lora`` or PEFT.
         lr: learning rate of A.
         ratio: how many times as fast B learns, 1 or more.
         weight_decay: of the other parameters.
@@ -27,7 +27,7 @@ def lora_plus_groups(
         Groups with ``params``, ``lr`` and ``weight_decay``.
 
     Raises:
-        AdapterMismatchError: if nothing is trainable.
+        AdapterMismatchError: if nothing is trainable, or no adapter is.
         FormatError: for a rate that is not positive, or a ratio below 1.
 
     Example:
@@ -44,12 +44,15 @@ def lora_plus_groups(
         msg = f"LoRA+ needs lr above 0 and a ratio of 1 or more, got {lr} and {ratio}"
         raise FormatError(msg)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    has_adapters = hasattr(model, "peft_config")  # PEFT's other kinds have other names
     for name, module in model.named_modules():
         for key, parameter in module._parameters.items():
             if parameter is None or not parameter.requires_grad:
                 continue
-            is_fast = key == "lora_B" or parameter.dim() == 1
             path = f"{name}.{key}"
+            parts = path.split(".")
+            has_adapters = has_adapters or any(part.startswith("lora_") for part in parts)
+            is_fast = "lora_B" in parts or parameter.dim() == 1  # PEFT: "lora_B.default.weight"
             decays = not is_fast or not (isinstance(module, nn.LayerNorm) or "bias" in path)
             rates = (lr * ratio if is_fast else lr, weight_decay if decays else 0.0)
             members = groups.setdefault((rates[0], rates[1]), [])
@@ -57,6 +60,12 @@ def lora_plus_groups(
                 members.append(parameter)
     if not groups:
         msg = "the model has nothing to train: call qkern.add_lora or qkern.set_adapter first"
+        raise AdapterMismatchError(msg)
+    if not has_adapters:
+        msg = (
+            "the model has no adapters to train, LoRA+ is for theirs: call qkern.add_lora or "
+            "PEFT's get_peft_model first"
+        )
         raise AdapterMismatchError(msg)
     return [
         {"params": members, "lr": rate, "weight_decay": decay}

@@ -79,9 +79,13 @@ def kept_table(rows: Sequence[Kept]) -> str:
 def kept_cells(rows: Sequence[Kept]) -> list[tuple[str, int, str, str]]:
     """The cells of that table."""
     return [
-        (row.name, row.rank, _text(row.relative_delta, ".3g"), _text(row.kept, ".1%"))
-        for row in rows
+        (row.name, row.rank, _text(row.relative_delta, ".3g"), share_text(row.kept)) for row in rows
     ]
+
+
+def share_text(kept: float | None) -> str:
+    """What is kept, for people: rounding that is larger than what was added leaves nothing."""
+    return "nothing" if kept is not None and kept < 0 else _text(kept, ".1%")
 
 
 def _text(number: float | None, spec: str) -> str:
@@ -157,9 +161,10 @@ class MergeLoss:
         """
         if self.kept is not None and self.kept < least:
             msg = (
-                f"{self.kept:.1%} of what the adapter adds would be left, at least {least:.1%} are "
-                "asked for: merge to bfloat16 (qkern.merge_to_dense), keep the adapter beside the "
-                f"base, or train it for the merge (merge_into)\n{kept_table(self.worst[:SHOWN])}"
+                f"{share_text(self.kept)} of what the adapter adds would be left, at least "
+                f"{least:.1%} are asked for: merge to bfloat16 (qkern.merge_to_dense), "
+                "keep the adapter beside the base, or train it for the merge (merge_into)\n"
+                f"{kept_table(self.worst[:SHOWN])}"
             )
             raise LostDeltaError(msg)
 
@@ -174,6 +179,6 @@ class MergeLoss:
         if aware:
             lines.append(f"{aware} of them were trained for it")
         if self.kept is not None:
-            lines.append(f"kept of what the adapter adds: {self.kept:.1%}; least of")
+            lines.append(f"kept of what the adapter adds: {share_text(self.kept)}; least of")
             lines.append(kept_table(self.worst[:SHOWN]))
         return "\n".join(lines)

@@ -16,11 +16,12 @@ import numpy.typing as npt
 
 from qkern import adapter_config, entry_keys
 from qkern.adapter_config import BASE_KEY, CHANGED_KEY, CONFIG_NAME, PREFIX, WEIGHTS_NAME
+from qkern.adapter_files import check_files
 from qkern.checkpoint.source import Source, StoredTensor
 from qkern.checkpoint.stream import Delta
 from qkern.codec import F32
-from qkern.errors import AdapterMismatchError, CorruptFileError, NonFiniteError
-from qkern.files import pickle_advice, read_json
+from qkern.errors import AdapterMismatchError, NonFiniteError
+from qkern.files import read_json
 from qkern.formats import DTYPES
 from qkern.merge_target import MERGE_KEY, MergeTarget, targets_of_text
 
@@ -88,13 +89,10 @@ class AdapterSource:
 
     def __init__(self, path: str | PathLike[str]) -> None:
         self.path = Path(path)
+        check_files(self.path)
         self.config = read_json(self.path / CONFIG_NAME)
         adapter_config.check_config(self.config, self.path, applied=_APPLIED, allow_unknown=False)
-        file, pickled = self.path / WEIGHTS_NAME, self.path / "adapter_model.bin"
-        if not file.exists() and pickled.exists():
-            msg = f"{pickled}: {pickle_advice(pickled)}"
-            raise CorruptFileError(msg)
-        self.source = Source(file)
+        self.source = Source(self.path / WEIGHTS_NAME)
         self.replaced = self._replaced()
         shapes = {
             name: tensor.shape

@@ -37,7 +37,7 @@ from qkern.checkpoint.running import Progress, Run
 from qkern.checkpoint.selection import why_vocabulary
 from qkern.checkpoint.source import Source, StoredTensor
 from qkern.checkpoint.stream import Done
-from qkern.checkpoint.targets import is_conv1d
+from qkern.checkpoint.targets import is_conv1d, quantized_transposed
 from qkern.errors import FormatError
 from qkern.formats import DTYPES, QuantFormat, resolve_format
 
@@ -200,23 +200,19 @@ def _as_dense(source: Source, dtype: str, blocks: BlockWeights) -> list[Outcome]
 
 
 def transposed_weights(source: Source) -> set[str]:
-    """Quantized weights that are the transposes of what the model's class holds.
-
-    Quantized layers are linear ones: the weights of Conv1D are transposed for them, but by programs
-    that know nothing of classes. The shapes of layers that widen tell which it was.
-    """
+    """Quantized weights that are the transposes of what the model's class holds."""
     quantized = [tensor for tensor in source.tensors.values() if tensor.format is not None]
     model_type = source.config.get("model_type")
     found = {tensor.name for tensor in quantized if holds_transposed(tensor, model_type)}
     conv1d = [tensor for tensor in quantized if is_conv1d(tensor, source.config)]
-    wide = [tensor for tensor in conv1d if tensor.name.endswith(("c_attn.weight", "c_fc.weight"))]
-    if conv1d and not wide:
+    is_transposed = quantized_transposed(conv1d)
+    if conv1d and is_transposed is None:
         msg = (
             f"{source.path}: {conv1d[0].name} is a quantized Conv1D, and nothing says whether it "
             "is transposed: open the model with what wrote it, and save it dense there"
         )
         raise FormatError(msg)
-    if any(tensor.shape[0] > tensor.shape[1] for tensor in wide):
+    if is_transposed:
         found |= {tensor.name for tensor in conv1d}
     return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from os import PathLike
 from typing import Any
 
@@ -11,15 +11,17 @@ import numpy as np
 from torch import Tensor
 
 from qkern import arrays, codec, functional
-from qkern.checkpoint.inspection_report import Comparison, InspectionReport
+from qkern.checkpoint.inspection_report import InspectionReport
 from qkern.checkpoint.measure import (
     HISTOGRAM_BINS,
     I64,
     Values,
+    dense_values,
     measure_error,
     measure_scales,
     measure_values,
 )
+from qkern.checkpoint.pairing import compare_names
 from qkern.checkpoint.reader import CheckpointReader
 from qkern.checkpoint.selection import RULE, select, vocab_size_of
 from qkern.checkpoint.source import StoredTensor
@@ -71,6 +73,7 @@ def inspect_checkpoint(
         exclude: the same of tensors to leave dense.
         compare: the reference, dense or quantized in any format. Blocks are those of the tensor
             at ``path`` if it is quantized, else those of the reference, else of ``quant_type``.
+            A Conv1D's weight, (in, out) in dense files, meets the transpose that is quantized.
         outlier_rms: values beyond this many times their tensor's RMS count as outliers.
         worst_blocks: blocks (rows of int8_row) of largest error to name for each tensor.
         histogram: also count the weights by ``x / RMS``, over all quantizable tensors.
@@ -96,7 +99,8 @@ def inspect_checkpoint(
             rows, comparison = job.run(), None
         else:
             with CheckpointReader(compare) as there:
-                rows, comparison = job.run(there), _compare_names(here, there)
+                comparison = compare_names(here, there)
+                rows = job.run(there, comparison.transposed)
         asked = None if here.is_quantized or compare is not None else settings.format
         return InspectionReport(
             path=here.path,
@@ -147,11 +151,17 @@ class _Inspection:
     histogram: I64 | None
     progress: Progress | None
 
-    def run(self, other: CheckpointReader | None = None) -> tuple[TensorReport, ...]:
+    def run(
+        self, other: CheckpointReader | None = None, transposed: Collection[str] = ()
+    ) -> tuple[TensorReport, ...]:
         total = sum(stored.nbytes for stored in self.reader.tensors.values())
         rows = []
         for stored in self.reader.tensors.values():
-            rows.append(self._compare(stored, other) if other else self._inspect(stored))
+            if other is None:
+                rows.append(self._inspect(stored))
+            else:
+                flipped = stored.name in transposed
+                rows.append(self._compare(stored, other, transposed=flipped))
             if self.progress is not None:
                 self.progress(stored.nbytes, total)
         return tuple(rows)
@@ -178,18 +188,25 @@ class _Inspection:
             error=error,
         )
 
-    def _compare(self, stored: StoredTensor, other: CheckpointReader) -> TensorReport:
+    def _compare(
+        self, stored: StoredTensor, other: CheckpointReader, *, transposed: bool
+    ) -> TensorReport:
         row, tensor = self._describe(stored)
         theirs = other.tensors.get(stored.name)
-        if tensor is None or theirs is None or theirs.shape != stored.shape:
+        if tensor is None or theirs is None or not theirs.is_readable:
             return row
-        if not theirs.is_readable:
+        if theirs.shape != stored.shape and not transposed:
             return row
+        reference = other.read(stored.name)
+        if transposed and stored.format is None:
+            tensor = tensor.mT
+        elif transposed:
+            reference = dense_values(reference).mT
         fmt = stored.format or theirs.format or self.settings.format
         error = measure_error(
             Values(tensor),
-            Values(other.read(stored.name)),
-            blocks_of=fmt.for_shape(stored.shape),
+            Values(reference),
+            blocks_of=fmt.for_shape(tuple(tensor.shape)),
             worst=self.settings.worst_blocks,
         )
         return dataclasses.replace(row, error=error)
@@ -254,32 +271,6 @@ def _reasons(
         reasons |= dict.fromkeys(single, "fp32 scales, others have 8-bit ones")
     unsaid = (name for name, reason in reasons.items() if not reason)
     return reasons | dict.fromkeys(unsaid, "left dense in the file")
-
-
-def _compare_names(here: CheckpointReader, there: CheckpointReader) -> Comparison:
-    """What cannot be compared; a tied name is compared through its owner."""
-    ours, theirs = here.tensors, there.tensors
-    both = ours.keys() & theirs.keys()
-    unlike = [
-        (name, ours[name].shape, theirs[name].shape)
-        for name in ours
-        if name in both and ours[name].shape != theirs[name].shape
-    ]
-    return Comparison(
-        path=there.path,
-        only_here=tuple(name for name in ours if name not in theirs.keys() | there.tied),
-        only_there=tuple(name for name in theirs if name not in ours.keys() | here.tied),
-        shapes=tuple(unlike),
-        unread=tuple(
-            name
-            for name in ours
-            if name in both and not (ours[name].is_readable and theirs[name].is_readable)
-        ),
-        stored_there={
-            name: tensor.format.quant_type if tensor.format else tensor.dtype
-            for name, tensor in theirs.items()
-        },
-    )
 
 
 def _patterns(given: str | Sequence[str]) -> tuple[str, ...]:

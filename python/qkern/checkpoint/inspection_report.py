@@ -28,6 +28,8 @@ class Comparison:
         shapes: (name, shape here, shape there) where they differ.
         unread: names whose dtype is not read here or there.
         stored_there: format or dtype of each tensor in the other one.
+        transposed: names of which one of the two holds the transpose of the other: a Conv1D, and
+            the linear layer that it is. Their blocks are those of the linear layer's (out, in).
     """
 
     path: Path
@@ -36,6 +38,7 @@ class Comparison:
     shapes: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
     unread: tuple[str, ...]
     stored_there: dict[str, str]
+    transposed: tuple[str, ...] = ()
 
     @property
     def quantized_there(self) -> frozenset[str]:

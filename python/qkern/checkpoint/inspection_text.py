@@ -65,7 +65,11 @@ def _head(report: InspectionReport) -> str:
     nbytes = format_bytes(sum(row.nbytes_stored for row in report.tensors))
     head = f"{report.path}: {len(report.tensors)} tensors, {numel:,} values, {nbytes}"
     if report.comparison is not None:
-        return f"{head}\ncompared with {report.comparison.path}, which errors are relative to"
+        head += f"\ncompared with {report.comparison.path}, which errors are relative to"
+        count = len(report.comparison.transposed)
+        if count:
+            head += f"\n{count} tensors are transposed in one of the two: compared as (out, in)"
+        return head
     if report.format is None:
         return f"{head}, as the file holds them"
     return f"{head}\nas {format_text(report.format)}, method {report.method}"

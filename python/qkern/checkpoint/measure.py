@@ -75,6 +75,13 @@ class Values:
             yield first, self.read(first, min(first + step, self.numel))
 
 
+def dense_values(tensor: Tensor | QuantizedTensor) -> Tensor:
+    """The tensor; of a quantized one, its fp32 values before any rounding, in its shape."""
+    if not isinstance(tensor, QuantizedTensor):
+        return tensor
+    return Values(tensor).read(0, tensor.numel()).float().view(tensor.shape)
+
+
 def measure_values(
     values: Values, *, outlier_rms: float, histogram: I64 | None = None
 ) -> ValueStatistics:

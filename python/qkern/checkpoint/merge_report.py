@@ -10,7 +10,7 @@ from qkern.checkpoint.conversion_report import ConversionReport
 from qkern.checkpoint.run_report import plain
 from qkern.checkpoint.stream import Errors
 from qkern.checkpoint.weight_statistics import relative
-from qkern.merge_loss import SHOWN, kept_cells, kept_share, kept_table, worst_of
+from qkern.merge_loss import SHOWN, kept_cells, kept_share, kept_table, share_text, worst_of
 
 _LITTLE = 0.5  # what is worth a word
 
@@ -125,7 +125,7 @@ class MergeReport(ConversionReport):
         if self.missed:
             lines.append(f"trained to be merged into {self.missed}: another result is not the same")
         if self.kept is not None:
-            lines.append(f"kept of what it adds: {self.kept:.1%}; least of")
+            lines.append(f"kept of what it adds: {share_text(self.kept)}; least of")
             lines.append(self.kept_table())
             if self.kept < _LITTLE and self.kept_by_quantized is None and self.to != "float32":
                 lines.append(f"{self.to} rounds most of it away: float32 keeps it")

@@ -35,6 +35,7 @@ from qkern.checkpoint.stream import Done
 from qkern.checkpoint.targets import Target, choose_targets, has_conv1d, is_conv1d
 from qkern.errors import LostDeltaError
 from qkern.formats import DTYPES, QuantFormat, resolve_format
+from qkern.merge_loss import share_text
 from qkern.merge_target import MergeTarget
 
 
@@ -193,7 +194,7 @@ class _Merging:
         kept = report.kept_by_quantized
         if self.min_kept and kept is not None and kept < self.min_kept:
             msg = (
-                f"{report.path}: {kept:.1%} of what the adapter adds would be left in "
+                f"{report.path}: {share_text(kept)} of what the adapter adds would be left in "
                 f"{report.to}, at least {self.min_kept:.1%} are asked for: merge to bfloat16, keep "
                 "the adapter beside the base, or force it (--force)\n"
                 f"{report.kept_table()}"

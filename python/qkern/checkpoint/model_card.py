@@ -9,6 +9,7 @@ from typing import Any, Final
 from qkern.checkpoint.inspection_text import format_text
 from qkern.checkpoint.merge_report import MergeReport
 from qkern.checkpoint.quantization_report import QuantizationReport
+from qkern.merge_loss import share_text
 from qkern.text_table import format_bytes
 
 _BEGIN: Final = "<!-- qkern: begin -->"
@@ -93,8 +94,8 @@ def merge_section(report: MergeReport) -> str:
     if report.kept is not None:
         lines += [
             "",
-            f"{report.kept:.1%} of what it adds are kept, as 1 - |rounded - exact| / |delta|. "
-            "The least of:",
+            f"{share_text(report.kept)} of what it adds is kept, as 1 - |rounded - exact| / "
+            "|delta|. The least of:",
             "",
             *_table(
                 ("tensor", "rank", "delta / weight", "kept"),

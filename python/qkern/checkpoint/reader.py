@@ -65,6 +65,11 @@ class CheckpointReader:
         """Whether any tensor is."""
         return self._source.is_quantized
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """``config.json`` beside the files; empty if there is none."""
+        return self._source.config
+
     def read(self, name: str) -> Tensor | QuantizedTensor:
         """The tensor ``name``: a view of the mapped file, valid while this reader is open.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from qkern.checkpoint.selection import named_by, select, vocab_size_of, why_never, why_vocabulary
@@ -138,6 +138,22 @@ class _Rules:
 def is_conv1d(tensor: StoredTensor, config: Mapping[str, Any]) -> bool:
     """Whether a model's layer of this name is transformers' Conv1D, whose weight is (in, out)."""
     return has_conv1d(config) and len(tensor.shape) == 2 and bool(_CONV1D.fullmatch(tensor.name))
+
+
+def quantized_transposed(conv1d: Iterable[StoredTensor]) -> bool | None:
+    """Whether quantized weights of Conv1D are (out, in), as those of linear layers.
+
+    Quantized layers are linear ones: the weights of Conv1D are transposed for them, but by programs
+    that know nothing of classes. The shapes of layers that widen tell which it was.
+
+    Args:
+        conv1d: all of a checkpoint.
+
+    Returns:
+        None if no layer of them is known to widen.
+    """
+    wide = [tensor for tensor in conv1d if tensor.name.endswith(("c_attn.weight", "c_fc.weight"))]
+    return any(tensor.shape[0] > tensor.shape[1] for tensor in wide) if wide else None
 
 
 def has_conv1d(config: Mapping[str, Any]) -> bool:

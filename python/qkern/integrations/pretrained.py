@@ -172,6 +172,7 @@ def _resolve(path: str | PathLike[str]) -> tuple[Path, str | None]:
 
 def _empty_model(directory: Path) -> nn.Module:
     """The architecture of ``config.json`` with its parameters on meta, its buffers real."""
+    _check_config(directory)
     transformers = _import("transformers")
     content = read_json(directory / "config.json")
     content.pop("quantization_config", None)
@@ -190,6 +191,21 @@ def _empty_model(directory: Path) -> nn.Module:
     if (directory / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
     return model
+
+
+def _check_config(directory: Path) -> None:
+    if (directory / "config.json").is_file():
+        return
+    found = f"there is no model directory {directory} (models are not downloaded)"
+    if directory.is_dir():
+        found = f"{directory} holds no config.json"
+    elif directory.exists():
+        found = f"{directory} is a file, not the directory of a model"
+    msg = (
+        f"{found}: a model is a directory with config.json and safetensors files, as qkern.save, "
+        "qkern quantize or save_pretrained writes it; without config.json, pass model="
+    )
+    raise FileNotFoundError(msg)
 
 
 def _import(name: str) -> Any:
