@@ -35,9 +35,8 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 def pytest_configure(config: pytest.Config) -> None:
     """Hypothesis: few examples here, more with HYPOTHESIS_PROFILE=thorough."""
     gc.disable()  # until all is imported
-    if (
-        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    ):  # as a shell starts what it does not wait for
+    # A shell starts what it does not wait for with interrupts ignored.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     import hypothesis
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
 from architectures import ARCHITECTURES, output
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import qkern
@@ -89,12 +86,3 @@ def train(model: nn.Module, steps: int = 3) -> list[float]:
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses
-
-
-def edit(directory: Path, change: Any = None, **settings: Any) -> None:
-    file = directory / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
-    if change is not None:
-        tensors = load_file(directory / "adapter_model.safetensors")
-        change(tensors)
-        save_file(tensors, directory / "adapter_model.safetensors")

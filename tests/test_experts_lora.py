@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapted_llama import edit
 from expert_adapters import (
     BOTH,
     BY_NAME,
@@ -20,7 +21,6 @@ from expert_adapters import (
     adapted,
     add,
     base_and_dense,
-    edit,
     experts_of,
     logits,
     quantized,
