@@ -17,3 +17,5 @@ macro_rules! impl_plain {
     };
 }
 impl_plain!(u8, i8, u32, i32, f32, f16, bf16);
+// SAFETY: an array has no gaps between its elements.
+unsafe impl<T: Plain, const N: usize> Plain for [T; N] {}

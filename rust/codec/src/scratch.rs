@@ -1,89 +1,98 @@
 //! Memory that a thread uses again: fresh pages would cost more than the work done in them.
 
+#![allow(unsafe_code)] // lines of memory, seen as the values that they hold
+
 use std::cell::Cell;
+use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
+
+use crate::plain::Plain;
 
 /// A cache line.
 #[derive(Clone, Copy)]
-#[repr(align(64))]
+#[repr(C, align(64))]
 pub(crate) struct Line(pub(crate) [u8; 64]);
 
-/// Bytes of each type that a thread keeps for its next call, at most.
-const KEPT: usize = 8 << 20;
+// SAFETY: 64 bytes.
+unsafe impl Plain for Line {}
 
-/// What a thread keeps rooms of.
-pub(crate) trait Kept: Copy + 'static {
-    /// What new memory is filled with.
-    const FILL: Self;
-    /// Takes the rooms of this thread that nobody uses.
-    fn take() -> Vec<Vec<Self>>;
-    /// Puts them back.
-    fn put(rooms: Vec<Vec<Self>>);
+/// Bytes that a thread keeps for its next call, at most.
+const KEPT: usize = 16 << 20;
+
+thread_local! {
+    /// The rooms of this thread that nobody uses.
+    static IDLE: Cell<Vec<Vec<Line>>> = const { Cell::new(Vec::new()) };
 }
 
-macro_rules! impl_kept {
-    ($type:ty, $fill:expr, $idle:ident) => {
-        thread_local! {
-            static $idle: Cell<Vec<Vec<$type>>> = const { Cell::new(Vec::new()) };
-        }
-        impl Kept for $type {
-            const FILL: Self = $fill;
-            fn take() -> Vec<Vec<Self>> {
-                $idle.try_with(Cell::take).unwrap_or_default()
-            }
-            fn put(rooms: Vec<Vec<Self>>) {
-                // At the end of a thread there is no next call.
-                let _ = $idle.try_with(|idle| idle.set(rooms));
-            }
-        }
-    };
+fn take() -> Vec<Vec<Line>> {
+    IDLE.try_with(Cell::take).unwrap_or_default()
 }
-impl_kept!(Line, Line([0; 64]), IDLE_LINES);
-impl_kept!(f32, 0.0, IDLE_FLOATS);
 
-/// Room for values, which are unspecified at first; dropped, the thread keeps its memory.
-pub(crate) struct Scratch<T: Kept> {
-    room: Vec<T>,
+fn put(rooms: Vec<Vec<Line>>) {
+    // At the end of a thread there is no next call.
+    let _ = IDLE.try_with(|idle| idle.set(rooms));
+}
+
+/// Room for values, at the start of a cache line; they are unspecified at first. Dropped, the
+/// thread keeps its memory.
+pub(crate) struct Scratch<T: Plain> {
+    room: Vec<Line>,
     len: usize,
+    holds: PhantomData<T>,
 }
 
-impl<T: Kept> Scratch<T> {
+impl<T: Plain> Scratch<T> {
+    /// Values of a line.
+    const PER_LINE: usize = {
+        assert!(size_of::<Line>().is_multiple_of(size_of::<T>()));
+        assert!(align_of::<T>() <= align_of::<Line>());
+        size_of::<Line>() / size_of::<T>()
+    };
+
     pub(crate) fn new(len: usize) -> Self {
-        let mut idle = T::take();
+        let lines = len.div_ceil(Self::PER_LINE);
+        let mut idle = take();
         // The smallest that fits, or else the largest, which grows.
-        let fit =
-            |room: &Vec<T>| if room.len() >= len { room.len() } else { usize::MAX - room.len() };
+        let fit = |room: &Vec<Line>| {
+            if room.len() >= lines {
+                room.len()
+            } else {
+                usize::MAX - room.len()
+            }
+        };
         let best = (0..idle.len()).min_by_key(|&i| fit(&idle[i]));
         let mut room = best.map(|i| idle.swap_remove(i)).unwrap_or_default();
-        T::put(idle);
-        if room.len() < len {
-            room.resize(len, T::FILL);
+        put(idle);
+        if room.len() < lines {
+            room.resize(lines, Line([0; 64]));
         }
-        Self { room, len }
+        Self { room, len, holds: PhantomData }
     }
 }
 
-impl<T: Kept> Deref for Scratch<T> {
+impl<T: Plain> Deref for Scratch<T> {
     type Target = [T];
     fn deref(&self) -> &[T] {
-        &self.room[..self.len]
+        // SAFETY: `new` made so many values fit, whose bytes are set, and any are values.
+        unsafe { std::slice::from_raw_parts(self.room.as_ptr().cast(), self.len) }
     }
 }
 
-impl<T: Kept> DerefMut for Scratch<T> {
+impl<T: Plain> DerefMut for Scratch<T> {
     fn deref_mut(&mut self) -> &mut [T] {
-        &mut self.room[..self.len]
+        // SAFETY: as above; and whatever is written has all its bytes set, as T has no gaps.
+        unsafe { std::slice::from_raw_parts_mut(self.room.as_mut_ptr().cast(), self.len) }
     }
 }
 
-impl<T: Kept> Drop for Scratch<T> {
+impl<T: Plain> Drop for Scratch<T> {
     fn drop(&mut self) {
-        let mut idle = T::take();
+        let mut idle = take();
         let kept: usize = idle.iter().map(Vec::len).sum();
-        if (kept + self.room.len()) * size_of::<T>() <= KEPT {
+        if (kept + self.room.len()) * size_of::<Line>() <= KEPT {
             idle.push(std::mem::take(&mut self.room));
         }
-        T::put(idle);
+        put(idle);
     }
 }
 
@@ -108,6 +117,6 @@ mod tests {
     fn a_thread_keeps_no_more_than_its_share() {
         let rooms: Vec<_> = (0..4).map(|_| Scratch::<Line>::new(KEPT / 64 / 2)).collect();
         drop(rooms);
-        assert_eq!(Line::take().len(), 2);
+        assert_eq!(take().len(), 2);
     }
 }

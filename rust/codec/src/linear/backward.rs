@@ -6,6 +6,7 @@ use crate::error::CodecError;
 use crate::layout::check_len;
 use crate::linear::adapter::{Factors, Lora};
 use crate::linear::dense::forward::TOKENS;
+use crate::linear::dense::terms::{terms, Products, Term};
 use crate::linear::lora::thin;
 use crate::linear::pieces::cut;
 use crate::linear::strips::{self, Strip};
@@ -56,15 +57,19 @@ pub fn linear_backward(
             return (tiles.backward)(engine, grad, weight, adapter, dx);
         }
     }
-    with_slice!(dx, ValuesMut, dx => dense(engine, grad, weight, adapter, dx))
+    with_slice!(dx, ValuesMut, dx => match (grad, engine.bodies.pairs) {
+        (Values::Bf16(_), Some(pairs)) => dense(engine, pairs, grad, weight, adapter, dx),
+        _ => dense(engine, engine.bodies.floats, grad, weight, adapter, dx),
+    })
 }
 
 /// G, A and the rank.
 pub(crate) type Adapter<'a> = (&'a [f32], &'a [f32], usize);
 
 /// By decoded panels, some tokens at a time.
-fn dense<T: Element>(
+fn dense<T: Element, P: Term>(
     engine: Engine,
+    products: Products<P>,
     grad: Values<'_>,
     weight: &Weight<'_>,
     adapter: Option<Adapter<'_>>,
@@ -73,72 +78,73 @@ fn dense<T: Element>(
     let Weight { rows, cols, .. } = *weight;
     for (block, dx) in dx.chunks_mut((TOKENS * cols).max(1)).enumerate() {
         let tokens = block * TOKENS..block * TOKENS + dx.len() / cols;
-        let grad = Grad::new(engine, grad.range(tokens.start * rows..tokens.end * rows), rows)?;
+        let grad = Grad::<P>::new(engine, grad.range(tokens.start * rows..tokens.end * rows), rows)?;
         let adapter =
             adapter.map(|(g, a, rank)| (&g[tokens.start * rank..tokens.end * rank], a, rank));
         let work = rows.saturating_mul(cols).saturating_mul(tokens.len().div_ceil(4));
         let width = if weight.rows_are_blocks() { STRIP.max(weight.unit()) } else { LONG_STRIP };
         let jobs = strips::split(dx, cols, width / weight.unit() * weight.unit()).into_iter();
         parallel::for_each(work, engine, jobs, |strip: Strip<'_, T>| {
-            multiply(engine, &grad, weight, adapter, strip);
+            multiply(engine, products, &grad, weight, adapter, strip);
         })?;
     }
     Ok(())
 }
 
-/// dY as floats, by pieces of columns.
-struct Grad {
+/// dY as terms, by pieces of columns.
+struct Grad<P: Term> {
     pieces: Vec<Range<usize>>,
-    floats: Vec<f32>,
+    terms: Scratch<P>,
 }
 
-impl Grad {
+impl<P: Term> Grad<P> {
     fn new(engine: Engine, grad: Values<'_>, cols: usize) -> Result<Self, CodecError> {
         let tokens = grad.len().checked_div(cols).unwrap_or(0);
-        let mut floats = vec![0.0; grad.len()];
+        let mut room = Scratch::new(tokens * terms::<P>(cols));
         let pieces = cut(cols, ROWS, 16);
         let mut jobs = Vec::new();
-        let mut rest = &mut floats[..];
+        let mut rest = &mut room[..];
         for piece in &pieces {
-            let (to, others) = rest.split_at_mut(tokens * piece.len());
+            let (to, others) = rest.split_at_mut(tokens * terms::<P>(piece.len()));
             jobs.push((piece.clone(), to));
             rest = others;
         }
         parallel::for_each(grad.len(), engine, jobs.into_iter(), |(columns, to)| {
-            for (token, row) in to.chunks_exact_mut(columns.len()).enumerate() {
+            for (token, row) in to.chunks_exact_mut(terms::<P>(columns.len())).enumerate() {
                 let values = token * cols + columns.start..token * cols + columns.end;
-                (engine.bodies.widen)(grad.range(values), row);
+                P::lay_out(engine.bodies, grad.range(values), row);
             }
         })?;
-        Ok(Self { pieces, floats })
+        Ok(Self { pieces, terms: room })
     }
 }
 
 /// The sums of some columns, panel by panel of W's rows; then dX.
-fn multiply<T: Element>(
+fn multiply<T: Element, P: Term>(
     engine: Engine,
-    grad: &Grad,
+    products: Products<P>,
+    grad: &Grad<P>,
     weight: &Weight<'_>,
     adapter: Option<Adapter<'_>>,
     strip: Strip<'_, T>,
 ) {
     let (bodies, columns) = (engine.bodies, strip.columns.clone());
     let (tokens, width) = (strip.rows.len(), columns.len());
-    let height = grad.pieces.iter().map(ExactSizeIterator::len).max().unwrap_or(0);
-    let height = height.max(adapter.map_or(0, |(_, _, rank)| rank));
-    let mut scratch = Scratch::new((height + tokens) * width);
-    let (panel, sums) = scratch.split_at_mut(height * width);
+    let height = grad.pieces.iter().map(|piece| terms::<P>(piece.len())).max().unwrap_or(0);
+    let mut panel = Scratch::<P>::new(height * width);
+    let mut sums = Scratch::<f32>::new(tokens * width);
     sums.fill(0.0);
     for rows in &grad.pieces {
-        let panel = &mut panel[..rows.len() * width];
-        weight.widened_piece::<T>(bodies, rows.clone(), columns.clone(), panel);
-        let (grad, next) = grad.floats[rows.start * tokens..].split_at(rows.len() * tokens);
-        (bodies.matmul_nn)(grad, panel, width, sums, &next[..next.len().min(grad.len())]);
+        let [start, height] = [rows.start, rows.len()].map(terms::<P>);
+        let panel = &mut panel[..height * width];
+        P::decode_down::<T>(weight, bodies, rows.clone(), columns.clone(), panel);
+        let (grad, next) = grad.terms[start * tokens..].split_at(height * tokens);
+        (products.nn)(grad, panel, width, &mut sums, &next[..next.len().min(grad.len())]);
     }
     if let Some((g, a, rank)) = adapter {
-        let panel = &mut panel[..rank * width];
-        copy_columns(a, weight.cols, &columns, panel);
-        (bodies.matmul_nn)(g, panel, width, sums, &[]);
+        let mut panel = Scratch::<f32>::new(rank * width);
+        copy_columns(a, weight.cols, &columns, &mut panel);
+        (bodies.floats.nn)(g, &panel, width, &mut sums, &[]);
     }
     for (row, sums) in strip.rows.into_iter().zip(sums.chunks_exact(width)) {
         (bodies.round)(sums, T::values_mut(row));

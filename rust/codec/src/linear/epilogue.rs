@@ -100,8 +100,8 @@ impl StripEpilogue<'_> {
         if let Some((h, b, rank)) = &self.low_rank {
             let h = &h[first * rank..][..sums.len() / width * rank];
             match b {
-                Factor::Rows(b) => (self.bodies.matmul_nt)(h, b, *rank, sums),
-                Factor::Turned(b) => (self.bodies.matmul_nn)(h, b, width, sums, &[]),
+                Factor::Rows(b) => (self.bodies.floats.nt)(h, b, *rank, sums),
+                Factor::Turned(b) => (self.bodies.floats.nn)(h, b, width, sums, &[]),
             }
         }
         for (row, sums) in rows.zip(sums.chunks_mut(width)) {

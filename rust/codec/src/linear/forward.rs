@@ -6,6 +6,7 @@ use crate::error::CodecError;
 use crate::layout::check_len;
 use crate::linear::adapter::{Factors, Floats, Lora};
 use crate::linear::dense;
+use crate::linear::dense::terms::{Products, Term};
 use crate::linear::epilogue::Epilogue;
 use crate::linear::matvec;
 use crate::linear::weight::Weight;
@@ -85,12 +86,16 @@ pub fn linear(
             matvec::multiply(engine, &x, weight, compute, &epilogue, y)
         });
     }
-    with_slice!(y, ValuesMut, y => by_panels(engine, x, weight, bias, lora, y))
+    with_slice!(y, ValuesMut, y => match (x, engine.bodies.pairs) {
+        (Values::Bf16(_), Some(pairs)) => by_panels(engine, pairs, x, weight, bias, lora, y),
+        _ => by_panels(engine, engine.bodies.floats, x, weight, bias, lora, y),
+    })
 }
 
 /// By decoded panels, some tokens at a time.
-fn by_panels<T: Element>(
+fn by_panels<T: Element, P: Term>(
     engine: Engine,
+    products: Products<P>,
     x: Values<'_>,
     weight: &Weight<'_>,
     bias: Option<&[f32]>,
@@ -101,7 +106,7 @@ fn by_panels<T: Element>(
         let first = block * dense::forward::TOKENS * weight.cols;
         let x = x.range(first..first + y.len() / weight.rows * weight.cols);
         let epilogue = Epilogue::new(engine, x, weight, bias, lora)?;
-        dense::forward::run(engine, x, weight, &epilogue, y)?;
+        dense::forward::run(engine, products, x, weight, &epilogue, y)?;
     }
     Ok(())
 }

@@ -97,7 +97,7 @@ pub(crate) fn down(
     if tokens <= FEW {
         let mut sums = vec![0.0; tokens * rank];
         in_default_float_env(|| {
-            (engine.bodies.matmul_nt)(&Floats::new(engine.bodies, x), a, cols, &mut sums);
+            (engine.bodies.floats.nt)(&Floats::new(engine.bodies, x), a, cols, &mut sums);
             for sum in &mut sums {
                 *sum *= scaling;
             }
@@ -132,7 +132,7 @@ pub(crate) fn thin(
             let columns = start..(start + FEATURES).min(features);
             let piece = piece(engine.bodies, x, features, tokens.clone(), &columns, &mut room);
             let w = &w[columns.start * rank..columns.end * rank];
-            (engine.bodies.matmul_nn)(piece, w, rank, sums, &[]);
+            (engine.bodies.floats.nn)(piece, w, rank, sums, &[]);
         }
         for sum in sums {
             *sum *= scaling;
@@ -169,7 +169,7 @@ fn gradient(
         for (start, g) in (0..count).step_by(height).zip(turned.chunks(height * rank)) {
             let tokens = start..(start + height).min(count);
             let piece = piece(engine.bodies, x, features, tokens, &columns, &mut room);
-            (engine.bodies.matmul_nn)(g, piece, columns.len(), sums, &[]);
+            (engine.bodies.floats.nn)(g, piece, columns.len(), sums, &[]);
         }
     })?;
     Ok((sums, width))

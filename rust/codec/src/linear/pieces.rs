@@ -53,7 +53,7 @@ impl Weight<'_> {
     }
 
     /// Writes the values from `first` on.
-    fn decode<T: Element>(&self, bodies: &'static Bodies, first: usize, out: &mut [T]) {
+    pub(crate) fn decode<T: Element>(&self, bodies: &'static Bodies, first: usize, out: &mut [T]) {
         let last = first + out.len();
         let blocks = first / self.blocksize..last.div_ceil(self.blocksize);
         if out.is_empty() {
@@ -67,7 +67,7 @@ impl Weight<'_> {
             many.resize(blocks.len(), 0.0);
             &mut many[..]
         };
-        self.scales.write(blocks.start, scales);
+        (bodies.write_scales)(&self.scales, blocks.start, scales);
         let aligned = |at: usize, to: usize| at.is_multiple_of(to);
         if aligned(self.blocksize, STEP)
             && aligned(first, self.blocksize)

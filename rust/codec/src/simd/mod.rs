@@ -19,6 +19,7 @@ use half::bf16;
 use crate::codebook::Codebook;
 use crate::double_quant::search::Search as ScaleSearch;
 use crate::error::CodecError;
+use crate::linear::dense::terms::{Pair, Products};
 use crate::linear::matvec::{self, Matvec};
 use crate::linear::{dense, Adapter, Epilogue, TileInput, Weight};
 use crate::quantize_int8_rows;
@@ -31,7 +32,7 @@ use crate::{dequantize, dequantize_int8, double_quant, quantize, quantize_int8};
 const VARIABLE: &str = "QKERN_SIMD";
 
 /// Every name that a body has, on any machine, best first.
-const KNOWN: [&str; 5] = ["amx", "avx512", "avx2", "neon", "scalar"];
+const KNOWN: [&str; 6] = ["amx", "avx512_bf16", "avx512", "avx2", "neon", "scalar"];
 
 /// The operations of one instruction set. All take whole blocks only, `quantize_int8_row` one row
 /// of any length.
@@ -45,8 +46,8 @@ pub struct Bodies {
     pub(crate) quantize_int8: QuantizeInt8Fn,
     pub(crate) dequantize_int8: DequantizeInt8Fn,
     pub(crate) quantize_int8_row: QuantizeInt8RowFn,
-    pub(crate) matmul_nt: MatmulFn,
-    pub(crate) matmul_nn: MatmulAheadFn,
+    pub(crate) floats: Products<f32>,
+    pub(crate) pairs: Option<Products<Pair>>,
     pub(crate) round: RoundFn,
     pub(crate) matvec: &'static Matvec,
     pub(crate) tiles: Option<&'static Tiles>,
@@ -94,12 +95,8 @@ type QuantizeInt8Fn = fn(Values<'_>, usize, Stores, &mut [i8], &mut [f32]) -> bo
 type DequantizeInt8Fn = fn(&[i8], &[f32], usize, Stores, ValuesMut<'_>);
 /// Values of a row -> codes, and its absmax.
 type QuantizeInt8RowFn = fn(Values<'_>, &mut [i8]) -> f32;
-/// As [`MatmulFn`], and what will be needed next, to be fetched meanwhile.
-type MatmulAheadFn = fn(&[f32], &[f32], usize, &mut [f32], &[f32]);
 /// Values -> the same as floats.
 type WidenFn = fn(Values<'_>, &mut [f32]);
-/// Two matrices, columns of the second, the sums that their product is added to.
-type MatmulFn = fn(&[f32], &[f32], usize, &mut [f32]);
 /// Floats -> as many values of a dtype.
 type RoundFn = fn(&[f32], ValuesMut<'_>);
 /// Whole groups of scales, offset, table -> codes, second-level scales, and whether all survive.
@@ -108,7 +105,7 @@ type QuantizeScalesFn = fn(&[f32], f32, &ScaleSearch, &mut [u8], &mut [f32]) -> 
 type WriteScalesFn = fn(&Scales<'_>, usize, &mut [f32]);
 
 impl Bodies {
-    /// `"amx"`, `"avx512"`, `"avx2"`, `"neon"` or `"scalar"`.
+    /// `"amx"`, `"avx512_bf16"`, `"avx512"`, `"avx2"`, `"neon"` or `"scalar"`.
     pub fn name(&self) -> &'static str {
         self.name
     }
@@ -195,8 +192,8 @@ const SCALAR_BODIES: Bodies = Bodies {
     quantize_int8: quantize_int8::scalar::quantize,
     dequantize_int8: dequantize_int8::scalar::dequantize,
     quantize_int8_row: quantize_int8_rows::scalar::quantize,
-    matmul_nt: dense::scalar::nt,
-    matmul_nn: dense::scalar::nn,
+    floats: Products { nt: dense::scalar::nt, nn: dense::scalar::nn },
+    pairs: None,
     round: dense::scalar::round,
     matvec: &matvec::scalar::MATVEC,
     tiles: None,
@@ -229,7 +226,7 @@ mod tests {
     fn other_names_are_refused_with_the_choice_there_is() {
         let error = Bodies::named("sse2", VARIABLE).unwrap_err().to_string();
         assert!(error.starts_with("QKERN_SIMD names the SIMD body \"sse2\""), "{error}");
-        assert!(error.ends_with("allowed are amx, avx512, avx2, neon, scalar"), "{error}");
+        assert!(error.ends_with("allowed are amx, avx512_bf16, avx512, avx2, neon, scalar"), "{error}");
         for name in KNOWN {
             if !available().iter().any(|bodies| bodies.name() == name) {
                 let error = Bodies::named(name, VARIABLE).unwrap_err().to_string();

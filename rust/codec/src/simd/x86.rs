@@ -1,8 +1,10 @@
-//! The bodies of x86-64: AVX2, AVX-512, and AVX-512 with the tiles of AMX.
+//! The bodies of x86-64: AVX2, AVX-512, this with products of bfloat16, and with the tiles of AMX.
 
 use std::arch::is_x86_feature_detected as has;
 
 use super::{Bodies, Tiles};
+use crate::linear::dense::avx512::lanes::{Floats, Pairs};
+use crate::linear::dense::terms::Products;
 use crate::linear::matvec::{self, Matvec};
 use crate::linear::{amx, dense, TileInput};
 
@@ -21,9 +23,10 @@ pub(super) fn available() -> impl Iterator<Item = &'static Bodies> {
         && has!("avx512vl")
         && has!("avx512vbmi")
         && has!("avx512vnni");
+    let pairs = avx512 && has!("avx512bf16");
     let amx = avx512 && amx::granted();
-    let all = [amx.then_some(&AMX), avx512.then_some(&AVX512), avx2.then_some(&AVX2)];
-    all.into_iter().flatten()
+    let all = [(amx, &AMX), (pairs, &AVX512_BF16), (avx512, &AVX512), (avx2, &AVX2)];
+    all.into_iter().filter_map(|(has, bodies)| has.then_some(bodies))
 }
 
 static AMX: Bodies = Bodies {
@@ -47,6 +50,19 @@ static AMX: Bodies = Bodies {
         thin: |e, x, w, r, s| unsafe { amx::thin(e, x, w, r, s) },
         // SAFETY: as above.
         gradient: |e, x, g, r, f| unsafe { amx::gradient(e, x, g, r, f) },
+    }),
+    ..AVX512_BF16_BODIES
+};
+
+static AVX512_BF16: Bodies = AVX512_BF16_BODIES;
+
+const AVX512_BF16_BODIES: Bodies = Bodies {
+    name: "avx512_bf16",
+    pairs: Some(Products {
+        // SAFETY: handed out by `available` only, where the instruction was found.
+        nt: |x, w, k, s| unsafe { dense::avx512::nt::<Pairs>(x, w, k, s) },
+        // SAFETY: as above.
+        nn: |x, w, n, s, next| unsafe { dense::avx512::nn::<Pairs>(x, w, n, s, next) },
     }),
     ..AVX512_BODIES
 };
@@ -77,10 +93,13 @@ const AVX512_BODIES: Bodies = Bodies {
     quantize_scales: |a, o, s, c, n| unsafe { double_quant::avx512::quantize(a, o, s, c, n) },
     // SAFETY: as above.
     write_scales: |s, f, o| unsafe { matvec::scales_avx512::write_scales(s, f, o) },
-    // SAFETY: as above.
-    matmul_nt: |x, w, k, s| unsafe { dense::avx512::nt(x, w, k, s) },
-    // SAFETY: as above.
-    matmul_nn: |x, w, n, s, next| unsafe { dense::avx512::nn(x, w, n, s, next) },
+    floats: Products {
+        // SAFETY: as above.
+        nt: |x, w, k, s| unsafe { dense::avx512::nt::<Floats>(x, w, k, s) },
+        // SAFETY: as above.
+        nn: |x, w, n, s, next| unsafe { dense::avx512::nn::<Floats>(x, w, n, s, next) },
+    },
+    pairs: None,
     // SAFETY: as above.
     transpose: |s| unsafe { dense::convert_avx512::transpose(s) },
     // SAFETY: as above.
@@ -118,10 +137,13 @@ static AVX2: Bodies = Bodies {
     // SAFETY: as above.
     quantize_scales: |a, o, s, c, n| unsafe { double_quant::avx2::quantize(a, o, s, c, n) },
     write_scales: |s, f, o| s.write(f, o),
-    // SAFETY: as above.
-    matmul_nt: |x, w, k, s| unsafe { dense::avx2::nt(x, w, k, s) },
-    // SAFETY: as above.
-    matmul_nn: |x, w, n, s, next| unsafe { dense::avx2::nn(x, w, n, s, next) },
+    floats: Products {
+        // SAFETY: as above.
+        nt: |x, w, k, s| unsafe { dense::avx2::nt(x, w, k, s) },
+        // SAFETY: as above.
+        nn: |x, w, n, s, next| unsafe { dense::avx2::nn(x, w, n, s, next) },
+    },
+    pairs: None,
     transpose: dense::scalar::transpose,
     // SAFETY: as above.
     widen: |v, f| unsafe { dense::convert_avx2::widen(v, f) },

@@ -40,18 +40,18 @@ pub(crate) fn end_stream() {
 /// at once it would hold up the loads of the work.
 #[derive(Clone, Copy)]
 pub(crate) struct Ahead {
-    next: *const f32,
-    /// Values to fetch for each step of the work, times 2^16.
+    next: *const [u8; 4],
+    /// Terms to fetch for each step of the work, times 2^16.
     rate: usize,
-    /// Place of the next value, times 2^16.
+    /// Place of the next term, times 2^16.
     at: usize,
 }
 
 impl Ahead {
     /// For work of so many steps.
-    pub(crate) fn new(next: &[f32], steps: usize) -> Self {
+    pub(crate) fn new(next: &[impl Plain], steps: usize) -> Self {
         let rate = (next.len() << 16).checked_div(steps).unwrap_or(0);
-        Self { next: next.as_ptr(), rate, at: 0 }
+        Self { next: next.as_ptr().cast(), rate, at: 0 }
     }
 
     /// Fetches the line for the present step.

@@ -67,7 +67,7 @@ pub(crate) unsafe fn backward<T: Element>(
         let mut finish = |first: usize, sums: &mut [f32]| {
             if let Some((g, a, rank)) = &low_rank {
                 let g = &g[first * rank..][..sums.len() / width * rank];
-                (bodies.matmul_nn)(g, a, width, sums, &[]);
+                (bodies.floats.nn)(g, a, width, sums, &[]);
             }
             for (sums, row) in sums.chunks_exact(width).zip(&mut rows) {
                 (bodies.round)(sums, T::values_mut(row));

@@ -1,6 +1,7 @@
 //! `y = x W^T` by decoded panels: sums of 16 or 32 tokens by the rows of a strip.
 
 use crate::error::CodecError;
+use crate::linear::dense::terms::{terms, Products, Term};
 use crate::linear::dense::tokens::{turn, Tokens};
 use crate::linear::epilogue::Epilogue;
 use crate::linear::pieces::cut;
@@ -29,8 +30,9 @@ fn panel(tokens: usize) -> (usize, usize) {
 }
 
 /// Writes `y` for up to [`TOKENS`] tokens of `x`, strip by strip.
-pub(crate) fn run<T: Element>(
+pub(crate) fn run<T: Element, P: Term>(
     engine: Engine,
+    products: Products<P>,
     x: Values<'_>,
     weight: &Weight<'_>,
     epilogue: &Epilogue<'_>,
@@ -46,14 +48,15 @@ pub(crate) fn run<T: Element>(
     let work = weight.rows.saturating_mul(weight.cols).saturating_mul(count.div_ceil(4));
     let jobs = strips::split(y, weight.rows, STRIP).into_iter();
     parallel::for_each(work, engine, jobs, |strip: Strip<'_, T>| {
-        multiply(engine, &tokens, count, weight, epilogue, strip);
+        multiply(engine, products, &tokens, count, weight, epilogue, strip);
     })
 }
 
 /// The sums of a strip, turned by slivers, and what `nt` adds up, by panels; then the strip.
-fn multiply<T: Element>(
+fn multiply<T: Element, P: Term>(
     engine: Engine,
-    tokens: &Tokens,
+    products: Products<P>,
+    tokens: &Tokens<P>,
     count: usize,
     weight: &Weight<'_>,
     epilogue: &Epilogue<'_>,
@@ -63,31 +66,31 @@ fn multiply<T: Element>(
     let rows = strip.columns.clone();
     let (height, _) = panel(count);
     let width = tokens.slivers.iter().map(|(_, width)| width).sum::<usize>();
-    let columns = tokens.pieces.iter().map(ExactSizeIterator::len).max().unwrap_or(0);
-    let (panel_len, rest) = (height * columns, tokens.rest.len());
-    let lens = [panel_len, width * rows.len(), rest * rows.len(), count * rows.len()];
-    let mut scratch = Scratch::new(lens.iter().sum());
-    let (panel, scratch) = scratch.split_at_mut(lens[0]);
-    let (turned, scratch) = scratch.split_at_mut(lens[1]);
-    let (dots, sums) = scratch.split_at_mut(lens[2]);
+    let columns = tokens.pieces.iter().map(|piece| terms::<P>(piece.len())).max().unwrap_or(0);
+    let rest = tokens.rest.len();
+    let mut panel = Scratch::<P>::new(height * columns);
+    let lens = [width * rows.len(), rest * rows.len(), count * rows.len()];
+    let mut scratch = Scratch::<f32>::new(lens.iter().sum());
+    let (turned, scratch) = scratch.split_at_mut(lens[0]);
+    let (dots, sums) = scratch.split_at_mut(lens[1]);
     turned.fill(0.0);
     dots.fill(0.0);
     for (i, columns) in tokens.pieces.iter().enumerate() {
         for start in rows.clone().step_by(height) {
             let part = start..(start + height).min(rows.end);
-            let panel = &mut panel[..part.len() * columns.len()];
-            weight.widened_piece::<T>(bodies, part.clone(), columns.clone(), panel);
+            let panel = &mut panel[..part.len() * terms::<P>(columns.len())];
+            P::decode::<T>(weight, bodies, part.clone(), columns.clone(), panel);
             let (slivers, few) = tokens.piece(i);
             let mut turned = &mut turned[..];
             for (sliver, width, next) in slivers {
                 let (sums, others) = turned.split_at_mut(width * rows.len());
                 let sums = &mut sums[(start - rows.start) * width..][..part.len() * width];
-                (bodies.matmul_nn)(panel, sliver, width, sums, next);
+                (products.nn)(panel, sliver, width, sums, next);
                 turned = others;
             }
             let place = (start - rows.start) * rest;
             let dots = &mut dots[place..place + part.len() * rest];
-            (bodies.matmul_nt)(few, panel, columns.len(), dots);
+            (products.nt)(few, panel, terms::<P>(columns.len()), dots);
         }
     }
     let mut turned = &*turned;

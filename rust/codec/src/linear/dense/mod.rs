@@ -28,6 +28,7 @@ pub(crate) mod convert_avx2;
 pub(crate) mod convert_avx512;
 pub(crate) mod forward;
 pub(crate) mod scalar;
+pub(crate) mod terms;
 #[cfg(test)]
 mod tests;
 pub(crate) mod tokens;

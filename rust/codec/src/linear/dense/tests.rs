@@ -26,8 +26,8 @@ fn random(seed: u64, len: usize) -> Vec<f32> {
 /// The sums of both products, started at 0.5.
 fn run(bodies: &Bodies, x: &[f32], w: &[f32], (m, k, n): (usize, usize, usize)) -> [Vec<f32>; 2] {
     let mut sums = [vec![0.5; m * n], vec![0.5; m * n]];
-    (bodies.matmul_nt)(x, w, k, &mut sums[0]);
-    (bodies.matmul_nn)(x, w, n, &mut sums[1], x);
+    (bodies.floats.nt)(x, w, k, &mut sums[0]);
+    (bodies.floats.nn)(x, w, n, &mut sums[1], x);
     sums
 }
 
@@ -64,11 +64,11 @@ fn products_of_every_shape_are_right() {
 #[test]
 fn nothing_is_added_where_a_side_is_empty() {
     for bodies in available() {
-        (bodies.matmul_nt)(&[], &[1.0; 6], 3, &mut []);
-        (bodies.matmul_nn)(&[], &[1.0; 6], 3, &mut [], &[1.0]);
+        (bodies.floats.nt)(&[], &[1.0; 6], 3, &mut []);
+        (bodies.floats.nn)(&[], &[1.0; 6], 3, &mut [], &[1.0]);
         let mut sums = [0.5; 4];
-        (bodies.matmul_nt)(&[], &[], 0, &mut sums);
-        (bodies.matmul_nn)(&[], &[], 2, &mut sums, &[]);
+        (bodies.floats.nt)(&[], &[], 0, &mut sums);
+        (bodies.floats.nn)(&[], &[], 2, &mut sums, &[]);
         assert_eq!(sums, [0.5; 4]);
     }
 }

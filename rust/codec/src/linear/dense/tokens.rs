@@ -1,7 +1,7 @@
-//! Tokens laid out for products with many rows of a weight, as floats.
+//! Tokens laid out for products with many rows of a weight, as terms.
 //!
 //! ```text
-//! piece of columns 0 | sliver 0: (columns, 32) | sliver 1 ... | the rest: (tokens, columns) |
+//! piece of columns 0 | sliver 0: (terms, 32) | sliver 1 ... | the rest: (tokens, terms) |
 //! piece of columns 1 | ...
 //! ```
 //!
@@ -11,7 +11,9 @@
 use std::ops::Range;
 
 use crate::error::CodecError;
+use crate::linear::dense::terms::{terms, Term};
 use crate::parallel;
+use crate::scratch::Scratch;
 use crate::simd::{Bodies, Engine};
 use crate::values::Values;
 
@@ -22,29 +24,29 @@ const REST: usize = 8;
 const SIDE: usize = 16;
 
 /// A sliver, its width, and what comes after it.
-pub(crate) type Sliver<'a> = (&'a [f32], usize, &'a [f32]);
+pub(crate) type Sliver<'a, P> = (&'a [P], usize, &'a [P]);
 
 /// Tokens in slivers, by pieces of columns.
-pub(crate) struct Tokens {
+pub(crate) struct Tokens<P: Term> {
     /// The columns of each piece.
     pub(crate) pieces: Vec<Range<usize>>,
     /// The tokens of each sliver, and its width: there may be fewer.
     pub(crate) slivers: Vec<(Range<usize>, usize)>,
     /// The tokens that stay as they lie.
     pub(crate) rest: Range<usize>,
-    floats: Vec<f32>,
+    terms: Scratch<P>,
 }
 
 /// What a thread lays out at a time.
-struct Job<'a> {
+struct Job<'a, P> {
     columns: Range<usize>,
     tokens: Range<usize>,
     /// 0 for tokens that stay as they lie.
     width: usize,
-    to: &'a mut [f32],
+    to: &'a mut [P],
 }
 
-impl Tokens {
+impl<P: Term> Tokens<P> {
     /// Lays out `x`, (count, cols).
     pub(crate) fn new(
         engine: Engine,
@@ -62,16 +64,18 @@ impl Tokens {
         }
         let rest = next..count;
         let width = slivers.iter().map(|(_, width)| width).sum::<usize>() + rest.len();
-        let mut this = Self { pieces, slivers, rest, floats: vec![0.0; width * cols] };
+        // All pieces but the last are whole terms.
+        let room = Scratch::new(width * terms::<P>(cols));
+        let mut this = Self { pieces, slivers, rest, terms: room };
 
-        let mut floats = &mut this.floats[..];
+        let mut all = &mut this.terms[..];
         let mut jobs = Vec::new();
         let rest = (this.rest.clone(), 0);
         for columns in &this.pieces {
             for (tokens, width) in this.slivers.iter().chain([&rest]).cloned() {
-                let len = if width == 0 { tokens.len() } else { width } * columns.len();
-                let (to, others) = floats.split_at_mut(len);
-                floats = others;
+                let height = if width == 0 { tokens.len() } else { width };
+                let (to, others) = all.split_at_mut(height * terms::<P>(columns.len()));
+                all = others;
                 jobs.push(Job { columns: columns.clone(), tokens, width, to });
             }
         }
@@ -82,49 +86,49 @@ impl Tokens {
     }
 
     /// The slivers of a piece, and the rest.
-    pub(crate) fn piece(&self, piece: usize) -> (impl Iterator<Item = Sliver<'_>>, &[f32]) {
+    pub(crate) fn piece(&self, piece: usize) -> (impl Iterator<Item = Sliver<'_, P>>, &[P]) {
         let width = self.slivers.iter().map(|(_, width)| width).sum::<usize>();
-        let columns = self.pieces[piece].clone();
-        let mut floats = &self.floats[columns.start * (width + self.rest.len())..];
-        let rest = &floats[columns.len() * width..][..columns.len() * self.rest.len()];
+        let [start, len] = [self.pieces[piece].start, self.pieces[piece].len()].map(terms::<P>);
+        let mut all = &self.terms[start * (width + self.rest.len())..];
+        let rest = &all[len * width..][..len * self.rest.len()];
         let slivers = self.slivers.iter().map(move |&(_, width)| {
-            let (sliver, others) = floats.split_at(columns.len() * width);
-            floats = others;
+            let (sliver, others) = all.split_at(len * width);
+            all = others;
             (sliver, width, &others[..others.len().min(sliver.len())])
         });
         (slivers, rest)
     }
 }
 
-fn lay_out(bodies: &'static Bodies, x: Values<'_>, cols: usize, job: Job<'_>) {
+fn lay_out<P: Term>(bodies: &'static Bodies, x: Values<'_>, cols: usize, job: Job<'_, P>) {
     let Job { columns, tokens, width, to } = job;
     let row = |token: usize| x.range(token * cols + columns.start..token * cols + columns.end);
+    let len = terms::<P>(columns.len());
     if width == 0 {
-        for (token, to) in tokens.zip(to.chunks_exact_mut(columns.len())) {
-            (bodies.widen)(row(token), to);
+        for (token, to) in tokens.zip(to.chunks_exact_mut(len)) {
+            P::lay_out(bodies, row(token), to);
         }
         return;
     }
-    let len = columns.len();
-    let mut floats = vec![0.0; SIDE * len];
+    let mut room = Scratch::new(SIDE * len);
     for (side, first) in (0..width).step_by(SIDE).zip(tokens.clone().step_by(SIDE)) {
         let count = (tokens.end - first).min(SIDE);
-        for (token, floats) in (first..first + count).zip(floats.chunks_exact_mut(len)) {
-            (bodies.widen)(row(token), floats);
+        for (token, to) in (first..first + count).zip(room.chunks_exact_mut(len)) {
+            P::lay_out(bodies, row(token), to);
         }
-        floats[count * len..].fill(0.0);
-        turn(bodies, (&floats, len), (&mut to[side..], width), (SIDE, len));
+        room[count * len..].fill(P::ZERO);
+        turn(bodies, (&room, len), (&mut to[side..], width), (SIDE, len));
     }
 }
 
 /// Writes a matrix of `rows` by `cols` turned; of both, the distance of rows is given.
-pub(crate) fn turn(
+pub(crate) fn turn<P: Term>(
     bodies: &'static Bodies,
-    (from, from_stride): (&[f32], usize),
-    (to, to_stride): (&mut [f32], usize),
+    (from, from_stride): (&[P], usize),
+    (to, to_stride): (&mut [P], usize),
     (rows, cols): (usize, usize),
 ) {
-    let mut square = [[0.0; SIDE]; SIDE];
+    let mut square = [[P::ZERO; SIDE]; SIDE];
     for i in (0..rows).step_by(SIDE) {
         let height = (rows - i).min(SIDE);
         for j in (0..cols).step_by(SIDE) {
@@ -136,7 +140,7 @@ pub(crate) fn turn(
                     _ => row[..width].copy_from_slice(&from[..width]),
                 }
             }
-            (bodies.transpose)(&mut square);
+            P::transpose(bodies, &mut square);
             for (c, column) in square.iter().take(width).enumerate() {
                 let to = &mut to[(j + c) * to_stride + i..];
                 match to.first_chunk_mut() {

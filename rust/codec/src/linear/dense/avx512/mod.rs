@@ -1,11 +1,17 @@
 //! AVX-512: 28 sums in registers for `nn`, up to 24 for `nt`.
+//!
+//! One code for all that a lane can hold ([`lanes`]): where that is several numbers, k counts lanes.
+//! The left factor lies as it is; of the right one in `nn`, a row is a vector of lanes, each with
+//! neighbours along k.
 
-use std::arch::asm;
+pub(crate) mod lanes;
+
 use std::arch::x86_64::*;
 
+use crate::linear::dense::avx512::lanes::Lanes;
 use crate::x86::Ahead;
 
-/// Floats in a vector.
+/// Lanes of a vector.
 const LANES: usize = 16;
 
 /// `sums += x w`, (m, k) by (k, n).
@@ -13,7 +19,13 @@ const LANES: usize = 16;
 /// Strips of 32 columns by 14 rows, so that a value of x is fetched once for two products.
 /// Fewer rows are taken in powers of two; columns that are left of the strips, 16 at a time.
 #[target_feature(enable = "avx512f")]
-pub(crate) fn nn(x: &[f32], w: &[f32], n: usize, sums: &mut [f32], next: &[f32]) {
+pub(crate) fn nn<L: Lanes>(
+    x: &[L::Left],
+    w: &[L::Right],
+    n: usize,
+    sums: &mut [L::Sum],
+    next: &[L::Right],
+) {
     if n == 0 || w.is_empty() {
         return;
     }
@@ -26,7 +38,8 @@ pub(crate) fn nn(x: &[f32], w: &[f32], n: usize, sums: &mut [f32], next: &[f32])
         let mut i = 0;
         while i < m {
             let rows = m - i;
-            let tile = Tile { x: &x[i * k..], w: &w[j..], k, n, mask: mask(width), ahead };
+            let (x, w) = (&x[i * k..], &w[j..]);
+            let tile = Tile::<L> { x, w, k, n, mask: mask(width), ahead };
             let sums = &mut sums[i * n + j..];
             let done = if width > LANES {
                 // SAFETY: rows i.. and columns j.. of the matrices, whose sizes were compared; at
@@ -48,23 +61,22 @@ fn mask(width: usize) -> u16 {
 }
 
 /// A tile of a product: pointers to its first row and column, and what is the same for all.
-#[derive(Clone, Copy)]
-struct Tile<'a> {
-    x: &'a [f32],
-    w: &'a [f32],
+struct Tile<'a, L: Lanes> {
+    x: &'a [L::Left],
+    w: &'a [L::Right],
     k: usize,
     n: usize,
     mask: u16,
     ahead: Ahead,
 }
 
-impl Tile<'_> {
+impl<L: Lanes> Tile<'_, L> {
     /// Up to `rows` rows by two vectors; how many it were.
     ///
     /// # Safety
     /// As [`Tile::run`], for `rows` rows or fewer.
     #[target_feature(enable = "avx512f")]
-    unsafe fn two(self, rows: usize, sums: &mut [f32]) -> usize {
+    unsafe fn two(self, rows: usize, sums: &mut [L::Sum]) -> usize {
         match rows {
             // SAFETY: passed on.
             14 | 17.. => unsafe { self.run::<14, 2>(sums) },
@@ -84,7 +96,7 @@ impl Tile<'_> {
     /// # Safety
     /// As [`Tile::run`], for `rows` rows or fewer.
     #[target_feature(enable = "avx512f")]
-    unsafe fn one(self, rows: usize, sums: &mut [f32]) -> usize {
+    unsafe fn one(self, rows: usize, sums: &mut [L::Sum]) -> usize {
         match rows {
             // SAFETY: passed on.
             14.. => unsafe { self.run::<14, 1>(sums) },
@@ -106,8 +118,8 @@ impl Tile<'_> {
     /// distances of `n`.
     #[inline]
     #[target_feature(enable = "avx512f")]
-    unsafe fn run<const R: usize, const V: usize>(self, sums: &mut [f32]) -> usize {
-        let (x, w, last) = (self.x.as_ptr(), self.w.as_ptr(), V - 1);
+    unsafe fn run<const R: usize, const V: usize>(self, sums: &mut [L::Sum]) -> usize {
+        let (x, w, last) = (self.x.as_ptr(), self.w.as_ptr().cast(), V - 1);
         let mut tile = [[_mm512_setzero_ps(); V]; R];
         let mut ahead = self.ahead;
         for k in 0..self.k {
@@ -121,16 +133,16 @@ impl Tile<'_> {
             }
             for (r, tile) in tile.iter_mut().enumerate() {
                 // SAFETY: value k of row r of x, of which there are R.
-                unsafe { add_product(x.wrapping_add(r * self.k), k, row, tile) };
+                unsafe { add_product::<L, V>(x.wrapping_add(r * self.k), k, row, tile) };
             }
         }
-        let sums = sums.as_mut_ptr();
+        let sums = sums.as_mut_ptr().cast();
         for (r, tile) in tile.into_iter().enumerate() {
             for (v, sum) in tile.into_iter().enumerate() {
                 let lanes = if v == last { self.mask } else { u16::MAX };
                 let place = r * self.n + v * LANES;
                 // SAFETY: row r of the sums, whose columns here the caller vouches for.
-                let sum = _mm512_add_ps(unsafe { load(sums, place, lanes) }, sum);
+                let sum = unsafe { L::join(load(sums, place, lanes), sum) };
                 // SAFETY: as above.
                 unsafe { _mm512_mask_storeu_ps(sums.wrapping_add(place), lanes, sum) };
             }
@@ -139,54 +151,29 @@ impl Tile<'_> {
     }
 }
 
-/// Adds to `sums` the products of value `k` of a row of x.
-///
-/// By hand, since the compiler fetches the values of all rows first, which leaves no registers
-/// for the sums.
+/// Adds to `sums` the products of lane `k` of a row of x.
 ///
 /// # Safety
-/// The value must be there.
-#[inline]
-#[target_feature(enable = "avx512f")]
-unsafe fn add_product<const V: usize>(
-    x: *const f32,
+/// The lane must be there.
+#[inline(always)]
+unsafe fn add_product<L: Lanes, const V: usize>(
+    x: *const L::Left,
     k: usize,
     row: [__m512; V],
     sums: &mut [__m512; V],
 ) {
     match (row.as_slice(), sums.as_mut_slice()) {
-        // SAFETY: it reads the one value.
-        ([row], [sum]) => unsafe {
-            asm!(
-                "vfmadd231ps {sum}, {row}, dword ptr [{x} + 4 * {k}]{{1to16}}",
-                x = in(reg) x,
-                k = in(reg) k,
-                row = in(zmm_reg) *row,
-                sum = inout(zmm_reg) *sum,
-                options(pure, readonly, nostack, preserves_flags),
-            );
-        },
-        // SAFETY: as above.
+        // SAFETY: passed on.
+        ([row], [sum]) => unsafe { L::add_lane(x, k, *row, sum) },
+        // SAFETY: passed on.
         ([row0, row1], [sum0, sum1]) => unsafe {
-            asm!(
-                "vbroadcastss {value}, dword ptr [{x} + 4 * {k}]",
-                "vfmadd231ps {sum0}, {row0}, {value}",
-                "vfmadd231ps {sum1}, {row1}, {value}",
-                x = in(reg) x,
-                k = in(reg) k,
-                row0 = in(zmm_reg) *row0,
-                row1 = in(zmm_reg) *row1,
-                sum0 = inout(zmm_reg) *sum0,
-                sum1 = inout(zmm_reg) *sum1,
-                value = out(zmm_reg) _,
-                options(pure, readonly, nostack, preserves_flags),
-            );
+            L::add_lane_twice(x, k, [*row0, *row1], [sum0, sum1]);
         },
         _ => unreachable!("a strip is one vector or two"),
     }
 }
 
-/// Some of 16 floats, zeros for the others.
+/// Some of 16 lanes, zeros for the others.
 ///
 /// # Safety
 /// Those that are asked for must be there.
@@ -202,7 +189,7 @@ unsafe fn load(from: *const f32, place: usize, lanes: u16) -> __m512 {
 /// Groups of up to 8 rows of x meet as many rows of w as registers allow, so that each row of w
 /// is fetched once a group.
 #[target_feature(enable = "avx512f")]
-pub(crate) fn nt(x: &[f32], w: &[f32], k: usize, sums: &mut [f32]) {
+pub(crate) fn nt<L: Lanes>(x: &[L::Right], w: &[L::Left], k: usize, sums: &mut [L::Sum]) {
     if k == 0 || w.is_empty() {
         return;
     }
@@ -214,21 +201,21 @@ pub(crate) fn nt(x: &[f32], w: &[f32], k: usize, sums: &mut [f32]) {
         let (x, sums) = (&x[rows.start * k..], &mut sums[rows.start * n..]);
         match rows.len() {
             // SAFETY: so many rows of x and sums follow; w is n rows.
-            1 => unsafe { dots::<1, 8>(x, w, k, sums, n) },
+            1 => unsafe { dots::<L, 1, 8>(x, w, k, sums, n) },
             // SAFETY: as above.
-            2 => unsafe { dots::<2, 8>(x, w, k, sums, n) },
+            2 => unsafe { dots::<L, 2, 8>(x, w, k, sums, n) },
             // SAFETY: as above.
-            3 => unsafe { dots::<3, 8>(x, w, k, sums, n) },
+            3 => unsafe { dots::<L, 3, 8>(x, w, k, sums, n) },
             // SAFETY: as above.
-            4 => unsafe { dots::<4, 6>(x, w, k, sums, n) },
+            4 => unsafe { dots::<L, 4, 6>(x, w, k, sums, n) },
             // SAFETY: as above.
-            5 => unsafe { dots::<5, 4>(x, w, k, sums, n) },
+            5 => unsafe { dots::<L, 5, 4>(x, w, k, sums, n) },
             // SAFETY: as above.
-            6 => unsafe { dots::<6, 4>(x, w, k, sums, n) },
+            6 => unsafe { dots::<L, 6, 4>(x, w, k, sums, n) },
             // SAFETY: as above.
-            7 => unsafe { dots::<7, 3>(x, w, k, sums, n) },
+            7 => unsafe { dots::<L, 7, 3>(x, w, k, sums, n) },
             // SAFETY: as above.
-            _ => unsafe { dots::<8, 3>(x, w, k, sums, n) },
+            _ => unsafe { dots::<L, 8, 3>(x, w, k, sums, n) },
         }
     }
 }
@@ -238,21 +225,21 @@ pub(crate) fn nt(x: &[f32], w: &[f32], k: usize, sums: &mut [f32]) {
 /// # Safety
 /// `x` must have `M` rows of `k` values, `w` `n` of them, `sums` `M` rows of `n`.
 #[target_feature(enable = "avx512f")]
-unsafe fn dots<const M: usize, const N: usize>(
-    x: &[f32],
-    w: &[f32],
+unsafe fn dots<L: Lanes, const M: usize, const N: usize>(
+    x: &[L::Right],
+    w: &[L::Left],
     k: usize,
-    sums: &mut [f32],
+    sums: &mut [L::Sum],
     n: usize,
 ) {
     let whole = n / N * N;
     for j in (0..whole).step_by(N) {
         // SAFETY: rows j..j + N of w are there.
-        unsafe { tile_of_dots::<M, N>(x, &w[j * k..], k, &mut sums[j..], n) };
+        unsafe { tile_of_dots::<L, M, N>(x, &w[j * k..], k, &mut sums[j..], n) };
     }
     for j in whole..n {
         // SAFETY: row j of w is there.
-        unsafe { tile_of_dots::<M, 1>(x, &w[j * k..], k, &mut sums[j..], n) };
+        unsafe { tile_of_dots::<L, M, 1>(x, &w[j * k..], k, &mut sums[j..], n) };
     }
 }
 
@@ -261,34 +248,36 @@ unsafe fn dots<const M: usize, const N: usize>(
 /// distances of `n`.
 #[inline]
 #[target_feature(enable = "avx512f")]
-unsafe fn tile_of_dots<const M: usize, const N: usize>(
-    x: &[f32],
-    w: &[f32],
+unsafe fn tile_of_dots<L: Lanes, const M: usize, const N: usize>(
+    x: &[L::Right],
+    w: &[L::Left],
     k: usize,
-    sums: &mut [f32],
+    sums: &mut [L::Sum],
     n: usize,
 ) {
-    let (x, w) = (x.as_ptr(), w.as_ptr());
+    let (x, w) = (x.as_ptr().cast(), w.as_ptr().cast());
     let mut tile = [[_mm512_setzero_ps(); N]; M];
     let whole = k / LANES * LANES;
     for at in (0..whole).step_by(LANES) {
         // SAFETY: at..at + 16 lies within each row.
-        unsafe { step(x, w, k, at, u16::MAX, &mut tile) };
+        unsafe { step::<L, M, N>(x, w, k, at, u16::MAX, &mut tile) };
     }
     if whole < k {
         // SAFETY: the mask is what is left of each row.
-        unsafe { step(x, w, k, whole, mask(k - whole), &mut tile) };
+        unsafe { step::<L, M, N>(x, w, k, whole, mask(k - whole), &mut tile) };
     }
-    let mut flat = [0.0; 24];
+    let mut flat = [L::ZERO; 24];
     for (vectors, sums) in tile.as_flattened().chunks(LANES).zip(flat.chunks_mut(LANES)) {
         let mut sixteen = [_mm512_setzero_ps(); LANES];
         sixteen[..vectors.len()].copy_from_slice(vectors);
-        let all = sum_of_each(&sixteen);
+        // SAFETY: as the caller says of the instruction.
+        let all = unsafe { sum_of_each::<L>(&sixteen) };
+        let to = sums.as_mut_ptr().cast();
         // SAFETY: the mask is the length of the chunk, of 8 or 16 lanes.
-        unsafe { _mm512_mask_storeu_ps(sums.as_mut_ptr(), mask(sums.len()), all) };
+        unsafe { _mm512_mask_storeu_ps(to, mask(sums.len()), all) };
     }
     for (r, tile) in flat.chunks(N).take(M).enumerate() {
-        sums[r * n..r * n + N].iter_mut().zip(tile).for_each(|(sum, dot)| *sum += dot);
+        sums[r * n..r * n + N].iter_mut().zip(tile).for_each(|(sum, dot)| *sum += *dot);
     }
 }
 
@@ -298,7 +287,7 @@ unsafe fn tile_of_dots<const M: usize, const N: usize>(
 /// These values must be in every row.
 #[inline]
 #[target_feature(enable = "avx512f")]
-unsafe fn step<const M: usize, const N: usize>(
+unsafe fn step<L: Lanes, const M: usize, const N: usize>(
     x: *const f32,
     w: *const f32,
     k: usize,
@@ -315,33 +304,47 @@ unsafe fn step<const M: usize, const N: usize>(
         // SAFETY: the caller's promise.
         let x = unsafe { load(x, i * k + at, lanes) };
         for (sum, row) in tile.iter_mut().zip(rows) {
-            *sum = _mm512_fmadd_ps(x, row, *sum);
+            // SAFETY: as the caller says of the instruction.
+            unsafe { L::add(x, row, sum) };
         }
     }
 }
 
 /// Lane `i` of the result is the sum of vector `i`.
+///
+/// # Safety
+/// As [`Lanes::join`].
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn sum_of_each(vectors: &[__m512; 16]) -> __m512 {
+unsafe fn sum_of_each<L: Lanes>(vectors: &[__m512; 16]) -> __m512 {
     // Halve 16 vectors to 8, 4, 2, 1: each step pairs two vectors, half the lanes from each.
     let halves: [__m512; 8] = core::array::from_fn(|i| {
         let (a, b) = (vectors[2 * i], vectors[2 * i + 1]);
-        _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b))
+        // SAFETY: passed on.
+        unsafe { L::join(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)) }
     });
     let quarters: [__m512; 4] = core::array::from_fn(|i| {
         let (a, b) = (_mm512_castps_pd(halves[2 * i]), _mm512_castps_pd(halves[2 * i + 1]));
         let (low, high) = (_mm512_unpacklo_pd(a, b), _mm512_unpackhi_pd(a, b));
-        _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high))
+        // SAFETY: passed on.
+        unsafe { L::join(_mm512_castpd_ps(low), _mm512_castpd_ps(high)) }
     });
-    let eighths: [__m512; 2] =
-        core::array::from_fn(|i| sum_of_lanes(quarters[2 * i], quarters[2 * i + 1]));
-    sum_of_lanes(eighths[0], eighths[1])
+    let eighths: [__m512; 2] = core::array::from_fn(|i| {
+        // SAFETY: passed on.
+        unsafe { sum_of_lanes::<L>(quarters[2 * i], quarters[2 * i + 1]) }
+    });
+    // SAFETY: passed on.
+    unsafe { sum_of_lanes::<L>(eighths[0], eighths[1]) }
 }
 
 /// The sums of 128-bit lanes 0 and 1, and 2 and 3, of `a`, then of `b`.
+///
+/// # Safety
+/// As [`Lanes::join`].
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn sum_of_lanes(a: __m512, b: __m512) -> __m512 {
-    _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b))
+unsafe fn sum_of_lanes<L: Lanes>(a: __m512, b: __m512) -> __m512 {
+    let (low, high) = (_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b));
+    // SAFETY: passed on.
+    unsafe { L::join(low, high) }
 }

@@ -1,0 +1,158 @@
+//! What panels are made of: fp32 numbers, or pairs of bfloat16 numbers.
+//!
+//! A term is 32 bits of a vector. Two numbers in it are neighbours along the sum, are multiplied
+//! with two of the other factor, and both products are added to one fp32 sum; after an odd number of
+//! values comes a zero.
+
+use std::ops::Range;
+
+use half::bf16;
+
+use crate::linear::weight::Weight;
+use crate::plain::Plain;
+use crate::simd::Bodies;
+use crate::values::{Element, Values};
+
+/// Two neighbours along a sum.
+pub(crate) type Pair = [bf16; 2];
+
+/// Products of matrices of terms, see [`dense`](super).
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Products<P: 'static> {
+    /// x, w, terms of a row, sums.
+    pub(crate) nt: fn(&[P], &[P], usize, &mut [f32]),
+    /// x, w, columns of w, sums, and what is needed next.
+    pub(crate) nn: fn(&[P], &[P], usize, &mut [f32], &[P]),
+}
+
+/// A term of a sum.
+pub(crate) trait Term: Plain + Send + Sync {
+    /// Values of a term.
+    const VALUES: usize;
+    /// No value.
+    const ZERO: Self;
+
+    /// Writes values as they are multiplied.
+    fn lay_out(bodies: &'static Bodies, values: Values<'_>, to: &mut [Self]);
+
+    /// Turns 16 rows of 16 terms into columns.
+    fn transpose(bodies: &'static Bodies, square: &mut [[Self; 16]; 16]);
+
+    /// Writes a piece of a weight, rounded to `T`, as (rows, terms of columns).
+    fn decode<T: Element>(
+        weight: &Weight<'_>,
+        bodies: &'static Bodies,
+        rows: Range<usize>,
+        columns: Range<usize>,
+        panel: &mut [Self],
+    );
+
+    /// Writes a piece of a weight, rounded to `T`, as (terms of rows, columns).
+    fn decode_down<T: Element>(
+        weight: &Weight<'_>,
+        bodies: &'static Bodies,
+        rows: Range<usize>,
+        columns: Range<usize>,
+        panel: &mut [Self],
+    );
+}
+
+/// Terms of so many values.
+pub(crate) fn terms<P: Term>(values: usize) -> usize {
+    values.div_ceil(P::VALUES)
+}
+
+impl Term for f32 {
+    const VALUES: usize = 1;
+    const ZERO: Self = 0.0;
+
+    fn lay_out(bodies: &'static Bodies, values: Values<'_>, to: &mut [Self]) {
+        (bodies.widen)(values, to);
+    }
+
+    fn transpose(bodies: &'static Bodies, square: &mut [[Self; 16]; 16]) {
+        (bodies.transpose)(square);
+    }
+
+    fn decode<T: Element>(
+        weight: &Weight<'_>,
+        bodies: &'static Bodies,
+        rows: Range<usize>,
+        columns: Range<usize>,
+        panel: &mut [Self],
+    ) {
+        weight.widened_piece::<T>(bodies, rows, columns, panel);
+    }
+
+    fn decode_down<T: Element>(
+        weight: &Weight<'_>,
+        bodies: &'static Bodies,
+        rows: Range<usize>,
+        columns: Range<usize>,
+        panel: &mut [Self],
+    ) {
+        weight.widened_piece::<T>(bodies, rows, columns, panel);
+    }
+}
+
+/// For values and weights in bfloat16 alone.
+impl Term for Pair {
+    const VALUES: usize = 2;
+    const ZERO: Self = [bf16::ZERO; 2];
+
+    fn lay_out(_: &'static Bodies, values: Values<'_>, to: &mut [Self]) {
+        let Values::Bf16(values) = values else { unreachable!("pairs are of bfloat16") };
+        let (pairs, rest) = values.as_chunks();
+        to[..pairs.len()].copy_from_slice(pairs);
+        if let [last] = rest {
+            to[pairs.len()] = [*last, bf16::ZERO];
+        }
+    }
+
+    fn transpose(bodies: &'static Bodies, square: &mut [[Self; 16]; 16]) {
+        let bits = |[low, high]: Pair| u32::from(low.to_bits()) | u32::from(high.to_bits()) << 16;
+        let mut floats = square.map(|row| row.map(|pair| f32::from_bits(bits(pair))));
+        (bodies.transpose)(&mut floats);
+        let halves = |bits: u32| [bits as u16, (bits >> 16) as u16].map(bf16::from_bits);
+        *square = floats.map(|row| row.map(|float| halves(float.to_bits())));
+    }
+
+    fn decode<T: Element>(
+        weight: &Weight<'_>,
+        bodies: &'static Bodies,
+        rows: Range<usize>,
+        columns: Range<usize>,
+        panel: &mut [Self],
+    ) {
+        let row = terms::<Self>(columns.len()).max(1);
+        for (row, to) in rows.zip(panel.chunks_exact_mut(row)) {
+            let first = row * weight.cols + columns.start;
+            let (values, padding) = to.as_flattened_mut().split_at_mut(columns.len());
+            weight.decode(bodies, first, values);
+            padding.fill(bf16::ZERO);
+        }
+    }
+
+    fn decode_down<T: Element>(
+        weight: &Weight<'_>,
+        bodies: &'static Bodies,
+        rows: Range<usize>,
+        columns: Range<usize>,
+        panel: &mut [Self],
+    ) {
+        let mut room = [vec![bf16::ZERO; columns.len()], vec![bf16::ZERO; columns.len()]];
+        let pairs = rows.clone().step_by(2);
+        for (row, to) in pairs.zip(panel.chunks_exact_mut(columns.len().max(1))) {
+            for (i, values) in room.iter_mut().enumerate() {
+                if row + i < rows.end {
+                    weight.decode(bodies, (row + i) * weight.cols + columns.start, values);
+                } else {
+                    values.fill(bf16::ZERO);
+                }
+            }
+            for ((to, first), second) in to.iter_mut().zip(&room[0]).zip(&room[1]) {
+                *to = [*first, *second];
+            }
+        }
+    }
+}
