@@ -1,17 +1,19 @@
 //! `dX = dY W + G A`.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use crate::error::CodecError;
-use crate::layout::check_len;
+use crate::layout::{check_len, num_blocks};
 use crate::linear::adapter::{Factors, Lora};
 use crate::linear::dense::forward::TOKENS;
-use crate::linear::dense::terms::{terms, Products, Term};
+use crate::linear::dense::terms::{terms, Products, Term, SLIVER};
 use crate::linear::lora::thin;
 use crate::linear::pieces::cut;
 use crate::linear::strips::{self, Strip};
 use crate::linear::weight::Weight;
 use crate::parallel;
+use crate::scales::Scales;
 use crate::scratch::Scratch;
 use crate::simd::Engine;
 use crate::values::{with_slice, Element, Values, ValuesMut};
@@ -76,19 +78,38 @@ fn dense<T: Element, P: Term>(
     dx: &mut [T],
 ) -> Result<(), CodecError> {
     let Weight { rows, cols, .. } = *weight;
+    let scales = all_scales(engine, weight)?;
+    let weight = &Weight { scales: Scales::Plain(&scales), ..*weight };
     for (block, dx) in dx.chunks_mut((TOKENS * cols).max(1)).enumerate() {
         let tokens = block * TOKENS..block * TOKENS + dx.len() / cols;
         let grad = Grad::<P>::new(engine, grad.range(tokens.start * rows..tokens.end * rows), rows)?;
         let adapter =
             adapter.map(|(g, a, rank)| (&g[tokens.start * rank..tokens.end * rank], a, rank));
         let work = rows.saturating_mul(cols).saturating_mul(tokens.len().div_ceil(4));
-        let width = if weight.rows_are_blocks() { STRIP.max(weight.unit()) } else { LONG_STRIP };
+        let strip = STRIP * P::VALUES;
+        let width = if weight.rows_are_blocks() { strip.max(weight.unit()) } else { LONG_STRIP };
         let jobs = strips::split(dx, cols, width / weight.unit() * weight.unit()).into_iter();
         parallel::for_each(work, engine, jobs, |strip: Strip<'_, T>| {
             multiply(engine, products, &grad, weight, adapter, strip);
         })?;
     }
     Ok(())
+}
+
+/// The scales of all blocks: strips take a few of each row, which are slow to decode one by one.
+pub(crate) fn all_scales<'a>(engine: Engine, weight: &Weight<'a>) -> Result<Cow<'a, [f32]>, CodecError> {
+    /// Scales of a job.
+    const JOB: usize = 1 << 13;
+    if let Scales::Plain(scales) = weight.scales {
+        return Ok(Cow::Borrowed(scales));
+    }
+    let count = num_blocks(weight.rows * weight.cols, weight.blocksize);
+    let mut scales = vec![0.0; count];
+    let jobs = scales.chunks_mut(JOB).enumerate();
+    parallel::for_each(8 * count, engine, jobs, |(job, scales)| {
+        (engine.bodies.write_scales)(&weight.scales, job * JOB, scales);
+    })?;
+    Ok(Cow::Owned(scales))
 }
 
 /// dY as terms, by pieces of columns.
@@ -132,6 +153,7 @@ fn multiply<T: Element, P: Term>(
     let (tokens, width) = (strip.rows.len(), columns.len());
     let height = grad.pieces.iter().map(|piece| terms::<P>(piece.len())).max().unwrap_or(0);
     let mut panel = Scratch::<P>::new(height * width);
+    // Of each sliver, (tokens, columns).
     let mut sums = Scratch::<f32>::new(tokens * width);
     sums.fill(0.0);
     for rows in &grad.pieces {
@@ -139,15 +161,28 @@ fn multiply<T: Element, P: Term>(
         let panel = &mut panel[..height * width];
         P::decode_down::<T>(weight, bodies, rows.clone(), columns.clone(), panel);
         let (grad, next) = grad.terms[start * tokens..].split_at(height * tokens);
-        (products.nn)(grad, panel, width, &mut sums, &next[..next.len().min(grad.len())]);
+        // What comes next is fetched in equal parts.
+        let mut next = next[..next.len().min(grad.len())].chunks(grad.len() * SLIVER / width + 1);
+        let slivers = panel.chunks(height * SLIVER).zip(sums.chunks_mut(tokens * SLIVER));
+        for (panel, sums) in slivers {
+            let next = next.next().unwrap_or_default();
+            (products.nn)(grad, panel, panel.len() / height, sums, next);
+        }
     }
     if let Some((g, a, rank)) = adapter {
-        let mut panel = Scratch::<f32>::new(rank * width);
-        copy_columns(a, weight.cols, &columns, &mut panel);
-        (bodies.floats.nn)(g, &panel, width, &mut sums, &[]);
+        let mut panel = Scratch::<f32>::new(rank * SLIVER);
+        for (i, sums) in sums.chunks_mut(tokens * SLIVER).enumerate() {
+            let first = columns.start + i * SLIVER;
+            let columns = first..(first + SLIVER).min(columns.end);
+            let panel = &mut panel[..rank * columns.len()];
+            copy_columns(a, weight.cols, &columns, panel);
+            (bodies.floats.nn)(g, panel, columns.len(), sums, &[]);
+        }
     }
-    for (row, sums) in strip.rows.into_iter().zip(sums.chunks_exact(width)) {
-        (bodies.round)(sums, T::values_mut(row));
+    for (token, row) in strip.rows.into_iter().enumerate() {
+        for (sums, to) in sums.chunks(tokens * SLIVER).zip(row.chunks_mut(SLIVER)) {
+            (bodies.round)(&sums[token * to.len()..][..to.len()], T::values_mut(to));
+        }
     }
 }
 

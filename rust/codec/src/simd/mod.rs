@@ -7,6 +7,7 @@ mod arm;
 #[allow(unsafe_code)]
 mod x86;
 
+use std::ops::Range;
 use std::sync::OnceLock;
 
 #[cfg(target_arch = "aarch64")]
@@ -48,6 +49,7 @@ pub struct Bodies {
     pub(crate) quantize_int8_row: QuantizeInt8RowFn,
     pub(crate) floats: Products<f32>,
     pub(crate) pairs: Option<Products<Pair>>,
+    pub(crate) decode_pairs: Option<&'static DecodePairs>,
     pub(crate) round: RoundFn,
     pub(crate) matvec: &'static Matvec,
     pub(crate) tiles: Option<&'static Tiles>,
@@ -70,6 +72,18 @@ pub(crate) struct Tiles {
     pub(crate) gradient: TileGradientFn,
 }
 
+/// Pieces of weights for which [`Weight::chunks_have_scales`], by blocks of 64 columns, as pairs of
+/// bfloat16; subnormal values may become zero.
+#[derive(Debug)]
+pub(crate) struct DecodePairs {
+    /// As (rows, pairs of columns).
+    pub(crate) along: DecodePairsFn,
+    /// As (pairs of rows, columns).
+    pub(crate) down: DecodePairsFn,
+}
+
+/// Weight, rows, columns -> pairs.
+type DecodePairsFn = fn(&Weight<'_>, Range<usize>, Range<usize>, &mut [Pair]);
 /// x, w, rank, scaling -> (tokens, rank).
 type TileThinFn = fn(Engine, &[bf16], &[f32], usize, f32) -> Result<Vec<f32>, CodecError>;
 /// x, g, rank, features -> (rank, columns) by strips, and their width.
@@ -194,6 +208,7 @@ const SCALAR_BODIES: Bodies = Bodies {
     quantize_int8_row: quantize_int8_rows::scalar::quantize,
     floats: Products { nt: dense::scalar::nt, nn: dense::scalar::nn },
     pairs: None,
+    decode_pairs: None,
     round: dense::scalar::round,
     matvec: &matvec::scalar::MATVEC,
     tiles: None,

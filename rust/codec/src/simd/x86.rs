@@ -2,7 +2,7 @@
 
 use std::arch::is_x86_feature_detected as has;
 
-use super::{Bodies, Tiles};
+use super::{Bodies, DecodePairs, Tiles};
 use crate::linear::dense::avx512::lanes::{Floats, Pairs};
 use crate::linear::dense::terms::Products;
 use crate::linear::matvec::{self, Matvec};
@@ -64,6 +64,12 @@ const AVX512_BF16_BODIES: Bodies = Bodies {
         // SAFETY: as above.
         nn: |x, w, n, s, next| unsafe { dense::avx512::nn::<Pairs>(x, w, n, s, next) },
     }),
+    decode_pairs: Some(&DecodePairs {
+        // SAFETY: as above; `available` found all features.
+        along: |w, r, c, p| unsafe { dense::avx512::decode::along(w, r, c, p) },
+        // SAFETY: as above.
+        down: |w, r, c, p| unsafe { dense::avx512::decode::down(w, r, c, p) },
+    }),
     ..AVX512_BODIES
 };
 
@@ -100,6 +106,7 @@ const AVX512_BODIES: Bodies = Bodies {
         nn: |x, w, n, s, next| unsafe { dense::avx512::nn::<Floats>(x, w, n, s, next) },
     },
     pairs: None,
+    decode_pairs: None,
     // SAFETY: as above.
     transpose: |s| unsafe { dense::convert_avx512::transpose(s) },
     // SAFETY: as above.
@@ -144,6 +151,7 @@ static AVX2: Bodies = Bodies {
         nn: |x, w, n, s, next| unsafe { dense::avx2::nn(x, w, n, s, next) },
     },
     pairs: None,
+    decode_pairs: None,
     transpose: dense::scalar::transpose,
     // SAFETY: as above.
     widen: |v, f| unsafe { dense::convert_avx2::widen(v, f) },

@@ -228,6 +228,16 @@ pub(crate) fn round_to_bf16(x: __m512) -> __m512i {
     _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)))
 }
 
+/// A table times two scales, in bfloat16: 16 values, and 16 values. Subnormal ones are zero.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+pub(crate) fn scaled_bf16(table: __m512, scales: &[f32; 2]) -> __m512i {
+    let [low, high] = scales.map(|scale| _mm512_mul_ps(table, _mm512_set1_ps(scale)));
+    let pairs = _mm512_cvtne2ps_pbh(high, low);
+    // SAFETY: both are 64 bytes, and any bytes are a vector of integers.
+    unsafe { core::mem::transmute::<__m512bh, __m512i>(pairs) }
+}
+
 /// Reads up to 16 floats; the lanes behind them are zero.
 #[inline]
 #[target_feature(enable = "avx512f")]

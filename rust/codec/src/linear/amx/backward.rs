@@ -4,7 +4,6 @@
 //! right-hand tiles, four for 32 rows. A panel of 512 rows stays in L2 for all tokens, and so do
 //! the sums until the next panel.
 
-use std::borrow::Cow;
 use std::ops::Range;
 
 use half::bf16;
@@ -15,11 +14,10 @@ use crate::linear::amx::forward::GROUPS;
 use crate::linear::amx::tiles::{Stack, Tiles, LINES, TOKENS};
 use crate::linear::amx::transpose::write_interleaved;
 use crate::linear::amx::work;
-use crate::linear::backward::{copy_columns, Adapter};
+use crate::linear::backward::{all_scales, copy_columns, Adapter};
 use crate::linear::strips::{self, Strip};
 use crate::linear::weight::{Codes, Weight};
 use crate::parallel;
-use crate::scales::Scales;
 use crate::scratch::{Line, Scratch};
 use crate::simd::Engine;
 use crate::values::Element;
@@ -76,22 +74,6 @@ pub(crate) unsafe fn backward<T: Element>(
         // SAFETY: the caller vouches for the tiles; all such processors have the vectors.
         unsafe { strip_sums(&grad, weight, &scales, columns, tokens, &mut finish) };
     })
-}
-
-/// The scales of all blocks: strips take a few of each row, which are slow to decode one by one.
-fn all_scales<'a>(engine: Engine, weight: &Weight<'a>) -> Result<Cow<'a, [f32]>, CodecError> {
-    /// Scales of a job.
-    const JOB: usize = 1 << 13;
-    if let Scales::Plain(scales) = weight.scales {
-        return Ok(Cow::Borrowed(scales));
-    }
-    let count = weight.rows * (weight.cols / weight.blocksize);
-    let mut scales = vec![0.0; count];
-    let jobs = scales.chunks_mut(JOB).enumerate();
-    parallel::for_each(8 * count, engine, jobs, |(job, scales)| {
-        (engine.bodies.write_scales)(&weight.scales, job * JOB, scales);
-    })?;
-    Ok(Cow::Owned(scales))
 }
 
 /// dY in left-hand tiles: for each 32 tokens, for each 32 rows of W, two tiles.

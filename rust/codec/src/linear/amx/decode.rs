@@ -12,7 +12,7 @@ use std::ops::Range;
 
 use crate::scratch::Line;
 use crate::x86::avx2;
-use crate::x86::avx512::{load, load_f32, store};
+use crate::x86::avx512::{load, load_f32, scaled_bf16, store};
 
 /// Columns that are decoded together.
 pub(crate) const CHUNK: usize = 128;
@@ -41,7 +41,7 @@ impl Decoder {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     pub(crate) fn row(&self, codes: &[u8; CHUNK_BYTES], scales: &[f32; 2]) -> [__m512i; 4] {
-        let table = scaled(self.table, scales);
+        let table = scaled_bf16(self.table, scales);
         let nibble = _mm512_set1_epi16(15);
         let bytes = load(codes);
         let values = |shifted| {
@@ -176,7 +176,7 @@ impl PairDecoder {
         second: &[u8; 32],
         scales: [f32; 2],
     ) -> [__m512i; 4] {
-        let table = scaled(self.table, &scales);
+        let table = scaled_bf16(self.table, &scales);
         let nibbles = _mm512_set1_epi32(0x000f_000f);
         let odd = _mm512_set1_epi32(0x0010_0000);
         let [first, second] = [first, second].map(|c| _mm512_cvtepu16_epi32(avx2::load(c)));
@@ -193,16 +193,6 @@ impl PairDecoder {
             values(_mm512_srli_epi16::<12>(words)),
         ]
     }
-}
-
-/// A table times two scales, in bfloat16: 16 values, and 16 values.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bf16")]
-fn scaled(table: __m512, scales: &[f32; 2]) -> __m512i {
-    let [low, high] = scales.map(|scale| _mm512_mul_ps(table, _mm512_set1_ps(scale)));
-    let pairs = _mm512_cvtne2ps_pbh(high, low);
-    // SAFETY: both are 64 bytes, and any bytes are a vector of integers.
-    unsafe { core::mem::transmute::<__m512bh, __m512i>(pairs) }
 }
 
 /// What turns the codes of a weight into bytes with signs.

@@ -10,6 +10,7 @@ use half::bf16;
 
 use crate::linear::weight::Weight;
 use crate::plain::Plain;
+use crate::scratch::Scratch;
 use crate::simd::Bodies;
 use crate::values::{Element, Values};
 
@@ -24,6 +25,9 @@ pub(crate) struct Products<P: 'static> {
     /// x, w, columns of w, sums, and what is needed next.
     pub(crate) nn: fn(&[P], &[P], usize, &mut [f32], &[P]),
 }
+
+/// Columns of a sliver of a panel: what meets a vector or two of sums.
+pub(crate) const SLIVER: usize = 32;
 
 /// A term of a sum.
 pub(crate) trait Term: Plain + Send + Sync {
@@ -47,7 +51,8 @@ pub(crate) trait Term: Plain + Send + Sync {
         panel: &mut [Self],
     );
 
-    /// Writes a piece of a weight, rounded to `T`, as (terms of rows, columns).
+    /// Writes a piece of a weight, rounded to `T`, as slivers of [`SLIVER`] columns, the last of
+    /// which may be narrower: of each, (terms of rows, columns).
     fn decode_down<T: Element>(
         weight: &Weight<'_>,
         bodies: &'static Bodies,
@@ -91,7 +96,19 @@ impl Term for f32 {
         columns: Range<usize>,
         panel: &mut [Self],
     ) {
-        weight.widened_piece::<T>(bodies, rows, columns, panel);
+        let mut room = Scratch::new(columns.len());
+        for (i, row) in rows.clone().enumerate() {
+            weight.widened_piece::<T>(bodies, row..row + 1, columns.clone(), &mut room);
+            scatter(&room, rows.len(), i, panel);
+        }
+    }
+}
+
+/// Writes a row of terms into slivers of `height` of them.
+fn scatter<P: Copy>(terms: &[P], height: usize, row: usize, slivers: &mut [P]) {
+    let slivers = slivers.chunks_mut(height * SLIVER);
+    for (sliver, terms) in slivers.zip(terms.chunks(SLIVER)) {
+        sliver[row * terms.len()..][..terms.len()].copy_from_slice(terms);
     }
 }
 
@@ -124,6 +141,9 @@ impl Term for Pair {
         columns: Range<usize>,
         panel: &mut [Self],
     ) {
+        if let Some(decode) = bodies.decode_pairs.filter(|_| weight.chunks_have_scales()) {
+            return (decode.along)(weight, rows, columns, panel);
+        }
         let row = terms::<Self>(columns.len()).max(1);
         for (row, to) in rows.zip(panel.chunks_exact_mut(row)) {
             let first = row * weight.cols + columns.start;
@@ -140,19 +160,23 @@ impl Term for Pair {
         columns: Range<usize>,
         panel: &mut [Self],
     ) {
+        if let Some(decode) = bodies.decode_pairs.filter(|_| weight.chunks_have_scales()) {
+            return (decode.down)(weight, rows, columns, panel);
+        }
         let mut room = [vec![bf16::ZERO; columns.len()], vec![bf16::ZERO; columns.len()]];
-        let pairs = rows.clone().step_by(2);
-        for (row, to) in pairs.zip(panel.chunks_exact_mut(columns.len().max(1))) {
-            for (i, values) in room.iter_mut().enumerate() {
-                if row + i < rows.end {
-                    weight.decode(bodies, (row + i) * weight.cols + columns.start, values);
+        let mut pairs = vec![Self::ZERO; columns.len()];
+        for (i, row) in rows.clone().step_by(2).enumerate() {
+            for (row, values) in (row..row + 2).zip(&mut room) {
+                if row < rows.end {
+                    weight.decode(bodies, row * weight.cols + columns.start, values);
                 } else {
                     values.fill(bf16::ZERO);
                 }
             }
-            for ((to, first), second) in to.iter_mut().zip(&room[0]).zip(&room[1]) {
+            for ((to, first), second) in pairs.iter_mut().zip(&room[0]).zip(&room[1]) {
                 *to = [*first, *second];
             }
+            scatter(&pairs, terms::<Self>(rows.len()), i, panel);
         }
     }
 }

@@ -4,6 +4,7 @@
 //! The left factor lies as it is; of the right one in `nn`, a row is a vector of lanes, each with
 //! neighbours along k.
 
+pub(crate) mod decode;
 pub(crate) mod lanes;
 
 use std::arch::x86_64::*;
