@@ -46,6 +46,24 @@ def test_an_unknown_argument_is_no_silent_default() -> None:
 
 
 @pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"load_in_4bit": True}, r'load_in_4bit \(write QkernConfig\("nf4"\)\)'),
+        ({"load_in_8bit": True}, "int8_row"),
+        ({"block_size": 64}, r"block_size \(write blocksize=\)"),
+        ({"bnb_4bit_use_double_quant": True}, r"write double_quant=\)"),
+        ({"bnb_4bit_compute_dtype": "bfloat16"}, "leave it out"),
+        ({"quantization_type": "nf4"}, "write quant_type="),
+        ({"colour": 1}, "colour .not known here.*arguments are quant_type, blocksize"),
+    ],
+)
+def test_other_packages_names_are_answered_with_ours(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(qkern.ArgumentError, match=words) as raised:
+        QkernConfig(**settings)
+    assert "from_bitsandbytes" in str(raised.value)
+
+
+@pytest.mark.parametrize(
     ("given", "quant_type", "double_quant"),
     [
         ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "nf4", False),

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from qkern.adapter_config import by_pattern
 from qkern.codec import COMPUTE, check_choice
 from qkern.coverage import CoverageReport, CoverageRow
 from qkern.dense_weights import DenseSource
-from qkern.errors import AdapterMismatchError, FormatError, QkernError
+from qkern.errors import AdapterMismatchError, ArgumentError, FormatError, QkernError
 from qkern.experts import hold_quantized, is_experts
 from qkern.formats import QuantFormat, resolve_format
 from qkern.layers import QuantizedLinear
@@ -102,7 +102,7 @@ def quantize_model(
 
 def add_lora(
     model: nn.Module,
-    *,
+    *_unnamed: NoReturn,
     r: int = 16,
     lora_alpha: float = 32,
     target_modules: str | Sequence[str] = "all-linear",
@@ -173,10 +173,13 @@ def add_lora(
         FormatError: for another ``lora_mode``, "merged" with dropout or DoRA, or a name with a
             dot; for another format to merge into, or dropout or DoRA with one; for what adapters
             of experts have not; for targets that are no regular expression.
+        ArgumentError: for a setting without its name, PEFT's ``LoraConfig`` too.
         DeviceError: for a start from weights that are on meta.
         DTypeError: for a ``dtype`` that is not float32, float16, bfloat16 or float64.
         ShapeError: for a rank below 1, or a dropout outside of [0, 1).
     """
+    if _unnamed:
+        raise _not_named(_unnamed[0])
     layers, experts = quantized_layers(model), quantized_experts(model)
     if target_modules or not target_parameters:
         _check_targets(target_modules, list(layers))
@@ -208,6 +211,18 @@ def add_lora(
         method=method,
     )
     return names
+
+
+def _not_named(given: object) -> ArgumentError:
+    """The error for a setting without its name."""
+    msg = f"add_lora takes settings by name, not {str(given)[:40]!r}: add_lora(model, r=16, ...)"
+    if hasattr(given, "peft_type"):
+        msg = (
+            f"add_lora takes settings by name, not a {type(given).__name__}: add_lora(model, r=16, "
+            "lora_alpha=32, target_modules=[...], ...), with PEFT's names; or give the config to "
+            "PEFT, which works over quantized layers: get_peft_model(model, config)"
+        )
+    return ArgumentError(msg)
 
 
 def _numbers(
