@@ -138,6 +138,22 @@ def test_an_earlier_run_ends_with_5_and_resume_finds_it_done(
     assert json.loads(capsys.readouterr().out)["steps"] == 2
 
 
+def test_a_wrong_target_or_an_earlier_run_ends_before_the_data_is_tokenized(
+    adapter: Path, model_dir: Path, data: Path, tmp_path: Path, capsys: Any
+) -> None:
+    wrong = ("-o", tmp_path / "o", "--target-modules", "q_proj,query")
+    for dry in ((), ("--dry-run",)):
+        assert call("finetune", model_dir, data, *wrong, *FAST, *dry) == exit_codes.BAD_INPUT
+        out, err = capsys.readouterr()
+        assert "'query' matches no quantized layer" in err
+        assert "examples" not in out + err
+    assert call("finetune", model_dir, data, "-o", adapter, *FAST) == exit_codes.IO
+    err = capsys.readouterr().err
+    assert "--resume, --overwrite" in err
+    assert "examples" not in err
+    assert call("finetune", model_dir, data, "-o", adapter, *FAST, "--dry-run") == exit_codes.DONE
+
+
 def test_interrupt_saves_and_ends_with_130(model_dir: Path, data: Path, tmp_path: Path) -> None:
     """A real process, a real signal."""
     arguments = ["finetune", str(model_dir), str(data), "-o", str(tmp_path), *FAST]

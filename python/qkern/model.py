@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -12,8 +10,9 @@ import torch
 from torch import nn
 
 from qkern import saved_modules
-from qkern.adapted import attach_adapters, quantized_experts, quantized_layers
+from qkern.adapted import attach_adapters
 from qkern.adapter_config import by_pattern
+from qkern.adapter_targets import find_targets
 from qkern.codec import COMPUTE, check_choice
 from qkern.coverage import CoverageReport, CoverageRow
 from qkern.dense_weights import DenseSource
@@ -180,11 +179,7 @@ def add_lora(
     """
     if _unnamed:
         raise _not_named(_unnamed[0])
-    layers, experts = quantized_layers(model), quantized_experts(model)
-    if target_modules or not target_parameters:
-        _check_targets(target_modules, list(layers))
-    names = [name for name in layers if _is_target(name, target_modules)]
-    names += _experts_of(target_parameters, list(experts))
+    names = find_targets(model, target_modules, target_parameters)
     ranks, alphas = (
         _numbers(names, default, patterns or {}, what)
         for default, patterns, what in (
@@ -293,57 +288,3 @@ def _row(name: str, weight: Any, reason: str, fmt: QuantFormat) -> CoverageRow:
         bytes_before=before,
         bytes_after=weight.nbytes if quantized else before,
     )
-
-
-def _check_targets(targets: str | Sequence[str], names: list[str]) -> None:
-    """Refuse a target that matches no layer, naming the nearest ones."""
-    wanted = [targets] if isinstance(targets, str) else list(targets)
-    unmatched = [
-        target
-        for target in wanted
-        if not any(
-            _is_target(name, target if isinstance(targets, str) else [target]) for name in names
-        )
-    ]
-    if wanted and not unmatched:
-        return
-    found = sorted({name.rpartition(".")[2] for name in names})
-    near = difflib.get_close_matches(unmatched[0], [*found, *names], n=3) if unmatched else []
-    msg = (
-        f"target_modules={targets!r}: {', '.join(map(repr, unmatched)) or 'nothing'} matches no "
-        f"quantized layer; nearest: {', '.join(near) or 'none'}; quantized are: "
-        f"{', '.join(found) or 'none (call quantize_model first)'}"
-    )
-    raise AdapterMismatchError(msg)
-
-
-def _experts_of(targets: Sequence[str], names: list[str]) -> list[str]:
-    """The weights of experts that ``target_parameters`` names; each of them must be of use."""
-    if isinstance(targets, str):
-        msg = f"target_parameters={targets!r}: a list of names is needed, no expression"
-        raise FormatError(msg)
-    for target in targets:
-        if not any(_is_target(name, [target]) for name in names):
-            ends = sorted({".".join(name.split(".")[-2:]) for name in names})
-            msg = (
-                f"target_parameters: {target!r} matches no quantized weight of stacked experts; "
-                f"nearest: {', '.join(difflib.get_close_matches(target, ends)) or 'none'}; there "
-                f"are: {', '.join(ends) or 'none (call quantize_model first, see its report)'}"
-            )
-            raise AdapterMismatchError(msg)
-    return [name for name in names if _is_target(name, list(targets))]
-
-
-def _is_target(name: str, targets: str | Sequence[str]) -> bool:
-    if targets == "all-linear":
-        return True
-    if isinstance(targets, str):
-        try:
-            return re.fullmatch(targets, name) is not None
-        except re.error as error:
-            msg = (
-                f"target_modules={targets!r} is no regular expression ({error}): give names and "
-                f"ends of paths as a list, [{targets!r}]"
-            )
-            raise FormatError(msg) from error
-    return any(name == target or name.endswith(f".{target}") for target in targets)
