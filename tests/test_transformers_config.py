@@ -94,6 +94,19 @@ def test_model_config_refuses_what_is_not_quantized(dense: Path) -> None:
         model_config(dense)
 
 
+def test_another_format_for_quantized_files_is_left_aside_with_a_warning(
+    dense: Path, tmp_path: Path
+) -> None:
+    load(dense, quantization_config=QkernConfig("nf4")).save_pretrained(tmp_path / "own")
+    qkern.quantize_checkpoint(dense, tmp_path / "bnb")
+    for path in (tmp_path / "own", tmp_path / "bnb"):
+        with pytest.warns(UserWarning, match="from the model will be used"):
+            model = load(path, config=model_config(path), quantization_config=QkernConfig("int8"))
+        assert model.hf_quantizer.quantization_config.quant_type == "nf4"
+    with pytest.raises(ValueError, match="BitsAndBytesConfig but you are passing a QkernConfig"):
+        load(tmp_path / "bnb", quantization_config=QkernConfig("int8"))
+
+
 def test_importing_qkern_registers_nothing_and_the_one_line_does() -> None:
     code = "import sys, qkern; assert 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
