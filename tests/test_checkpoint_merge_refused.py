@@ -141,3 +141,4 @@ def test_another_base_than_the_adapter_names_is_refused(tmp_path: Path, base: Pa
     assert "forced" in forced.base_check
     dense = qkern.merge_checkpoint(base, adapter, tmp_path / "dense")
     assert "the base here is dense" in dense.base_check
+    assert "qkern quantize" in dense.base_check

@@ -265,7 +265,10 @@ class AdapterSource:
         if trained_on is None:
             return "the adapter does not say which quantized weights it was trained over"
         if is_dense:
-            return "the adapter was trained over quantized weights, the base here is dense"
+            return (
+                "the adapter was trained over quantized weights, the base here is dense: what was "
+                "trained is the sum with what qkern quantize makes of it"
+            )
         here = fingerprint(base, weights)
         if here != trained_on and force:
             return "the adapter was trained over other quantized weights (forced)"
