@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from qkern.checkpoint.load import is_quantized
 from qkern.checkpoint.quantization_config import quantization_config
 from qkern.codec import check_choice, check_method
 from qkern.errors import ArgumentError, FormatError
@@ -213,6 +215,13 @@ def model_config(path: str | PathLike[str], **settings: Any) -> PreTrainedConfig
         config.quantization_config = stored | {"quant_method": METHOD, "save_as": _BITSANDBYTES}
     elif method != METHOD:
         what = "is not quantized" if method is None else f"was quantized by {method!r}"
+        if method is None and any(Path(path).glob("*.safetensors")) and is_quantized(Path(path)):
+            msg = (
+                f"{path}: config.json does not say that the files are quantized, as where "
+                "save_pretrained or a Trainer wrote what qkern.quantize_model quantized: "
+                "qkern.load opens them, and qkern.save writes what is opened here"
+            )
+            raise FormatError(msg)
         msg = f"{path} {what}: bitsandbytes' and qkern's files are opened so; dense ones are with "
         raise FormatError(msg + "quantization_config=QkernConfig(...)")
     return config
