@@ -192,6 +192,17 @@ def test_a_file_for_fewer_layers_than_the_model_has_is_refused(tmp_path: Path) -
         qkern.load_adapter(adapted(), tmp_path)
 
 
+def test_an_adapter_of_another_architecture_says_how_much_and_what_is_there(saved: Path) -> None:
+    model = nn.ModuleDict({"h": nn.ModuleList([nn.Linear(64, 64)]), "head": nn.Linear(64, 9)})
+    qkern.quantize_model(model)
+    what = r"no quantized layer model\.layers\.0\.\S+; nearest: none\. 14 of .* 14 modules"
+    with pytest.raises(qkern.AdapterMismatchError, match=what) as raised:
+        qkern.load_adapter(model, saved)
+    assert "called like h.0: is this the base model that adapter_config.json" in str(raised.value)
+    with pytest.raises(qkern.AdapterMismatchError, match="14 modules are here, but dense: call"):
+        qkern.load_adapter(tiny_llama(), saved)
+
+
 def test_pickles_and_missing_files(saved: Path) -> None:
     model = tiny_llama()
     qkern.quantize_model(model)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import write
 from peft_adapters import (
     model,
     reconfigure,
@@ -56,6 +57,10 @@ def test_an_adapter_of_another_model_is_refused_with_the_nearest_names(
     other = write_base(tmp_path / "other", num_hidden_layers=1)
     with pytest.raises(qkern.AdapterMismatchError, match=r"nearest: model\.layers\.0"):
         qkern.merge_checkpoint(other, adapter, tmp_path / "out")
+    write(tmp_path / "gpt", {"h.0.attn.c_attn.weight": torch.ones(8, 8)})
+    what = r"nearest: none\. 6 of .* 6 modules are missing here; .* called like h\.0\.attn"
+    with pytest.raises(qkern.AdapterMismatchError, match=what):
+        qkern.merge_checkpoint(tmp_path / "gpt", adapter, tmp_path / "out")
     wider = write_base(tmp_path / "wider", hidden_size=256)
     with pytest.raises(qkern.AdapterMismatchError, match=r"\(out, in, r\) ="):
         qkern.merge_checkpoint(wider, adapter, tmp_path / "out")
@@ -136,3 +141,4 @@ def test_another_base_than_the_adapter_names_is_refused(tmp_path: Path, base: Pa
     assert "forced" in forced.base_check
     dense = qkern.merge_checkpoint(base, adapter, tmp_path / "dense")
     assert "the base here is dense" in dense.base_check
+    assert "qkern quantize" in dense.base_check

@@ -18,6 +18,7 @@ from qkern.cli import COMMANDS, exit_codes, main
 from qkern.errors import CorruptFileError, CoverageError, DataError, MissingDependencyError
 
 BOTH = ["finetune", "m", "d", "-o", "x", "--resume", "--overwrite"]
+QUANTIZED = ["--quant-type", "int8", "--blocksize", "32", "--no-double-quant"]
 FAST = ["--steps", "2", "--batch-size", "4", "--r", "4", "--lr", "0.02", "--dtype", "float32"]
 
 
@@ -34,8 +35,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def adapter(model_dir: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("adapter")
-    quantized = ["--quant-type", "int8", "--blocksize", "32", "--no-double-quant"]
-    assert call("finetune", model_dir, data, "-o", out, *FAST, *quantized) == 0
+    assert call("finetune", model_dir, data, "-o", out, *FAST, *QUANTIZED) == 0
     return out
 
 
@@ -136,6 +136,31 @@ def test_an_earlier_run_ends_with_5_and_resume_finds_it_done(
     assert "lr 0.02 to 0.5" in capsys.readouterr().err
     assert call("finetune", model_dir, data, "-o", adapter, "--resume", "--json") == 0
     assert json.loads(capsys.readouterr().out)["steps"] == 2
+
+
+def test_a_wrong_target_or_an_earlier_run_ends_before_the_data_is_tokenized(
+    adapter: Path, model_dir: Path, data: Path, tmp_path: Path, capsys: Any
+) -> None:
+    wrong = ("-o", tmp_path / "o", "--target-modules", "q_proj,query")
+    for dry in ((), ("--dry-run",)):
+        assert call("finetune", model_dir, data, *wrong, *FAST, *dry) == exit_codes.BAD_INPUT
+        out, err = capsys.readouterr()
+        assert "'query' matches no quantized layer" in err
+        assert "examples" not in out + err
+    assert call("finetune", model_dir, data, "-o", adapter, *FAST) == exit_codes.IO
+    err = capsys.readouterr().err
+    assert "--resume, --overwrite" in err
+    assert "examples" not in err
+    assert call("finetune", model_dir, data, "-o", adapter, *FAST, "--dry-run") == exit_codes.DONE
+
+
+def test_what_quantize_makes_of_the_base_is_what_finetune_trained_over(
+    adapter: Path, model_dir: Path, tmp_path: Path, capsys: Any
+) -> None:
+    base = tmp_path / "base"
+    assert call("quantize", model_dir, base, *QUANTIZED, "--quiet") == exit_codes.DONE
+    assert call("merge", base, adapter, tmp_path / "out") == exit_codes.DONE
+    assert "the base is the one that the adapter was trained over" in capsys.readouterr().out
 
 
 def test_interrupt_saves_and_ends_with_130(model_dir: Path, data: Path, tmp_path: Path) -> None:

@@ -165,7 +165,6 @@ def test_compare_and_max_error(stored: Path, dense: Path, capsys: Any) -> None:
     assert "above --max-error 0.092" in err
     assert call(dense, "--compare", dense, "--max-error", "0") == exit_codes.DONE
     save_file({"other": torch.ones(1)}, stored / "model.safetensors")
-    assert call(dense, "--compare", stored) == exit_codes.DONE
     assert call(dense, "--compare", stored, "--max-error", "9") == exit_codes.NO
     assert call(dense, "--max-error", "0.05") == exit_codes.NO
 
@@ -205,6 +204,23 @@ def test_what_is_refused(
 ) -> None:
     assert call(dense, *arguments) == code
     assert text in capsys.readouterr().err
+
+
+def test_two_checkpoints_with_no_tensor_in_common_are_no_comparison(
+    dense: Path, tmp_path: Path, capsys: Any
+) -> None:
+    other = tmp_path / "other.safetensors"
+    save_file({"h.0.attn": torch.ones(1)}, other)
+    assert call(dense, "--compare", other) == exit_codes.NO
+    err = capsys.readouterr().err
+    assert "not one tensor could be compared" in err
+    assert LAYERS[0] in err
+    assert f"{other} has h.0.attn: are both" in err
+    save_file({"h.0.attn": torch.ones(2)}, tmp_path / "shape.safetensors")
+    assert call(other, "--compare", tmp_path / "shape.safetensors", "--json") == exit_codes.NO
+    out, err = capsys.readouterr()
+    assert strict(out)["comparison"]["shapes"]
+    assert "shapes differ" in err
 
 
 @pytest.mark.parametrize("option", [["--chart", "x.png"], ["--max-error", "0.1"]])

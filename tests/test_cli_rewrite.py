@@ -40,6 +40,21 @@ def test_convert_prints_what_became_of_what(quantized: Path, tmp_path: Path, cap
     assert tree(tmp_path / "dst") == tree(tmp_path / "same")
 
 
+def test_dense_is_the_dtype_of_the_config_and_is_asked_for_without_one(
+    quantized: Path, tmp_path: Path, capsys: Any
+) -> None:
+    config = quantized / "config.json"
+    content = json.loads(config.read_text())
+    config.write_text(json.dumps(content | {"dtype": "float16"}))
+    assert call("convert", quantized, tmp_path / "dense", "--to", "dense") == exit_codes.DONE
+    qkern.convert_checkpoint(quantized, tmp_path / "same", "float16")
+    assert tree(tmp_path / "dense") == tree(tmp_path / "same")
+    config.write_text(json.dumps(content | {"dtype": None}))
+    assert call("convert", quantized, tmp_path / "none", "--to", "dense") == exit_codes.USAGE
+    assert "bfloat16, float16 or float32 (--to bfloat16)" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
 def test_convert_says_the_same_to_programs(quantized: Path, tmp_path: Path, capsys: Any) -> None:
     arguments = ["--to", "qkern", "--threads", "2", "--dry-run", "--json"]
     assert call("convert", quantized, tmp_path / "dst", *arguments) == exit_codes.DONE

@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import nn
 from toys import tiny_llama, token_ids
 from transformers import LlamaForSequenceClassification
@@ -256,6 +257,17 @@ def test_add_lora_says_what_is_wrong() -> None:
     for settings in ({"r": 0}, {"lora_dropout": 1.0}):
         with pytest.raises(qkern.ShapeError):
             qkern.QLoRALinear.from_linear(nn.Linear(64, 64), **settings)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [(LoraConfig(r=8), r"not a LoraConfig.*get_peft_model\(model, config\)"), (8, "'8': .*r=16")],
+)
+def test_settings_without_their_names_are_answered_with_how_they_are_given(
+    given: object, words: str
+) -> None:
+    with pytest.raises(qkern.ArgumentError, match=words):
+        qkern.add_lora(tiny_llama(), given)
 
 
 @pytest.mark.parametrize(

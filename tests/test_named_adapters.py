@@ -289,6 +289,24 @@ def test_a_model_directory_holds_one_adapter(tmp_path: Path) -> None:
     assert torch.equal(qkern.load(tmp_path, dense)(x), model(x))
 
 
+def test_the_way_out_of_a_refused_save_brings_back_every_adapter(tmp_path: Path) -> None:
+    model, x = net("abc"), inputs()
+    expected = {name: output(model, name, x) for name in "abc"}
+    way = r"qkern\.save_adapter\(.*qkern\.delete_adapter\(model, name\).*qkern\.load_adapter\("
+    with pytest.raises(qkern.AdapterMismatchError, match=way):
+        qkern.save(model, tmp_path)
+    for name in "ab":
+        qkern.save_adapter(model, tmp_path / name, adapter_name=name)
+        qkern.delete_adapter(model, name)
+    qkern.save(model, tmp_path / "model")
+    dense = nn.Sequential(nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 40, bias=False))
+    again = qkern.load(tmp_path / "model", dense)
+    assert torch.equal(output(again, "default", x), expected["c"])
+    for name in "ab":
+        qkern.load_adapter(again, tmp_path / name, adapter_name=name)
+        assert torch.equal(output(again, name, x), expected[name])
+
+
 # -- merging -----------------------------------------------------------------------------------
 
 

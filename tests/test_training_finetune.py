@@ -19,7 +19,7 @@ from trainer_callbacks import Fail, InfiniteGradient, SendSigint, poisoned, with
 
 import qkern
 from qkern import adapters
-from qkern.errors import DataError, FormatError
+from qkern.errors import AdapterMismatchError, DataError, FormatError
 from qkern.formats import QuantFormat
 from qkern.training import (
     DivergedError,
@@ -341,6 +341,33 @@ def test_settings_of_the_format_and_the_machine(
     if not torch.cuda.is_available():
         with pytest.raises(SettingError, match="torch sees no GPU"):
             finetune(model_dir, data, tmp_path / "b", FinetuneConfig(device="cuda"))
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_what_can_be_refused_at_once_is_refused_before_the_data_is_read(
+    quantized: bool, whole: FinetuneResult, model_dir: Path, data: Path, tmp_path: Path
+) -> None:
+    base = model_dir
+    if quantized:
+        base = tmp_path / "nf4"
+        qkern.quantize_checkpoint(model_dir, base)
+    unread = tmp_path / "none.jsonl"
+    config = dataclasses.replace(CONFIG, target_modules=("q_proj", "query"))
+    with pytest.raises(AdapterMismatchError, match="'query' matches no quantized layer; nearest"):
+        finetune(base, unread, tmp_path / "out", config)
+    config = dataclasses.replace(CONFIG, target_parameters=("experts.up",))
+    with pytest.raises(AdapterMismatchError, match=r"'experts\.up' matches no quantized weight"):
+        finetune(base, unread, tmp_path / "out", config)
+    with pytest.raises(SettingError, match="does not train on a CPU"):
+        finetune(base, unread, tmp_path / "out", FinetuneConfig(dtype="float16", device="cpu"))
+    with pytest.raises(FileExistsError, match="--resume, --overwrite"):
+        finetune(base, unread, whole.output_dir, CONFIG)
+    config = dataclasses.replace(CONFIG, r=8)
+    with pytest.raises(SettingError, match="r 4 to 8"):
+        finetune(base, unread, whole.output_dir, config, resume=True)
+    assert not (tmp_path / "out").exists()
+    config = dataclasses.replace(CONFIG, steps=1, target_modules=("q_proj",))
+    assert finetune(base, data, tmp_path / "out", config).steps == 1
 
 
 def test_bad_data_is_found_before_the_model_is_loaded(model_dir: Path, tmp_path: Path) -> None:

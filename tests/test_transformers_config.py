@@ -46,6 +46,24 @@ def test_an_unknown_argument_is_no_silent_default() -> None:
 
 
 @pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"load_in_4bit": True}, r'load_in_4bit \(write QkernConfig\("nf4"\)\)'),
+        ({"load_in_8bit": True}, "int8_row"),
+        ({"block_size": 64}, r"block_size \(write blocksize=\)"),
+        ({"bnb_4bit_use_double_quant": True}, r"write double_quant=\)"),
+        ({"bnb_4bit_compute_dtype": "bfloat16"}, "leave it out"),
+        ({"quantization_type": "nf4"}, "write quant_type="),
+        ({"colour": 1}, "colour .not known here.*arguments are quant_type, blocksize"),
+    ],
+)
+def test_other_packages_names_are_answered_with_ours(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(qkern.ArgumentError, match=words) as raised:
+        QkernConfig(**settings)
+    assert "from_bitsandbytes" in str(raised.value)
+
+
+@pytest.mark.parametrize(
     ("given", "quant_type", "double_quant"),
     [
         ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "nf4", False),
@@ -74,6 +92,19 @@ def test_a_bitsandbytes_config_that_quantizes_nothing_is_refused(given: dict[str
 def test_model_config_refuses_what_is_not_quantized(dense: Path) -> None:
     with pytest.raises(qkern.FormatError, match="is not quantized"):
         model_config(dense)
+
+
+def test_another_format_for_quantized_files_is_left_aside_with_a_warning(
+    dense: Path, tmp_path: Path
+) -> None:
+    load(dense, quantization_config=QkernConfig("nf4")).save_pretrained(tmp_path / "own")
+    qkern.quantize_checkpoint(dense, tmp_path / "bnb")
+    for path in (tmp_path / "own", tmp_path / "bnb"):
+        with pytest.warns(UserWarning, match="from the model will be used"):
+            model = load(path, config=model_config(path), quantization_config=QkernConfig("int8"))
+        assert model.hf_quantizer.quantization_config.quant_type == "nf4"
+    with pytest.raises(ValueError, match="BitsAndBytesConfig but you are passing a QkernConfig"):
+        load(tmp_path / "bnb", quantization_config=QkernConfig("int8"))
 
 
 def test_importing_qkern_registers_nothing_and_the_one_line_does() -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import qkern
-from qkern.integrations.transformers import QkernConfig
+from qkern.integrations.transformers import QkernConfig, model_config
 from qkern.layers import QuantizedLinear
 
 pytestmark = pytest.mark.usefixtures("without_gpu")
@@ -163,6 +163,43 @@ def test_a_checkpoint_with_an_own_adapter_opens_as_no_other_model(
     again = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
     difference = (logits(again) - logits(run.model)).norm()
     assert difference < 1e-2 * logits(run.model).norm()  # bfloat16
+
+
+def plain_with_own_adapters(path: Path) -> Any:
+    """Quantized by ``quantize_model``: ``config.json`` does not say so."""
+    model = load(path)
+    qkern.quantize_model(model)
+    torch.manual_seed(2)
+    qkern.add_lora(model, r=4, lora_alpha=16, modules_to_save=["norm"])
+    return model
+
+
+@pytest.mark.parametrize("build", [with_own_adapters, plain_with_own_adapters])
+def test_what_save_model_writes_of_an_own_adapter_says_how_it_is_opened(
+    tmp_path: Path, dense: Path, build: Any
+) -> None:
+    run, out = trainer(build(dense), tmp_path), tmp_path / "out"
+    run.train()
+    run.save_model(str(out))
+    way = r"the same qkern.add_lora.*qkern.load\(path, model\).*save_adapter"
+    for opened in (qkern.load, lambda path: qkern.merge_checkpoint(path, path, tmp_path / "m")):
+        with pytest.raises((qkern.CorruptFileError, FileNotFoundError), match=way):
+            opened(out)
+    with pytest.raises(FileNotFoundError, match=rf"no adapter_config\.json .*{way}"):
+        qkern.load_adapter(build(dense), out)
+    with pytest.raises(qkern.FormatError, match=rf"lora_\w is an adapter's, .*{way}"):
+        qkern.convert_checkpoint(out, tmp_path / "c", "bfloat16")
+    if build is plain_with_own_adapters:
+        with pytest.raises(qkern.FormatError, match=r"does not say .*qkern\.load opens them"):
+            model_config(out)
+    again = build(dense)
+    assert not torch.equal(logits(again), logits(run.model))
+    qkern.load(out, again)
+    assert torch.equal(logits(again), logits(run.model))
+    qkern.save_adapter(again, tmp_path / "adapter")
+    base = qkern.load(dense, quant_type="nf4")
+    qkern.load_adapter(base, tmp_path / "adapter")
+    assert torch.equal(logits(base), logits(run.model))
 
 
 def test_without_an_adapter_there_is_nothing_to_train(tmp_path: Path, dense: Path) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from qkern.errors import (
     AdapterMismatchError,
+    ArgumentError,
     CorruptFileError,
     CoverageError,
     DataError,
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdapterMismatchError",
+    "ArgumentError",
     "CorruptFileError",
     "CoverageError",
     "CoverageReport",

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from qkern.adapted import quantized_experts
-from qkern.adapter_config import nearest
+from qkern.adapter_config import nearest, not_found
 from qkern.adapter_tensors import AdapterTensors
 from qkern.errors import AdapterMismatchError, DeviceError, NonFiniteError
 from qkern.experts_lora import ExpertWeight, peft_paths
 from qkern.layers import QuantizedLinear
 from qkern.lora_adapter import LoRAAdapter, stacked
 from qkern.saved_modules import check_modules, original_module, saved_copies
+from qkern.weight_sites import dense_linear
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
@@ -175,11 +176,9 @@ def check_fit(
         n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)
     }
     layers |= quantized_experts(model)
+    _check_names(model, pairs, layers)
     for name, (A, B, _) in pairs.items():
-        layer = layers.get(name)
-        if layer is None:
-            msg = f"the model has no quantized layer {name}; nearest: {nearest(name, layers)}"
-            raise AdapterMismatchError(msg)
+        layer = layers[name]
         expected = (layer.out_features, layer.in_features)
         r = A.shape[-2]  # of experts, before which there is one dimension more
         ranks = (adapted[name].r,) if name in adapted else (r,)
@@ -202,3 +201,21 @@ def check_fit(
         )
         raise AdapterMismatchError(msg)
     return {name: layers[name] for name in pairs}
+
+
+def _check_names(model: nn.Module, pairs: Collection[str], layers: Collection[str]) -> None:
+    """Refuse entries for layers that are not there, or not quantized."""
+    missing = [name for name in pairs if name not in layers]
+    if not missing:
+        return
+    dense = set(missing).intersection(dense_linear(model))
+    msg = f"the model has no quantized layer {missing[0]}; "
+    if dense:
+        msg += (
+            f"{len(dense)} of the adapter's {len(pairs)} modules are here, but dense: call "
+            "qkern.quantize_model first, whose report says what stays dense and why; PEFT loads "
+            "adapters over dense layers too"
+        )
+    else:
+        msg += not_found(missing, len(pairs), layers)
+    raise AdapterMismatchError(msg)

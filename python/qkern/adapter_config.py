@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -193,3 +193,23 @@ def pair_keys(shapes: Mapping[str, tuple[int, ...]], directory: Path) -> dict[st
 def nearest(name: str, names: Iterable[str]) -> str:
     """The names most like one that is not there, for errors."""
     return ", ".join(difflib.get_close_matches(name, [*names], n=3)) or "none"
+
+
+def not_found(missing: Sequence[str], total: int, names: Collection[str]) -> str:
+    """What errors say of an adapter's modules that are not there, after the first one's name.
+
+    Args:
+        missing: paths, one at least.
+        total: of all modules of the adapter.
+        names: what is there.
+    """
+    near = nearest(missing[0], names)
+    text = f"nearest: {near}. {len(missing)} of the adapter's {total} modules are missing here"
+    if not names:
+        return f"{text}: no layer is quantized here, call qkern.quantize_model first"
+    if near == "none":
+        text += f"; what is here is called like {max(names, key=lambda name: name.count('.'))}"
+    return (
+        f"{text}: is this the base model that {CONFIG_NAME} names (base_model_name_or_path), "
+        "opened by the same class?"
+    )

@@ -1,7 +1,9 @@
-"""An adapter's two files, looked for before anything is read of them. No torch."""
+"""Where an adapter is: in its two files, or among the weights of its base. No torch."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
@@ -10,6 +12,13 @@ from qkern.errors import CorruptFileError
 from qkern.files import pickle_advice
 
 _PICKLED: Final = "adapter_model.bin"
+# Entries of ``add_lora``'s adapters in a model's ``state_dict``.
+_IN_MODEL: Final = re.compile(r"\.adapters\.[^.]+\.(.+\.)?lora_\w+")
+_WAY_OUT: Final = (
+    "build the model as it was (quantized, then the same qkern.add_lora), and give the Trainer "
+    "resume_from_checkpoint, or call qkern.load(path, model) and keep the adapter by "
+    "qkern.save_adapter"
+)
 
 
 def check_files(directory: Path) -> None:
@@ -26,6 +35,12 @@ def check_files(directory: Path) -> None:
     if missing == [WEIGHTS_NAME] and pickled.is_file():
         msg = f"there is no {directory / WEIGHTS_NAME}: {pickle_advice(pickled)}"
         raise CorruptFileError(msg)
+    if any(directory.glob("model*.safetensors")):
+        msg = (
+            f"{directory} holds a model's weights, but no {' and no '.join(missing)}: if a Trainer "
+            f"wrote them for a model with qkern.add_lora, the adapter is among them: {_WAY_OUT}"
+        )
+        raise FileNotFoundError(msg)
     if directory.is_dir():
         found = f"{directory} holds no adapter, {' and '.join(missing)} missing"
     elif directory.exists():
@@ -37,3 +52,17 @@ def check_files(directory: Path) -> None:
         "qkern.save_adapter, qkern finetune or PEFT's save_pretrained writes it"
     )
     raise FileNotFoundError(msg)
+
+
+def kept_with_base(keys: Iterable[str]) -> str:
+    """What to do with weights that an adapter is among, which a Trainer writes so; else empty.
+
+    Its settings (``lora_alpha``, ...) are in no file then.
+
+    Args:
+        keys: of the weights.
+    """
+    found = next((key for key in keys if _IN_MODEL.search(key)), None)
+    if found is None:
+        return ""
+    return f"{found} is an adapter's, kept with its base, as a Trainer does: {_WAY_OUT}"

@@ -23,6 +23,10 @@ class DTypeError(QkernError, TypeError):
     """A type or dtype that cannot be used, or that was asked for and is not supported."""
 
 
+class ArgumentError(QkernError, TypeError):
+    """An argument that a call does not take, or takes by another name."""
+
+
 class DeviceError(QkernError, RuntimeError):
     """Tensors of one operation on different devices."""
 

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
 from qkern import saved_modules
-from qkern.adapted import attach_adapters, quantized_experts, quantized_layers
+from qkern.adapted import attach_adapters
 from qkern.adapter_config import by_pattern
+from qkern.adapter_targets import find_targets
 from qkern.codec import COMPUTE, check_choice
 from qkern.coverage import CoverageReport, CoverageRow
 from qkern.dense_weights import DenseSource
-from qkern.errors import AdapterMismatchError, FormatError, QkernError
+from qkern.errors import AdapterMismatchError, ArgumentError, FormatError, QkernError
 from qkern.experts import hold_quantized, is_experts
 from qkern.formats import QuantFormat, resolve_format
 from qkern.layers import QuantizedLinear
@@ -102,7 +101,7 @@ def quantize_model(
 
 def add_lora(
     model: nn.Module,
-    *,
+    *_unnamed: NoReturn,
     r: int = 16,
     lora_alpha: float = 32,
     target_modules: str | Sequence[str] = "all-linear",
@@ -173,15 +172,14 @@ def add_lora(
         FormatError: for another ``lora_mode``, "merged" with dropout or DoRA, or a name with a
             dot; for another format to merge into, or dropout or DoRA with one; for what adapters
             of experts have not; for targets that are no regular expression.
+        ArgumentError: for a setting without its name, PEFT's ``LoraConfig`` too.
         DeviceError: for a start from weights that are on meta.
         DTypeError: for a ``dtype`` that is not float32, float16, bfloat16 or float64.
         ShapeError: for a rank below 1, or a dropout outside of [0, 1).
     """
-    layers, experts = quantized_layers(model), quantized_experts(model)
-    if target_modules or not target_parameters:
-        _check_targets(target_modules, list(layers))
-    names = [name for name in layers if _is_target(name, target_modules)]
-    names += _experts_of(target_parameters, list(experts))
+    if _unnamed:
+        raise _not_named(_unnamed[0])
+    names = find_targets(model, target_modules, target_parameters)
     ranks, alphas = (
         _numbers(names, default, patterns or {}, what)
         for default, patterns, what in (
@@ -208,6 +206,18 @@ def add_lora(
         method=method,
     )
     return names
+
+
+def _not_named(given: object) -> ArgumentError:
+    """The error for a setting without its name."""
+    msg = f"add_lora takes settings by name, not {str(given)[:40]!r}: add_lora(model, r=16, ...)"
+    if hasattr(given, "peft_type"):
+        msg = (
+            f"add_lora takes settings by name, not a {type(given).__name__}: add_lora(model, r=16, "
+            "lora_alpha=32, target_modules=[...], ...), with PEFT's names; or give the config to "
+            "PEFT, which works over quantized layers: get_peft_model(model, config)"
+        )
+    return ArgumentError(msg)
 
 
 def _numbers(
@@ -278,57 +288,3 @@ def _row(name: str, weight: Any, reason: str, fmt: QuantFormat) -> CoverageRow:
         bytes_before=before,
         bytes_after=weight.nbytes if quantized else before,
     )
-
-
-def _check_targets(targets: str | Sequence[str], names: list[str]) -> None:
-    """Refuse a target that matches no layer, naming the nearest ones."""
-    wanted = [targets] if isinstance(targets, str) else list(targets)
-    unmatched = [
-        target
-        for target in wanted
-        if not any(
-            _is_target(name, target if isinstance(targets, str) else [target]) for name in names
-        )
-    ]
-    if wanted and not unmatched:
-        return
-    found = sorted({name.rpartition(".")[2] for name in names})
-    near = difflib.get_close_matches(unmatched[0], [*found, *names], n=3) if unmatched else []
-    msg = (
-        f"target_modules={targets!r}: {', '.join(map(repr, unmatched)) or 'nothing'} matches no "
-        f"quantized layer; nearest: {', '.join(near) or 'none'}; quantized are: "
-        f"{', '.join(found) or 'none (call quantize_model first)'}"
-    )
-    raise AdapterMismatchError(msg)
-
-
-def _experts_of(targets: Sequence[str], names: list[str]) -> list[str]:
-    """The weights of experts that ``target_parameters`` names; each of them must be of use."""
-    if isinstance(targets, str):
-        msg = f"target_parameters={targets!r}: a list of names is needed, no expression"
-        raise FormatError(msg)
-    for target in targets:
-        if not any(_is_target(name, [target]) for name in names):
-            ends = sorted({".".join(name.split(".")[-2:]) for name in names})
-            msg = (
-                f"target_parameters: {target!r} matches no quantized weight of stacked experts; "
-                f"nearest: {', '.join(difflib.get_close_matches(target, ends)) or 'none'}; there "
-                f"are: {', '.join(ends) or 'none (call quantize_model first, see its report)'}"
-            )
-            raise AdapterMismatchError(msg)
-    return [name for name in names if _is_target(name, list(targets))]
-
-
-def _is_target(name: str, targets: str | Sequence[str]) -> bool:
-    if targets == "all-linear":
-        return True
-    if isinstance(targets, str):
-        try:
-            return re.fullmatch(targets, name) is not None
-        except re.error as error:
-            msg = (
-                f"target_modules={targets!r} is no regular expression ({error}): give names and "
-                f"ends of paths as a list, [{targets!r}]"
-            )
-            raise FormatError(msg) from error
-    return any(name == target or name.endswith(f".{target}") for target in targets)

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import write
 from dense_checkpoints import write_model
 from file_trees import tree
-from writing_processes import answers, start
+from writing_processes import answers, interrupt, start
 
 import qkern
 from qkern.checkpoint.staging import FOLDER
@@ -55,6 +56,55 @@ def test_an_older_checkpoint_is_replaced_by_force_alone(
     assert (older / "notes.txt").read_text() == "mine"
     assert not target.is_symlink()  # the link was replaced, not what it led to
     assert tree(older).items() >= expected.items()
+
+
+@pytest.mark.case("C11")
+@pytest.mark.parametrize(
+    "name", ["consolidated.safetensors", "pytorch_model-00001-of-00002.bin", "x.index.json"]
+)
+def test_files_of_another_model_are_not_mixed_with_new_ones(
+    tmp_path: Path, src: Path, expected: dict[str, str], name: str
+) -> None:
+    dst = tmp_path / "dst"
+    dst.mkdir()
+    (dst / name).write_text("a stranger's")
+    (dst / "notes.txt").write_text("mine")
+    before = tree(dst)
+    for dry_run in (True, False):
+        with pytest.raises(qkern.OutputError, match=rf"{name} of another model.*force"):
+            qkern.quantize_checkpoint(src, dst, dry_run=dry_run)
+    with pytest.raises(qkern.OutputError, match="of another model"):
+        qkern.convert_checkpoint(src, dst, "float16")
+    assert tree(dst) == before
+    qkern.quantize_checkpoint(src, dst, force=True)
+    assert tree(dst) == before | expected
+
+
+@pytest.mark.case("C11")
+def test_a_folder_with_another_models_config_gets_no_weights_without_one(tmp_path: Path) -> None:
+    src = write(tmp_path / "src", {"a.weight": torch.randn(64, 64)})
+    dst = tmp_path / "dst"
+    dst.mkdir()
+    (dst / "config.json").write_text("{}")
+    with pytest.raises(qkern.OutputError, match=r"config\.json of another model"):
+        qkern.quantize_checkpoint(src, dst)
+    # Of a single file the name was given: what lies beside it is the caller's.
+    qkern.quantize_checkpoint(src / "model.safetensors", dst)
+    assert set(tree(dst)) == {"config.json", "model.safetensors"}
+
+
+@pytest.mark.case("C13")
+def test_what_came_into_the_folder_meanwhile_does_not_cost_an_unfinished_run(
+    tmp_path: Path, src: Path, expected: dict[str, str]
+) -> None:
+    dst = tmp_path / "dst"
+    interrupt(src, dst)
+    (dst / "other.safetensors").write_text("a stranger's")
+    with pytest.raises(qkern.OutputError, match=r"other\.safetensors of another model"):
+        qkern.quantize_checkpoint(src, dst)
+    (dst / "other.safetensors").unlink()
+    assert qkern.quantize_checkpoint(src, dst).resumed
+    assert tree(dst) == expected
 
 
 @pytest.mark.case("C11")

@@ -157,16 +157,13 @@ class AdapterSource:
             AdapterMismatchError: if there are none, or of other shapes.
         """
         rename = self._renaming(base)
-        found = {}
-        for name in self.pairs:
-            tensor = base.tensors.get(f"{rename(name)}.weight")
-            if tensor is None:
-                names = [key.removesuffix(".weight") for key in base.tensors]
-                close = adapter_config.nearest(rename(name), names)
-                msg = f"{base.path} has no layer {name}, which {self.path} is for; nearest: {close}"
-                raise AdapterMismatchError(msg)
-            found[name] = tensor
-        return found
+        missing = [name for name in self.pairs if f"{rename(name)}.weight" not in base.tensors]
+        if missing:
+            names = [key.removesuffix(".weight") for key in base.tensors]
+            told = adapter_config.not_found(missing, len(self.pairs), names)
+            msg = f"{base.path} has no layer {missing[0]}, which {self.path} is for; {told}"
+            raise AdapterMismatchError(msg)
+        return {name: base.tensors[f"{rename(name)}.weight"] for name in self.pairs}
 
     def replacements_of(self, base: Source) -> dict[str, str]:
         """Key of the adapter's tensor for each of the base's that it replaces.
@@ -268,7 +265,10 @@ class AdapterSource:
         if trained_on is None:
             return "the adapter does not say which quantized weights it was trained over"
         if is_dense:
-            return "the adapter was trained over quantized weights, the base here is dense"
+            return (
+                "the adapter was trained over quantized weights, the base here is dense: what was "
+                "trained is the sum with what qkern quantize makes of it"
+            )
         here = fingerprint(base, weights)
         if here != trained_on and force:
             return "the adapter was trained over other quantized weights (forced)"

@@ -35,13 +35,13 @@ from qkern.checkpoint.quantization_report import QuantizationReport
 from qkern.checkpoint.quantizing import quantize_checkpoint
 from qkern.checkpoint.running import Progress, Run
 from qkern.checkpoint.selection import why_vocabulary
-from qkern.checkpoint.source import Source, StoredTensor
+from qkern.checkpoint.source import Source, StoredTensor, dtype_of_config
 from qkern.checkpoint.stream import Done
 from qkern.checkpoint.targets import is_conv1d, quantized_transposed
 from qkern.errors import FormatError
 from qkern.formats import DTYPES, QuantFormat, resolve_format
 
-TARGETS: Final = ("qkern", "bitsandbytes", "bfloat16", "float16", "float32")
+TARGETS: Final = ("qkern", "bitsandbytes", "dense", "bfloat16", "float16", "float32")
 
 
 def convert_checkpoint(
@@ -69,7 +69,8 @@ def convert_checkpoint(
     - a dtype: ``code * scale`` in fp32, rounded once, which is ``qkern.dequantize`` to the bit.
       Dense floating-point tensors get the dtype too, but for fp32 ones in a 16-bit model, which
       stay: it keeps them so on purpose. Stacked MXFP4 experts are transposed, as transformers'
-      gpt-oss holds them; a thread then needs memory for one of them.
+      gpt-oss holds them; a thread then needs memory for one of them;
+    - "dense": the dtype that ``config.json`` names.
 
     ``config.json`` says how the result is stored. Shards, their index, tied tensors and small files
     stay. Files are staged, resumed and committed as by ``quantize_checkpoint``.
@@ -77,7 +78,7 @@ def convert_checkpoint(
     Args:
         src: a directory with safetensors files, or one such file.
         dst: a directory that is made, or that holds no checkpoint.
-        to: "qkern", "bitsandbytes", "bfloat16", "float16" or "float32".
+        to: "qkern", "bitsandbytes", "dense", "bfloat16", "float16" or "float32".
         quant_type: for a dense source that becomes a quantized one: see ``quantize_checkpoint``,
             whose report is returned then.
         threads: how many, 0 for one per core.
@@ -91,7 +92,8 @@ def convert_checkpoint(
     Raises:
         FileNotFoundError: if there are no safetensors weights.
         CorruptFileError: if a file is not readable, contradicts itself, or changes meanwhile.
-        FormatError: for an unknown setting, and for what ``to`` cannot hold without loss.
+        FormatError: for an unknown setting, for what ``to`` cannot hold without loss, and for
+            "dense" where ``config.json`` names no dtype.
         NonFiniteError: for a value that is too large for float16, naming its tensor.
         OutputError: if ``dst`` cannot be written, or holds what would be replaced.
         LockedError: if another process writes there.
@@ -101,6 +103,7 @@ def convert_checkpoint(
     source, directory = Source(src), Path(dst)
     blocks = BlockWeights(source)
     _check_readable(source, blocks)
+    to = _named_dtype(source) if to == "dense" else to
     if not source.is_quantized and not blocks and to not in DTYPES:
         fmt = _asked_format(source, to, quant_type)
         return quantize_checkpoint(
@@ -163,6 +166,18 @@ class _Converting:
     def section(self, report: ConversionReport) -> str:
         """Of the model card."""
         return conversion_section(report.to, report.summary())
+
+
+def _named_dtype(source: Source) -> str:
+    """The dtype that a source's own configuration names."""
+    named = dtype_of_config(source.config)
+    if named is None:
+        msg = (
+            f"to='dense' is the dtype that config.json names, and {source.path} has none that does "
+            "so: name it in place of dense, bfloat16, float16 or float32 (--to bfloat16)"
+        )
+        raise FormatError(msg)
+    return named
 
 
 def _check_readable(source: Source, blocks: BlockWeights) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +21,8 @@ _OLDER: Final = (
     "adapter_config.json",
     "adapter_model.safetensors",
 )
+# What makes a folder that of a model, for one program or another.
+_MODEL: Final = re.compile(r"config\.json|.*\.safetensors|.*\.index\.json|pytorch_model.*\.bin")
 
 
 def check_place(source: Path, destination: Path) -> None:
@@ -75,6 +78,33 @@ def check_existing(destination: Path, names: Iterable[str], *, force: bool) -> N
                 "replaced: name another folder, or replace them with force (--force)"
             )
             raise OutputError(msg)
+
+
+def check_strangers(destination: Path, names: Collection[str]) -> None:
+    """Refuse a folder with files of another model: with them it would be opened as one.
+
+    Args:
+        destination: the folder to write.
+        names: of the files to be written.
+
+    Raises:
+        OutputError: naming one of them.
+    """
+    if not destination.is_dir():
+        return
+    with writing(destination):
+        found = sorted(
+            path.name
+            for path in destination.iterdir()
+            if path.name not in names and _MODEL.fullmatch(path.name) and not path.is_dir()
+        )
+    if found:
+        more = f" and {len(found) - 1} more files" if len(found) > 1 else ""
+        msg = (
+            f"{destination} holds {found[0]}{more} of another model, with which the new files "
+            "would be opened: name a folder of its own, or write beside them with force (--force)"
+        )
+        raise OutputError(msg)
 
 
 def stale_files(destination: Path, names: Sequence[str]) -> list[str]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qkern import flat_keys
 from qkern.adapter_config import CONFIG_NAME as ADAPTER_NAME
+from qkern.adapter_files import kept_with_base
 from qkern.adapters import load_adapter
 from qkern.checkpoint.placing import check_places, check_transposed, place, place_tied
 from qkern.checkpoint.reader import open_maps
@@ -82,6 +83,10 @@ def load_into(
     # A model on meta was just built: its buffers hold what they are computed to hold.
     computed = dict(model.named_buffers()) if assign else {}
     missing = [k for k in missing if id(parameters.get(k)) not in held and k not in computed]
+    advice = kept_with_base(unexpected)
+    if advice:
+        msg = f"{directory}: {advice}"
+        raise CorruptFileError(msg)
     if missing or unexpected:
         msg = (
             f"{directory} does not fit {type(model).__name__}: missing {missing[:5]}, "

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, Final
 
+from qkern.adapter_files import kept_with_base
 from qkern.checkpoint.output_files import quantization_entries
 from qkern.checkpoint.output_plan import OutputPlan
 from qkern.checkpoint.source import Source
@@ -34,15 +35,19 @@ def quantization_method(config: Mapping[str, Any]) -> str | None:
 
 
 def refuse_foreign(source: Source, known: Collection[str] = ()) -> None:
-    """Refuse checkpoints that are quantized in a way that is not read here.
+    """Refuse checkpoints quantized in a way that is not read here, or with an adapter in them.
 
     Args:
         source: the checkpoint.
         known: methods that the caller reads, beside bitsandbytes and qkern.
 
     Raises:
-        FormatError: naming the method.
+        FormatError: naming the method, or the adapter, which nothing would add to the result.
     """
+    advice = kept_with_base(source.tensors)
+    if advice:
+        msg = f"{source.path}: {advice}"
+        raise FormatError(msg)
     method = quantization_method(source.config)
     if method not in (*_KNOWN, *known):
         msg = (

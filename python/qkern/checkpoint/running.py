@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 from qkern.checkpoint import stream
-from qkern.checkpoint.destination import check_existing, check_place, check_space, stale_files
+from qkern.checkpoint.destination import (
+    check_existing,
+    check_place,
+    check_space,
+    check_strangers,
+    stale_files,
+)
 from qkern.checkpoint.journal import Journal, differences, done_as_json, done_from_json
 from qkern.checkpoint.output_files import write_other_files
 from qkern.checkpoint.output_plan import Job, OutputPlan
@@ -95,7 +101,7 @@ class Run(Generic[R]):
     def check_only(self) -> R:
         """The report of a run that writes nothing."""
         report = self._check()
-        check_existing(self.directory, self.plan.names, force=self.force)
+        self._check_destination()
         check_space(self.directory, self.plan.nbytes)
         return report
 
@@ -106,7 +112,7 @@ class Run(Generic[R]):
             found = self._finish_commit(staging)
             if found is not None:
                 return self.task.report(self.directory, found, resumed=len(found))
-            check_existing(self.directory, self.plan.names, force=self.force)
+            self._check_destination()
             self._check_journal(staging)
             try:
                 return self._stream(staging)
@@ -120,6 +126,12 @@ class Run(Generic[R]):
         self.task.check(report)
         check_place(self.plan.source.path, self.directory)
         return report
+
+    def _check_destination(self) -> None:
+        check_existing(self.directory, self.plan.names, force=self.force)
+        # A single file, which was named, is opened by its name, whatever lies beside it.
+        if self.plan.is_directory and not self.force:
+            check_strangers(self.directory, self.plan.names)
 
     def _finish_commit(self, staging: Staging) -> dict[str, Done] | None:
         """Finish what a run that was killed while renaming has left; its results if ours."""

@@ -61,8 +61,10 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
     names = {name for layer in adapted.values() for name in layer.adapters}
     if len(names) > 1:
         msg = (
-            f"a directory holds one adapter, the model has {sorted(names)}: save each with "
-            "save_adapter(model, path, adapter_name=...), then all but one can be deleted"
+            f"a directory holds one adapter, the model has {sorted(names)}: write each with "
+            "qkern.save_adapter(model, path, adapter_name=...), then save the model without all "
+            "but one of them (qkern.delete_adapter(model, name)); over what qkern.load opens, "
+            "qkern.load_adapter(model, path, adapter_name=...) brings them back"
         )
         raise AdapterMismatchError(msg)
     if any(name.endswith(".base_layer") for name in layers):

@@ -18,13 +18,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "src", metavar="SRC", help="directory with safetensors, dense, bitsandbytes' or qkern's"
     )
     parser.add_argument("dst", metavar="DST", help="directory to write")
-    targets = ("qkern", "bitsandbytes", *reversed(DTYPES))
+    targets = ("qkern", "bitsandbytes", "dense", *reversed(DTYPES))
     parser.add_argument(
         "--to",
         required=True,
         choices=targets,
         metavar="WHAT",
-        help=f"{', '.join(targets)}; quantized weights keep their codes, or become dense values",
+        help=f"{', '.join(targets)}; quantized weights keep their codes, or become dense values, "
+        "with dense in the dtype that config.json names",
     )
     parser.add_argument(
         "--format",

@@ -14,7 +14,7 @@ from qkern.cli.terminal import say, wants_colour
 from qkern.formats import BLOCKSIZES, QUANT_TYPES
 from qkern.text_table import format_bytes, format_table
 from qkern.training.config import COMPUTE, DEVICES, DTYPES, SCHEDULES, FinetuneConfig
-from qkern.training.finetune import FinetuneResult, finetune
+from qkern.training.finetune import FinetuneResult, check_start, finetune
 from qkern.training.libraries import quiet_libraries
 from qkern.training.prepare import PreparedData, prepare_data
 from qkern.training.record import RunRecord
@@ -89,6 +89,9 @@ def run(args: argparse.Namespace) -> int:
     from qkern.integrations.pretrained import load_tokenizer
 
     config = _config(args)
+    # A dry run writes nothing: an earlier run in OUT is not in its way.
+    overwrite = args.overwrite or args.dry_run
+    check_start(args.model, args.output, config, resume=args.resume, overwrite=overwrite)
     tokenizer = load_tokenizer(args.model)
     data = prepare_data(args.data, tokenizer, max_length=config.max_length)
     if args.dry_run:

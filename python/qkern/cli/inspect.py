@@ -6,12 +6,16 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qkern.cli import exit_codes
 from qkern.cli.checkpoint_run import add_format_arguments, add_name_arguments
 from qkern.cli.terminal import byte_progress, say
 from qkern.errors import FormatError
 from qkern.training.requirements import require
+
+if TYPE_CHECKING:
+    from qkern.checkpoint.inspection_report import InspectionReport
 
 HELP = "show errors, outliers and coverage of a checkpoint, or how two of them differ"
 EXAMPLE = "qkern inspect ./SmolLM2-135M-Instruct --format nf4 --chart errors.png"
@@ -52,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the report and draw what was asked for; exit code 3 above ``--max-error``."""
+    """Print the report, draw what was asked for; 3 above ``--max-error``, or if nothing meets."""
     require(("torch", "safetensors"), "qkern inspect", extra="torch")
     import qkern
     from qkern.checkpoint.charts import check_chart_path, write_error_chart, write_histogram
@@ -94,7 +98,22 @@ def run(args: argparse.Namespace) -> int:
             f"qkern inspect: above --max-error {args.max_error:g} or not to be measured: "
             f"{len(above)}, the first is {above[0]}"
         )
-    return exit_codes.NO if above else exit_codes.DONE
+    unmet = _unmet(report)
+    if unmet:
+        say(f"qkern inspect: {unmet}")
+    return exit_codes.NO if above or unmet else exit_codes.DONE
+
+
+def _unmet(report: InspectionReport) -> str:
+    """Why a comparison compared nothing, which is a no without a threshold too; else empty."""
+    other = report.comparison
+    if other is None or any(row.error is not None for row in report.tensors):
+        return ""
+    here, there = (next(iter(names), "nothing") for names in (other.only_here, other.only_there))
+    found = f"{report.path} has {here}, {other.path} has {there}"
+    if not (other.only_here or other.only_there):
+        found = "names are the same, but shapes differ, or dtypes are not read"
+    return f"not one tensor could be compared: {found}: are both checkpoints of one model?"
 
 
 def _check_errors_exist(args: argparse.Namespace) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
-from typing import Any, Final
+from pathlib import Path
+from typing import Any, Final, NoReturn
 
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from qkern.checkpoint.load import is_quantized
 from qkern.checkpoint.quantization_config import quantization_config
 from qkern.codec import check_choice, check_method
-from qkern.errors import FormatError
+from qkern.errors import ArgumentError, FormatError
 from qkern.formats import KINDS, QuantFormat, resolve_format
 
 METHOD: Final = "qkern"
@@ -22,6 +25,18 @@ _ARGUMENTS: Final = (*_STORED, "method", "min_coverage", "save_as")
 _BITSANDBYTES: Final = "bitsandbytes"
 # What a BitsAndBytesConfig writes, and does not take.
 _NOT_GIVEN: Final = ("quant_method", "_load_in_4bit", "_load_in_8bit")
+# What is meant by the names that other packages have.
+_MEANT: Final = {
+    "load_in_4bit": 'QkernConfig("nf4")',
+    "load_in_8bit": 'QkernConfig("int8_row")',
+    "bnb_4bit_quant_type": 'QkernConfig("nf4") or QkernConfig("fp4")',
+    "bnb_4bit_use_double_quant": "double_quant=",
+    "llm_int8_skip_modules": "modules_to_not_convert=",
+    "exclude": "modules_to_not_convert=",
+    "block_size": "blocksize=",
+    "group_size": "blocksize=",
+}
+_UNUSED: Final = "leave it out: layers compute in the dtype of their input, codes are bytes"
 
 
 class QkernConfig(QuantizationConfigMixin):
@@ -45,6 +60,7 @@ class QkernConfig(QuantizationConfigMixin):
 
     Raises:
         FormatError: for an unknown format or setting.
+        ArgumentError: for any other argument, ``load_in_4bit`` for one, with the one that is meant.
     """
 
     def __init__(
@@ -57,7 +73,10 @@ class QkernConfig(QuantizationConfigMixin):
         modules_to_not_convert: str | Sequence[str] | None = None,
         min_coverage: float | None = None,
         save_as: str = METHOD,
+        **unknown: NoReturn,
     ) -> None:
+        if unknown:
+            raise _not_taken(unknown)
         fmt = resolve_format(quant_type, blocksize=blocksize, double_quant=double_quant)
         check_method(method, fmt, has_importance=False)
         check_choice("save_as", save_as, _SAVE_AS)
@@ -196,6 +215,13 @@ def model_config(path: str | PathLike[str], **settings: Any) -> PreTrainedConfig
         config.quantization_config = stored | {"quant_method": METHOD, "save_as": _BITSANDBYTES}
     elif method != METHOD:
         what = "is not quantized" if method is None else f"was quantized by {method!r}"
+        if method is None and any(Path(path).glob("*.safetensors")) and is_quantized(Path(path)):
+            msg = (
+                f"{path}: config.json does not say that the files are quantized, as where "
+                "save_pretrained or a Trainer wrote what qkern.quantize_model quantized: "
+                "qkern.load opens them, and qkern.save writes what is opened here"
+            )
+            raise FormatError(msg)
         msg = f"{path} {what}: bitsandbytes' and qkern's files are opened so; dense ones are with "
         raise FormatError(msg + "quantization_config=QkernConfig(...)")
     return config
@@ -203,3 +229,19 @@ def model_config(path: str | PathLike[str], **settings: Any) -> PreTrainedConfig
 
 def _is_bitsandbytes(fmt: QuantFormat) -> bool:
     return (fmt.kind.state or _BITSANDBYTES).startswith(_BITSANDBYTES)
+
+
+def _not_taken(names: Iterable[str]) -> ArgumentError:
+    """The error for arguments that are not ours: what is meant by each."""
+    told = []
+    for name in names:
+        near = difflib.get_close_matches(name, _ARGUMENTS, n=1)
+        meant = _MEANT.get(name) or (f"{near[0]}=" if near else "")
+        theirs = name.startswith(("bnb_4bit_", "llm_int8_"))
+        other = _UNUSED if theirs else "not known here"
+        told.append(f"{name} ({f'write {meant}' if meant else other})")
+    msg = (
+        f"QkernConfig does not take {', '.join(told)}. Its arguments are {', '.join(_ARGUMENTS)}; "
+        "a BitsAndBytesConfig is taken as it is by QkernConfig.from_bitsandbytes(config)"
+    )
+    return ArgumentError(msg)

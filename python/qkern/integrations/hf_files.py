@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qkern import entry_keys
+from qkern.adapter_files import kept_with_base
 from qkern.checkpoint.placing import check_transposed, place_empty
 from qkern.checkpoint.source import INDEX_NAME, Source, StoredTensor
 from qkern.checkpoint.stacking import Pieces, are_quantized, check_parts, stacked
@@ -186,10 +187,7 @@ def _check_dense(source: Source, name: str, key: str, state: Mapping[str, Tensor
     if key in state and state[key].is_floating_point() and stored.dtype in ("int8", "uint8"):
         msg = f"{stored.file}: {name} holds {stored.dtype} codes without scales beside them"
         raise CorruptFileError(msg)
-    if key not in state and name.rpartition(".")[2].startswith("lora_"):
-        msg = (
-            f"{stored.file}: {name} is an adapter's, kept with its base, as a Trainer does: build "
-            "the model as it was (qkern.add_lora) and give the Trainer resume_from_checkpoint, or "
-            "keep adapters by qkern.save_adapter"
-        )
+    advice = "" if key in state else kept_with_base([name])
+    if advice:
+        msg = f"{stored.file}: {advice}"
         raise CorruptFileError(msg)

@@ -134,6 +134,27 @@ def load_model(path: str | PathLike[str], *, dtype: torch.dtype | None = None) -
     return model
 
 
+def empty_model(path: str | PathLike[str]) -> nn.Module:
+    """The model that ``load_model`` would load, dense and on meta: what its modules are called.
+
+    Args:
+        path: as for ``load_model``; of a GGUF file its metadata is read alone.
+
+    Raises:
+        FileNotFoundError: if there is no model at ``path``.
+        CorruptFileError: if its files cannot be used.
+    """
+    directory, gguf = _resolve(path)
+    if gguf is None and is_quantized(directory):
+        return _empty_model(directory)
+    transformers = _import("transformers")
+    arguments = {} if gguf is None else {"gguf_file": gguf}
+    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, **arguments)
+    with _import("accelerate").init_empty_weights(include_buffers=False):
+        model: nn.Module = transformers.AutoModelForCausalLM.from_config(config)
+    return model
+
+
 def load_tokenizer(path: str | PathLike[str]) -> PreTrainedTokenizerBase:
     """The tokenizer of a model directory or GGUF file."""
     directory, gguf = _resolve(path)

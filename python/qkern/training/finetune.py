@@ -20,6 +20,8 @@ from qkern.training.prepare import PreparedData, prepare_data
 from qkern.training.record import (
     LOG_NAME,
     RunRecord,
+    check_directory,
+    check_settings,
     find_checkpoint,
     finished_run,
     start_directory,
@@ -109,6 +111,7 @@ def finetune(
     Raises:
         MissingDependencyError: a package for training is not installed.
         DataError: the data cannot be used.
+        AdapterMismatchError: ``target_modules`` or ``target_parameters`` name no layer.
         SettingError: a setting that this machine does not have, or a resume with other settings
             or data than the run began with.
         DivergedError: the loss or a gradient is NaN or infinite; no file is replaced.
@@ -122,6 +125,7 @@ def finetune(
     output = Path(output_dir)
     if config is None:
         config = RunRecord.read(output).config if resume else FinetuneConfig()
+    check_start(model_path, output, config, resume=resume, overwrite=overwrite)
     if isinstance(data, PreparedData):
         prepared, tokenizer = data, data.tokenizer
     else:
@@ -147,6 +151,38 @@ def finetune(
     result = session.result(output, history, seconds)
     _write_log(result, record, prepared)
     return result
+
+
+def check_start(
+    model_path: str | PathLike[str],
+    output_dir: str | PathLike[str],
+    config: FinetuneConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Refuse what ``finetune`` would, before anything slow: data and weights are not read.
+
+    Args:
+        model_path: as for ``finetune``, as the rest.
+        output_dir: where adapter, log and checkpoints would go.
+        config: the settings.
+        resume: whether an earlier run is to go on.
+        overwrite: whether it is to be replaced.
+
+    Raises:
+        FileExistsError: ``output_dir`` holds an earlier run, without ``resume`` or ``overwrite``.
+        FileNotFoundError: there is no model.
+        SettingError, AdapterMismatchError: see ``finetune``.
+    """
+    output = Path(output_dir)
+    if resume:
+        check_settings(output, config)
+    else:
+        check_directory(output, overwrite=overwrite)
+    from qkern.training.early_checks import check_run
+
+    check_run(model_path, config)
 
 
 def _write_log(result: FinetuneResult, record: RunRecord, data: PreparedData) -> None:

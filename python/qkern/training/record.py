@@ -63,22 +63,50 @@ class RunRecord:
             raise CorruptFileError(msg) from error
 
 
-def start_directory(directory: Path, record: RunRecord, *, overwrite: bool) -> None:
-    """Make a directory ready for a new run, and write its record.
+def check_directory(directory: Path, *, overwrite: bool) -> None:
+    """Refuse a directory that is no place for a new run.
 
     Raises:
         FileExistsError: it holds an earlier run or an adapter, and ``overwrite`` is off.
     """
-    old = [path for _, path in _checkpoints(directory)]
-    earlier = [*old, directory / RECORD_NAME, directory / "adapter_model.safetensors"]
+    earlier = [directory / RECORD_NAME, directory / "adapter_model.safetensors"]
+    earlier = [*(path for _, path in _checkpoints(directory)), *earlier]
     found = next((path for path in earlier if path.exists()), None)
     if found is not None and not overwrite:
-        msg = f"{found} is from an earlier run: resume it, overwrite it, or use another directory"
+        msg = (
+            f"{found} is from an earlier run: resume it, overwrite it, or use another directory "
+            "(--resume, --overwrite, -o; in Python resume=True, overwrite=True)"
+        )
         raise FileExistsError(msg)
-    for checkpoint in old:
+
+
+def start_directory(directory: Path, record: RunRecord, *, overwrite: bool) -> None:
+    """Make a directory ready for a new run, and write its record.
+
+    Raises:
+        FileExistsError: see ``check_directory``.
+    """
+    check_directory(directory, overwrite=overwrite)
+    for _, checkpoint in _checkpoints(directory):
         shutil.rmtree(checkpoint)
     (directory / LOG_NAME).unlink(missing_ok=True)
     write_json(directory / RECORD_NAME, record.as_dict())
+
+
+def check_settings(directory: Path, config: FinetuneConfig) -> RunRecord:
+    """The run in a directory, if these settings can go on with it.
+
+    Raises:
+        SettingError: the directory holds no run, or one with other settings.
+    """
+    earlier = RunRecord.read(directory)
+    before, now = earlier.config.as_dict(), config.as_dict()
+    changed = [key for key in now if key not in _FREE and before[key] != now[key]]
+    if changed:
+        pairs = ", ".join(f"{key} {before[key]} to {now[key]}" for key in changed)
+        msg = f"cannot resume {directory} with other settings: {pairs}; start a new run for that"
+        raise SettingError(msg)
+    return earlier
 
 
 def find_checkpoint(directory: Path, record: RunRecord) -> Path | None:
@@ -87,13 +115,7 @@ def find_checkpoint(directory: Path, record: RunRecord) -> Path | None:
     Raises:
         SettingError: the directory holds no run, or one with other settings or data.
     """
-    earlier = RunRecord.read(directory)
-    before, now = earlier.config.as_dict(), record.config.as_dict()
-    changed = [key for key in now if key not in _FREE and before[key] != now[key]]
-    if changed:
-        pairs = ", ".join(f"{key} {before[key]} to {now[key]}" for key in changed)
-        msg = f"cannot resume {directory} with other settings: {pairs}; start a new run for that"
-        raise SettingError(msg)
+    earlier = check_settings(directory, record.config)
     if earlier.fingerprint != record.fingerprint:
         msg = (
             f"cannot resume {directory}: the token ids of {record.data} are not those that the run"
