@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from qkern import shards
-from qkern.adapter_holder import NamedAdapters
-from qkern.errors import AdapterMismatchError, FormatError, ShapeError
+from qkern.errors import AdapterMismatchError, FormatError, ShapeError, StateDictError
 from qkern.experts import QuantizedExperts, class_of, is_transposed, weight_names
 from qkern.lora_adapter import PLAIN_INITS, LoRAAdapter, check_name
+from qkern.merged_state import MergedState
 from qkern.tensor import QuantizedTensor
 
 
-class QLoRAExperts(NamedAdapters, QuantizedExperts):
+class QLoRAExperts(MergedState, QuantizedExperts):
     """What the first adapter makes of ``QuantizedExperts``; again an instance of the model's class.
 
     ``forward`` stays the one below, which hooks that know it go on calling.
@@ -44,6 +44,29 @@ class QLoRAExperts(NamedAdapters, QuantizedExperts):
         """The parts of an adapter, by weight; empty if there is none of that name."""
         held: Any = self.adapters._modules.get(name)  # type: ignore[arg-type]
         return {} if held is None else dict(held.items())
+
+    def weights_of_adapter(self, name: str | None) -> list[str]:
+        """The stacked weights that an adapter has a part in."""
+        return list(self.adapters_of(name))
+
+    def set_merged(self, name: str | None) -> None:
+        """Take it that this adapter is in its weights; None for none."""
+        self.merged_names = tuple(self.weights_of_adapter(name))
+        self.active_adapter = self.active_adapter if name is None else name
+
+    def _check_entries(self, state: dict[str, Any], prefix: str, entries: dict[str, str]) -> bool:
+        has_weights = super()._check_entries(state, prefix, entries)
+        for name, key in entries.items():
+            start, mine = f"{prefix}adapters.{name}.", self.weights_of_adapter(name)
+            found = {k.removeprefix(start).partition(".")[0] for k in state if k.startswith(start)}
+            if found and found != set(mine):  # merged there into weights that it is not here
+                msg = (
+                    f"{key}: the adapter has a part in {', '.join(sorted(found))}, here in "
+                    f"{', '.join(sorted(mine))}: give it the same ones (add_lora, "
+                    "target_parameters=)"
+                )
+                raise StateDictError(msg)
+        return has_weights
 
     def _multiply(
         self,
@@ -88,7 +111,7 @@ class QLoRAExperts(NamedAdapters, QuantizedExperts):
 
     def drop_adapters(self) -> None:
         """Make it ``QuantizedExperts`` again, in place."""
-        for name in ("active_adapter", "merged_names", "rows", "_seen_rows"):
+        for name in ("active_adapter", "merged_names", "rows", "_seen_rows", "_merged_lengths"):
             vars(self).pop(name, None)
         del self._modules["adapters"]
         kind: Any = type(self).__bases__[1]
