@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from qkern import shards
+from qkern.derived_class import derive
 from qkern.errors import AdapterMismatchError, FormatError, ShapeError, StateDictError
-from qkern.experts import QuantizedExperts, class_of, is_transposed, weight_names
+from qkern.experts import QuantizedExperts, is_transposed, weight_names
 from qkern.lora_adapter import PLAIN_INITS, LoRAAdapter, check_name
 from qkern.merged_state import MergedState
 from qkern.tensor import QuantizedTensor
@@ -33,6 +34,7 @@ class QLoRAExperts(MergedState, QuantizedExperts):
         merged_names: weights that an adapter is merged into.
     """
 
+    _derived_prefix = "QLoRA"
     merged_names: tuple[str, ...] = ()
 
     @property
@@ -114,8 +116,7 @@ class QLoRAExperts(MergedState, QuantizedExperts):
         for name in ("active_adapter", "merged_names", "rows", "_seen_rows", "_merged_lengths"):
             vars(self).pop(name, None)
         del self._modules["adapters"]
-        kind: Any = type(self).__bases__[1]
-        self.__class__ = class_of(QuantizedExperts, kind)
+        derive(self, QuantizedExperts)
 
 
 class ExpertWeight:
@@ -285,7 +286,7 @@ class ExpertWeight:
             raise AdapterMismatchError(msg)
         module: Any = self.experts
         if not isinstance(module, QLoRAExperts):
-            module.__class__ = class_of(QLoRAExperts, type(module).__bases__[1])
+            derive(module, QLoRAExperts)
             module.adapters = nn.ModuleDict()
             module.active_adapter = None
         if name not in module.adapters:
