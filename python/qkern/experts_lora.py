@@ -206,9 +206,9 @@ class ExpertWeight:
         others = [name for name in experts.merged_names if name != self.parameter]
         experts.merged_names = (*others, self.parameter) if merged else tuple(others)
 
-    def delta(self) -> Tensor:
-        """What the active adapter adds to the weight, fp32 in its shape."""
-        product = self.active().product()
+    def delta(self, expert: int | None = None) -> Tensor:
+        """What the active adapter adds to the weight, or to one expert's, fp32 in its shape."""
+        product = self.active().product(expert)
         return product.mT if self.transposed else product
 
     def make_adapter(
