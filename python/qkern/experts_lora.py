@@ -302,21 +302,3 @@ def expert_weights(path: str, module: nn.Module) -> dict[str, ExpertWeight]:
     held = module.quantized_names()
     names = [name for name in weight_names(module) if name in held]
     return {f"{path}.{name}": ExpertWeight(module, name) for name in names}
-
-
-def peft_paths(names: list[str]) -> dict[str, str]:
-    """Where PEFT's files have adapters of parameters, by the paths of these.
-
-    PEFT wraps the module once for each, the last parameter outermost: that one's adapter is found
-    at the module's path, and each other one's inside, at one ``base_layer`` more.
-
-    Args:
-        names: paths of all the parameters, those of a module in its order.
-    """
-    found = {}
-    depth: dict[str, int] = {}
-    for name in reversed(names):
-        module = name.rpartition(".")[0]
-        found[name] = module + ".base_layer" * depth.get(module, 0)
-        depth[module] = depth.get(module, 0) + 1
-    return {name: found[name] for name in names}
