@@ -73,6 +73,27 @@ def test_an_error_names_the_expert(method: str) -> None:
             qkern.merge_to_dense(model)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", MOE)
+def test_what_is_subtracted_leaves_the_bytes_of_the_difference_at_once(
+    name: str, dtype: torch.dtype
+) -> None:
+    """Of a merged state that was loaded: there is nothing to put back."""
+    source, model = adapted(name).to(dtype), adapted(name).to(dtype)
+    qkern.merge_adapter(source)
+    model.load_state_dict(source.state_dict())
+    experts = experts_of(model)
+    names = ("gate_up_proj", "down_proj")
+    expected = {}
+    for n in names:
+        expected[n] = getattr(experts, n).detach().clone()
+        expected[n].sub_(delta_of(experts, n).to(dtype))
+    qkern.unmerge_adapter(model)
+    for n in names:
+        for part, want in zip(getattr(experts, n).parts, expected[n].parts, strict=True):
+            assert (part is None and want is None) or torch.equal(part, want)
+
+
 def wide_experts() -> nn.Module:
     modeling = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
     config = modeling.MixtralConfig(
@@ -89,6 +110,13 @@ def wide_experts() -> nn.Module:
     return model
 
 
+def unmerge_by_subtraction(model: nn.Module) -> None:
+    for name in ("gate_up_proj", "down_proj"):
+        getattr(model.experts, name).undo.clear()
+    model.experts.set_merged("default")
+    qkern.unmerge_adapter(model)
+
+
 MERGES: dict[str, tuple[Callable[[nn.Module], Any], int]] = {
     # codes of before and after, twice for a moment; dense results of both weights
     "absmax": (qkern.merge_adapter, 2 * EXPERTS * HIDDEN * INNER * 3 // 2),
@@ -96,6 +124,7 @@ MERGES: dict[str, tuple[Callable[[nn.Module], Any], int]] = {
         lambda model: qkern.merge_adapter(model, method="search"),
         2 * EXPERTS * HIDDEN * INNER * 3 // 2,
     ),
+    "subtracted": (unmerge_by_subtraction, 2 * EXPERTS * HIDDEN * INNER * 3 // 2),
     "bfloat16": (
         lambda model: qkern.merge_to_dense(model, dtype=torch.bfloat16),
         EXPERTS * HIDDEN * INNER * 3 * 2,

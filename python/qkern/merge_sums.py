@@ -59,12 +59,29 @@ def quantized_stack(layer: ExpertWeight, method: str) -> tuple[QuantizedTensor, 
     weight = layer.quantized_weight
     check_method(method, weight.format, has_importance=False)
     merged = weight
-    if any(bool(layer.delta(expert).any()) for expert in range(weight.shape[0])):
+    if _adds(layer):
         with torch.inference_mode(False):
             sums = functools.partial(_exact_sums, layer)
             parts, fmt = ops.stack_to_parts(sums, weight.format, method)
             merged = QuantizedTensor.from_parts(parts, fmt, weight.shape, torch.float32)
     return merged, _measured(layer, lambda expert, _: _decoded(merged, expert, torch.float32))
+
+
+def stack_without(layer: ExpertWeight) -> QuantizedTensor:
+    """The weight less what the active adapter adds, quantized again: what ``-=`` leaves."""
+    weight = layer.quantized_weight
+
+    def differences() -> Iterator[Tensor]:
+        for expert in range(weight.shape[0]):
+            delta = layer.delta(expert).to(weight.dtype)
+            left = _decoded(weight, expert, weight.dtype) - delta
+            yield left.float() if left.dtype == torch.float64 else left
+
+    if not _adds(layer):
+        return weight
+    with torch.inference_mode(False):
+        parts, fmt = ops.stack_to_parts(differences, weight.format, "absmax")
+        return QuantizedTensor.from_parts(parts, fmt, weight.shape, weight.dtype)
 
 
 def dense_stack(layer: ExpertWeight, dtype: torch.dtype) -> tuple[Tensor, Squares]:
@@ -110,6 +127,11 @@ def _measured(layer: ExpertWeight, result: Callable[[int, Tensor], Tensor]) -> S
         for expert, (exact, delta) in enumerate(_sums(layer))
     ]
     return Squares(*map(math.fsum, zip(*found, strict=True)))
+
+
+def _adds(layer: ExpertWeight) -> bool:
+    """Whether the active adapter is more than zeros."""
+    return any(bool(layer.delta(expert).any()) for expert in range(layer.weight.shape[0]))
 
 
 def _exact_sums(layer: ExpertWeight) -> Iterator[Tensor]:

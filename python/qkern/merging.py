@@ -17,7 +17,7 @@ from qkern.formats import QuantFormat
 from qkern.layers import QLoRALinear, QuantizedLinear
 from qkern.merge_aware import check_settings, merged_weight
 from qkern.merge_loss import MergedLayer, MergeLoss
-from qkern.merge_sums import Squares, exact_sum, quantized_stack, squares_of
+from qkern.merge_sums import Squares, exact_sum, quantized_stack, squares_of, stack_without
 from qkern.merge_target import MergeTarget
 from qkern.ops import has_data
 from qkern.tensor import QuantizedTensor
@@ -194,8 +194,12 @@ def check_rows(held: Iterable[NamedAdapters]) -> None:
 
 
 def _take_out(layer: Adapted) -> None:
-    if not take_back(layer.quantized_weight, _MERGED):
-        layer.weight.data.sub_(layer.delta().to(layer.weight.dtype))
+    weight = layer.quantized_weight
+    if not take_back(weight, _MERGED):
+        if isinstance(layer, ExpertWeight):
+            replace(weight, stack_without(layer), "")
+        else:
+            weight.data.sub_(layer.delta().to(weight.dtype))
     layer.merged = False
 
 
