@@ -283,3 +283,17 @@ def test_adapters_over_mxfp4_are_pefts_over_the_dense_model(mxfp4: Path, tmp_pat
     qkern.merge_to_dense(model)
     assert experts.down_proj.shape == (4, 96, 64)
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_adapters_over_mxfp4_are_merged_from_file_to_file(mxfp4: Path, tmp_path: Path) -> None:
+    model = qkern.load(mxfp4)
+    add(model)
+    qkern.save_adapter(model, tmp_path / "adapter")
+    paths = (mxfp4, tmp_path / "adapter", tmp_path / "out")
+    report = qkern.merge_checkpoint(*paths, dtype="float32")
+    assert report.base_check == "the base is the one that the adapter was trained over"
+    assert len(report.merged) == 4
+    opened = type(model).from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(opened), logits(model), rtol=1e-5, atol=1e-5)
+    with pytest.raises(FormatError, match=r"down_proj: .* transposes .*merge to bfloat16"):
+        qkern.merge_checkpoint(*paths[:2], tmp_path / "nf4", quant_type="nf4", min_kept=0)

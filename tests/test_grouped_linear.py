@@ -9,6 +9,7 @@ from torch import Tensor
 import qkern
 from qkern import reference
 from qkern.errors import DTypeError, ShapeError
+from qkern.ops import experts
 from qkern.tensor import QuantizedTensor
 
 # (experts, N, K): groups of 8-bit scales begin in mid-expert; whole groups; blocks cross experts
@@ -108,6 +109,8 @@ def test_opcheck(transposed: bool) -> None:
     check(torch.ops.qkern.grouped_linear, plain)
     leaves = [t.detach() for t in (x, torch.randn(20, 32), offsets, A, B)]
     check(torch.ops.qkern.grouped_lora_gradients, (*leaves, 0.5))
+    rows = torch.randn(20, 32, requires_grad=True)
+    check(torch.ops.qkern.grouped_sum, (rows, offsets))
 
 
 def test_double_backward() -> None:
@@ -126,6 +129,44 @@ def test_double_backward() -> None:
     want = torch.autograd.grad(gradient_norm(leaves, dense=True), leaves)
     for a, b in zip(got, want, strict=True):
         assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_gradient_that_is_not_finite_stays_in_the_bias_of_its_expert(
+    value: float, compiled: bool
+) -> None:
+    weight, *_ = inputs((5, 32, 64))
+    offsets, bias = torch.tensor([3, 9, 9, 14, 18]), torch.randn(5, 32, requires_grad=True)
+    x, grad = torch.randn(20, 64), torch.randn(20, 32)
+    grad[5, 7] = grad[19, 0] = value  # of expert 1, and behind the last one
+
+    def multiply(x: Tensor, bias: Tensor) -> Tensor:
+        return qkern.grouped_linear(x, weight, offsets, bias)
+
+    if compiled:
+        multiply = torch.compile(multiply, backend="aot_eager", fullgraph=True)
+    multiply(x, bias).backward(grad)
+    wrong = torch.zeros(5, 32, dtype=torch.bool)
+    wrong[1, 7] = True
+    assert torch.equal(~bias.grad.isfinite(), wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_are_those_of_fp64_for_any_device(dtype: torch.dtype) -> None:
+    rows, offsets = torch.randn(20, 32).to(dtype), torch.tensor([3, 9, 9, 14, 18])
+    spoiled = rows.clone()
+    spoiled[5, 7] = spoiled[19, 0] = torch.nan
+    exact = torch.stack(
+        [rows[i:j].double().sum(0) for _, i, j in reference.spans(offsets, rows=20)]
+    )
+    for sums in (experts.sums, experts._masked_sums):
+        found = sums(rows, offsets)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, exact.to(dtype))
+        part = sums(spoiled, offsets)
+        assert part[1, 7].isnan()
+        assert torch.equal(part[[0, 2, 3, 4]], found[[0, 2, 3, 4]])
 
 
 def test_compiled_code_has_no_break_at_the_choice_of_experts() -> None:

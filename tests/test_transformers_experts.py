@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,9 @@ def test_a_dequantized_model_is_that_of_the_same_values(
         found = logits(dense)
         assert (found - expected).norm() < 2e-6 * expected.norm()
         dense.save_pretrained(tmp_path / str(i))
-        assert torch.equal(logits(load(name, tmp_path / str(i))), found)
+        # Mapped from a file, a weight lies at any byte, which products see in their last bit.
+        again = copy.deepcopy(load(name, tmp_path / str(i)))
+        assert torch.equal(logits(again), found)
     # Files of a model that was dense are named as those that it came from.
     names = tensors_of(tmp_path / "0").keys()
     assert names == {k for f in written(name).glob("*.safetensors") for k in tensors_of_file(f)}

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from qkern.adapted import quantized_experts
-from qkern.adapter_config import nearest, not_found
+from qkern.adapter_config import nearest, not_found, peft_paths
 from qkern.adapter_tensors import AdapterTensors
 from qkern.errors import AdapterMismatchError, DeviceError, NonFiniteError
-from qkern.experts_lora import ExpertWeight, peft_paths
+from qkern.experts_lora import ExpertWeight
 from qkern.layers import QuantizedLinear
 from qkern.lora_adapter import LoRAAdapter, stacked
 from qkern.saved_modules import check_modules, original_module, saved_copies

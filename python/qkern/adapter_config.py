@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ BASE_KEY: Final = "qkern_base"
 CHANGED_KEY: Final = "qkern_changed_base"
 # ... and how many tokens the model's embeddings have.
 TOKENS_KEY: Final = "qkern_tokens"
+# Names of the weights of stacked experts, in the order in which modules hold them.
+EXPERT_WEIGHTS: Final = ("gate_up_proj", "up_proj", "down_proj")
 # Settings of PEFT that change what an adapter computes, with the values that are plain LoRA.
 _PLAIN: Final[dict[str, tuple[Any, ...]]] = {
     "use_dora": (False, None),
@@ -188,6 +191,60 @@ def pair_keys(shapes: Mapping[str, tuple[int, ...]], directory: Path) -> dict[st
         msg = f"{directory}: the file holds no adapter"
         raise AdapterMismatchError(msg)
     return {name: (parts["lora_A"], parts["lora_B"]) for name, parts in found.items()}
+
+
+def peft_paths(names: list[str]) -> dict[str, str]:
+    """Where PEFT's files have adapters of parameters, by the paths of these.
+
+    PEFT wraps the module once for each, the last parameter outermost: that one's adapter is found
+    at the module's path, and each other one's inside, at one ``base_layer`` more.
+
+    Args:
+        names: paths of all the parameters, those of a module in its order.
+    """
+    found = {}
+    depth: dict[str, int] = {}
+    for name in reversed(names):
+        module = name.rpartition(".")[0]
+        found[name] = module + ".base_layer" * depth.get(module, 0)
+        depth[module] = depth.get(module, 0) + 1
+    return {name: found[name] for name in names}
+
+
+def places_of_experts(
+    names: Iterable[str], targets: Collection[str], directory: Path
+) -> dict[str, str]:
+    """Where an adapter's file has the weights of experts, by the paths of these.
+
+    Args:
+        names: paths of the file's entries.
+        targets: its ``target_parameters``: paths or ends of paths.
+        directory: of the adapter, for errors.
+
+    Raises:
+        AdapterMismatchError: for a target without an entry, and an entry without a target.
+    """
+    names = list(names)
+    modules = dict.fromkeys(re.sub(r"(\.base_layer)+$", "", name) for name in names)
+    paths = [f"{m}.{w}" for m in modules if f".{m}".endswith(".experts") for w in EXPERT_WEIGHTS]
+    wanted = [p for p in paths if any(f".{p}".endswith(f".{target}") for target in targets)]
+    for target in targets:
+        if not any(f".{path}".endswith(f".{target}") for path in wanted):
+            msg = (
+                f"{directory}: target_parameters has {target!r}, and the file no entry of such "
+                f"experts; known are {', '.join(EXPERT_WEIGHTS)} of modules called experts"
+            )
+            raise AdapterMismatchError(msg)
+    places = peft_paths(wanted)
+    lost = [f"{path} at {place}" for path, place in places.items() if place not in names]
+    of_experts = {name.rpartition(".")[0] for name in wanted}
+    taken = set(places.values())
+    more = [n for n in names if n not in taken and re.sub(r"(\.base_layer)+$", "", n) in of_experts]
+    if lost or more:
+        found = f"lacks an entry of {lost[0]}" if lost else f"has an entry {more[0]} of no target"
+        msg = f"{directory}: target_parameters={list(targets)}, and the file {found}"
+        raise AdapterMismatchError(msg)
+    return places
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -58,6 +58,7 @@ from qkern.adapter_config import (
     alphas_of,
     check_config,
     number_of,
+    peft_paths,
 )
 from qkern.adapter_description import describe
 from qkern.adapter_files import check_files
@@ -68,7 +69,7 @@ from qkern.errors import (
     DeviceError,
     QkernError,
 )
-from qkern.experts_lora import ExpertWeight, peft_paths
+from qkern.experts_lora import ExpertWeight
 from qkern.files import read_json, replacing, write_json
 from qkern.fingerprint import base_fingerprint
 from qkern.formats import QuantFormat

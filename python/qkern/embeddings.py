@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import torch
 from torch import nn
 
+from qkern.derived_class import DerivedClass, derive, restore
 from qkern.errors import FormatError
 from qkern.flat_weight import FlatWeight
 from qkern.tensor import QuantizedTensor
 
 
-class QuantizedEmbedding(FlatWeight):
+class QuantizedEmbedding(DerivedClass, FlatWeight):
     """What ``hold_quantized`` adds to a class of embeddings: its ``state_dict``.
 
     Its forward is that of the class: ``F.embedding`` decodes the rows of a quantized weight that
-    are asked for. The class is derived from both, so that the module stays what it was for
-    everybody who asks.
+    are asked for.
     """
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """For pickle, which finds no class that was made at run time."""
-        return _rebuild, (type(self).__bases__[1],), vars(self)
 
 
 def hold_quantized(module: nn.Embedding, weight: QuantizedTensor) -> None:
@@ -46,22 +39,10 @@ def hold_quantized(module: nn.Embedding, weight: QuantizedTensor) -> None:
         with torch.inference_mode(False):
             module.weight = nn.Parameter(weight, requires_grad=False)
     if not isinstance(module, QuantizedEmbedding):
-        kind: Any = type(module)
-        module.__class__ = _class_of(kind)
+        derive(module, QuantizedEmbedding)
 
 
 def hold_dense(module: QuantizedEmbedding, weight: nn.Parameter) -> None:
     """Make a quantized embedding what it was, with a dense weight; in place."""
     module.weight = weight
-    kind: Any = type(module).__bases__[1]
-    module.__class__ = kind
-
-
-@functools.cache
-def _class_of(embedding: Any) -> Any:
-    return type(f"Quantized{embedding.__name__}", (QuantizedEmbedding, embedding), {})
-
-
-def _rebuild(embedding: Any) -> Any:
-    made = _class_of(embedding)
-    return made.__new__(made)
+    restore(module)

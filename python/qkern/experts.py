@@ -14,13 +14,13 @@ Each expert is whole blocks.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qkern.derived_class import DerivedClass, derive, restore
 from qkern.flat_weight import FlatParameters
 from qkern.formats import QuantFormat
 from qkern.functional import grouped_linear
@@ -33,11 +33,8 @@ _INTERFACE = ("has_gate", "has_bias", "is_transposed", "_apply_gate")
 _NEVER_TRANSPOSED = "mxfp4"
 
 
-class QuantizedExperts(FlatParameters):
+class QuantizedExperts(DerivedClass, FlatParameters):
     """What ``quantize_experts`` adds to a class of experts: its forward and its ``state_dict``.
-
-    A class of its own is derived from both, so that the module stays what it was for everybody who
-    asks, and keeps its attributes, hooks and other parameters.
 
     Attributes:
         path: where a model holds the module, for errors; empty until a model is quantized or
@@ -120,10 +117,6 @@ class QuantizedExperts(FlatParameters):
             for name, weight in weights.items()
         )
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """For pickle, which finds no class that was made at run time."""
-        return _rebuild, type(self).__bases__, vars(self)
-
 
 def weight_names(module: nn.Module) -> tuple[str, str]:
     """The parameters that experts multiply: of the first product and of the second."""
@@ -168,8 +161,7 @@ def hold_quantized(module: nn.Module, name: str, weight: QuantizedTensor, path: 
     with torch.inference_mode(False):
         module._parameters[name] = nn.Parameter(weight, requires_grad=False)
     if not isinstance(module, QuantizedExperts):
-        kind: Any = type(module)
-        module.__class__ = class_of(QuantizedExperts, kind)
+        derive(module, QuantizedExperts)
     module.path = path  # type: ignore[assignment]
 
 
@@ -193,20 +185,7 @@ def hold_dense(
             values = values.mT.contiguous()
         module._parameters[name] = nn.Parameter(values)
     vars(module).pop("path", None)
-    kind: Any = type(module).__bases__[1]
-    module.__class__ = kind
-
-
-@functools.cache
-def class_of(quantized: Any, experts: Any) -> Any:
-    """A class of experts with ``QuantizedExperts``, or a subclass of it, before it."""
-    name = quantized.__name__.removesuffix("Experts")
-    return type(f"{name}{experts.__name__}", (quantized, experts), {})
-
-
-def _rebuild(quantized: Any, experts: Any) -> Any:
-    made = class_of(quantized, experts)
-    return made.__new__(made)
+    restore(module)
 
 
 def _ends(expert: Tensor, count: int) -> Tensor:

@@ -16,14 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from qkern import shards
-from qkern.adapter_holder import NamedAdapters
-from qkern.errors import AdapterMismatchError, FormatError, ShapeError
-from qkern.experts import QuantizedExperts, class_of, is_transposed, weight_names
+from qkern.derived_class import derive
+from qkern.errors import AdapterMismatchError, FormatError, ShapeError, StateDictError
+from qkern.experts import QuantizedExperts, is_transposed, weight_names
 from qkern.lora_adapter import PLAIN_INITS, LoRAAdapter, check_name
+from qkern.merged_state import MergedState
 from qkern.tensor import QuantizedTensor
 
 
-class QLoRAExperts(NamedAdapters, QuantizedExperts):
+class QLoRAExperts(MergedState, QuantizedExperts):
     """What the first adapter makes of ``QuantizedExperts``; again an instance of the model's class.
 
     ``forward`` stays the one below, which hooks that know it go on calling.
@@ -33,6 +34,7 @@ class QLoRAExperts(NamedAdapters, QuantizedExperts):
         merged_names: weights that an adapter is merged into.
     """
 
+    _derived_prefix = "QLoRA"
     merged_names: tuple[str, ...] = ()
 
     @property
@@ -44,6 +46,29 @@ class QLoRAExperts(NamedAdapters, QuantizedExperts):
         """The parts of an adapter, by weight; empty if there is none of that name."""
         held: Any = self.adapters._modules.get(name)  # type: ignore[arg-type]
         return {} if held is None else dict(held.items())
+
+    def weights_of_adapter(self, name: str | None) -> list[str]:
+        """The stacked weights that an adapter has a part in."""
+        return list(self.adapters_of(name))
+
+    def set_merged(self, name: str | None) -> None:
+        """Take it that this adapter is in its weights; None for none."""
+        self.merged_names = tuple(self.weights_of_adapter(name))
+        self.active_adapter = self.active_adapter if name is None else name
+
+    def _check_entries(self, state: dict[str, Any], prefix: str, entries: dict[str, str]) -> bool:
+        has_weights = super()._check_entries(state, prefix, entries)
+        for name, key in entries.items():
+            start, mine = f"{prefix}adapters.{name}.", self.weights_of_adapter(name)
+            found = {k.removeprefix(start).partition(".")[0] for k in state if k.startswith(start)}
+            if found and found != set(mine):  # merged there into weights that it is not here
+                msg = (
+                    f"{key}: the adapter has a part in {', '.join(sorted(found))}, here in "
+                    f"{', '.join(sorted(mine))}: give it the same ones (add_lora, "
+                    "target_parameters=)"
+                )
+                raise StateDictError(msg)
+        return has_weights
 
     def _multiply(
         self,
@@ -88,11 +113,10 @@ class QLoRAExperts(NamedAdapters, QuantizedExperts):
 
     def drop_adapters(self) -> None:
         """Make it ``QuantizedExperts`` again, in place."""
-        for name in ("active_adapter", "merged_names", "rows", "_seen_rows"):
+        for name in ("active_adapter", "merged_names", "rows", "_seen_rows", "_merged_lengths"):
             vars(self).pop(name, None)
         del self._modules["adapters"]
-        kind: Any = type(self).__bases__[1]
-        self.__class__ = class_of(QuantizedExperts, kind)
+        derive(self, QuantizedExperts)
 
 
 class ExpertWeight:
@@ -182,9 +206,9 @@ class ExpertWeight:
         others = [name for name in experts.merged_names if name != self.parameter]
         experts.merged_names = (*others, self.parameter) if merged else tuple(others)
 
-    def delta(self) -> Tensor:
-        """What the active adapter adds to the weight, fp32 in its shape."""
-        product = self.active().product()
+    def delta(self, expert: int | None = None) -> Tensor:
+        """What the active adapter adds to the weight, or to one expert's, fp32 in its shape."""
+        product = self.active().product(expert)
         return product.mT if self.transposed else product
 
     def make_adapter(
@@ -262,7 +286,7 @@ class ExpertWeight:
             raise AdapterMismatchError(msg)
         module: Any = self.experts
         if not isinstance(module, QLoRAExperts):
-            module.__class__ = class_of(QLoRAExperts, type(module).__bases__[1])
+            derive(module, QLoRAExperts)
             module.adapters = nn.ModuleDict()
             module.active_adapter = None
         if name not in module.adapters:
@@ -278,21 +302,3 @@ def expert_weights(path: str, module: nn.Module) -> dict[str, ExpertWeight]:
     held = module.quantized_names()
     names = [name for name in weight_names(module) if name in held]
     return {f"{path}.{name}": ExpertWeight(module, name) for name in names}
-
-
-def peft_paths(names: list[str]) -> dict[str, str]:
-    """Where PEFT's files have adapters of parameters, by the paths of these.
-
-    PEFT wraps the module once for each, the last parameter outermost: that one's adapter is found
-    at the module's path, and each other one's inside, at one ``base_layer`` more.
-
-    Args:
-        names: paths of all the parameters, those of a module in its order.
-    """
-    found = {}
-    depth: dict[str, int] = {}
-    for name in reversed(names):
-        module = name.rpartition(".")[0]
-        found[name] = module + ".base_layer" * depth.get(module, 0)
-        depth[module] = depth.get(module, 0) + 1
-    return {name: found[name] for name in names}

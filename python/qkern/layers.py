@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qkern import merge_aware, operands
+from qkern.adapter_holder import AdapterHolder
 from qkern.codec import COMPUTE, check_choice
 from qkern.dora import RowNorms
 from qkern.errors import AdapterMismatchError, FormatError
@@ -32,7 +33,7 @@ from qkern.tensor import QuantizedTensor
 __all__ = ["QLoRALinear", "QuantizedLinear"]
 
 
-class QLoRALinear(MergedState, QuantizedLinear):
+class QLoRALinear(MergedState, AdapterHolder, QuantizedLinear):
     """``QuantizedLinear`` with trainable low-rank adapters in the same operator.
 
     It holds adapters by name, one of which is active, and is made with a first one. ``lora_A``,

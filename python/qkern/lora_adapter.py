@@ -138,9 +138,14 @@ class LoRAAdapter(nn.Module):
                 ):
                     factor.copy_(values)
 
-    def product(self) -> Tensor:
-        """``scaling B A``, fp32 (out_features, in_features), or of each expert; autocast or not."""
-        A, B = self.lora_A.detach().float(), self.lora_B.detach().float()
+    def product(self, expert: int | None = None) -> Tensor:
+        """``scaling B A``, fp32 (out_features, in_features); autocast or not.
+
+        Args:
+            expert: whose; None for a layer's, or all experts', stacked.
+        """
+        factors = (self.lora_A.detach(), self.lora_B.detach())
+        A, B = (f.float() if expert is None else f[expert].float() for f in factors)
         if A.is_meta:  # which has no autocast
             return (B @ A) * self.scaling
         with torch.autocast(A.device.type, enabled=False):

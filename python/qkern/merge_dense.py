@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from qkern.adapted import Adapted, adapted_layers, holders
-from qkern.errors import AdapterMismatchError, FormatError, NonFiniteError, QkernError
+from qkern.errors import AdapterMismatchError, FormatError, QkernError
 from qkern.experts import hold_dense
 from qkern.experts_lora import ExpertWeight, QLoRAExperts, expert_weights
 from qkern.flat_weight import FlatParameters
 from qkern.layers import QLoRALinear, QuantizedLinear
 from qkern.merge_loss import MergedLayer, MergeLoss
-from qkern.merging import aware_weight, check_place, check_rows, exact_sum, merged_row
+from qkern.merge_sums import check_rounded, dense_stack, exact_sum, squares_of
+from qkern.merging import aware_weight, check_place, check_rows, merged_row
 from qkern.module_tree import module_at, module_paths, replace_module
 from qkern.quantized_linear import take_hooks
 from qkern.saved_modules import SavedModule
@@ -141,16 +142,15 @@ def _merge_experts(path: str, module: QLoRAExperts, dtype: torch.dtype | None) -
 
 def _sum(name: str, layer: Adapted, dtype: torch.dtype) -> tuple[Tensor, MergedLayer]:
     """A weight with its adapter, rounded once, and what became of the adapter."""
+    into = str(dtype).removeprefix("torch.")
+    if isinstance(layer, ExpertWeight):
+        values, squares = dense_stack(layer, dtype)
+        return values, merged_row(name, layer, into, squares)
     delta, merged = layer.delta().float(), aware_weight(layer)
     if merged is None:
         exact = exact_sum(layer.quantized_weight, delta)
     else:
         exact = merged.dequantize(torch.float32)
     values = exact.to(dtype)
-    if not bool(values.isfinite().all()):
-        fits = bool(exact.isfinite().all())
-        why = f"{dtype} cannot hold it, bfloat16 can" if fits else "the adapter is not finite"
-        msg = f"the weight with its adapter holds NaN or infinity: {why}"
-        raise NonFiniteError(msg)
-    into = str(dtype).removeprefix("torch.")
-    return values, merged_row(name, layer, into, values.float(), exact, delta)
+    check_rounded(values, exact)
+    return values, merged_row(name, layer, into, squares_of(exact, values.float(), delta))

@@ -14,9 +14,10 @@ from qkern.codec import check_method
 from qkern.errors import AdapterMismatchError, DeviceError, QkernError, ShapeError
 from qkern.experts_lora import ExpertWeight
 from qkern.formats import QuantFormat
-from qkern.layers import QuantizedLinear
+from qkern.layers import QLoRALinear, QuantizedLinear
 from qkern.merge_aware import check_settings, merged_weight
 from qkern.merge_loss import MergedLayer, MergeLoss
+from qkern.merge_sums import Squares, exact_sum, quantized_stack, squares_of, stack_without
 from qkern.merge_target import MergeTarget
 from qkern.ops import has_data
 from qkern.tensor import QuantizedTensor
@@ -123,6 +124,16 @@ def set_merge_into(model: nn.Module, merge_into: str | QuantFormat | MergeTarget
 def _merge(name: str, layer: Adapted, method: str) -> MergedLayer:
     """Quantize a layer's weight with its adapter into the weight."""
     check_place(layer)
+    if isinstance(layer, ExpertWeight):
+        merged, squares = quantized_stack(layer, method)
+    else:
+        merged, squares = _quantized(layer, method)
+    replace(layer.quantized_weight, merged, _MERGED)
+    return merged_row(name, layer, merged.format.quant_type, squares)
+
+
+def _quantized(layer: QLoRALinear, method: str) -> tuple[QuantizedTensor, Squares]:
+    """A layer's weight with the adapter in it, and what became of that."""
     weight, delta = layer.quantized_weight, layer.delta().float()
     merged = aware_weight(layer)
     if merged is not None:
@@ -133,38 +144,23 @@ def _merge(name: str, layer: Adapted, method: str) -> MergedLayer:
         merged = weight  # if nothing is added: quantizing the same again would change bytes
         if bool(delta.any()):
             merged = QuantizedTensor.from_dense(exact, weight.format, method=method)
-    row = merged_row(
-        name, layer, merged.format.quant_type, merged.dequantize(torch.float32), exact, delta
-    )
-    replace(weight, merged, _MERGED)
-    return row
+    return merged, squares_of(exact, merged.dequantize(torch.float32), delta)
 
 
-def exact_sum(weight: QuantizedTensor, delta: Tensor) -> Tensor:
-    """The base in its dtype and the adapter's part, added in fp32."""
-    dtype = torch.float32 if weight.dtype == torch.float64 else weight.dtype
-    return weight.dequantize(dtype).float() + delta
-
-
-def aware_weight(layer: Adapted) -> QuantizedTensor | None:
+def aware_weight(layer: QLoRALinear) -> QuantizedTensor | None:
     """What a layer that is trained for its merge multiplies; None for any other."""
-    if isinstance(layer, ExpertWeight) or layer.merge_into is None:
+    if layer.merge_into is None:
         return None
     check_settings(layer.active(), layer.lora_mode)
     adapter = (layer.lora_A, layer.lora_B, layer.scaling)
     return merged_weight(layer.quantized_weight, *adapter, layer.merge_into)
 
 
-def merged_row(
-    name: str, layer: Adapted, into: str, result: Tensor, exact: Tensor, delta: Tensor
-) -> MergedLayer:
+def merged_row(name: str, layer: Adapted, into: str, squares: Squares) -> MergedLayer:
     """What a report says of a layer whose adapter was merged."""
-    norms = (
-        torch.linalg.vector_norm(t, dtype=torch.float64) for t in (exact, result - exact, delta)
-    )
-    sums = (float(norm) ** 2 for norm in norms)
     adapter = layer.active()
-    return MergedLayer(name, adapter.r, adapter.scaling, into, layer.merge_into is not None, *sums)
+    is_aware = layer.merge_into is not None
+    return MergedLayer(name, adapter.r, adapter.scaling, into, is_aware, *squares)
 
 
 def check_place(layer: QuantizedLinear | ExpertWeight) -> None:
@@ -198,8 +194,12 @@ def check_rows(held: Iterable[NamedAdapters]) -> None:
 
 
 def _take_out(layer: Adapted) -> None:
-    if not take_back(layer.quantized_weight, _MERGED):
-        layer.weight.data.sub_(layer.delta().to(layer.weight.dtype))
+    weight = layer.quantized_weight
+    if not take_back(weight, _MERGED):
+        if isinstance(layer, ExpertWeight):
+            replace(weight, stack_without(layer), "")
+        else:
+            weight.data.sub_(layer.delta().to(weight.dtype))
     layer.merged = False
 
 

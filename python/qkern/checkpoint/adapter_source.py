@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -12,59 +10,21 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
-from qkern import adapter_config, entry_keys
+from qkern import adapter_config
 from qkern.adapter_config import BASE_KEY, CHANGED_KEY, CONFIG_NAME, PREFIX, WEIGHTS_NAME
 from qkern.adapter_files import check_files
+from qkern.checkpoint.base_fingerprint import fingerprint, tensors_of
+from qkern.checkpoint.expert_weights import ExpertStack, expert_stacks
+from qkern.checkpoint.lora_factors import ExpertFactors, LoraFactors, RecentEntries, read_floats
 from qkern.checkpoint.source import Source, StoredTensor
-from qkern.checkpoint.stream import Delta
-from qkern.codec import F32
-from qkern.errors import AdapterMismatchError, NonFiniteError
+from qkern.errors import AdapterMismatchError, CorruptFileError, NonFiniteError
 from qkern.files import read_json
 from qkern.formats import DTYPES
 from qkern.merge_target import MERGE_KEY, MergeTarget, targets_of_text
 
 # Settings beyond plain LoRA that a merge applies.
-_APPLIED: Final = ("bias", "fan_in_fan_out", "modules_to_save")
-# Values of each part of a weight that its fingerprint takes, see ``qkern.fingerprint``.
-_SAMPLES: Final = 4096
-
-
-@dataclasses.dataclass(frozen=True)
-class LoraFactors:
-    """An adapter's part of a weight.
-
-    Args:
-        source: the adapter's file.
-        keys: of A, (r, in), and B, (out, r).
-        rank: r.
-        scaling: of ``B A``.
-        base: dtype that the base is rounded to.
-        transposed: whether the weight is (in, out), as that of a Conv1D.
-    """
-
-    source: Source
-    keys: tuple[str, str]
-    rank: int
-    scaling: float
-    base: str
-    transposed: bool
-
-    @property
-    def nbytes(self) -> int:
-        """Of both factors, in fp32."""
-        return 4 * sum(self.source.tensors[key].numel for key in self.keys)
-
-    def read(self) -> Delta:
-        """The factors, with the scaling in the one of the rows."""
-        A, B = (read_floats(self.source, key) for key in self.keys)
-        scaling = np.float32(self.scaling)
-        if self.transposed:
-            rows, columns = np.ascontiguousarray(A.T) * scaling, np.ascontiguousarray(B.T)
-        else:
-            rows, columns = B * scaling, A
-        return Delta(columns.reshape(-1), rows.reshape(-1), self.base)
+_APPLIED: Final = ("bias", "fan_in_fan_out", "modules_to_save", "target_parameters")
 
 
 class AdapterSource:
@@ -78,6 +38,7 @@ class AdapterSource:
         config: content of ``adapter_config.json``.
         source: the weights.
         pairs: keys of A and B, by the path of their layer.
+        experts: the same of weights of stacked experts, by the path of the weight.
         replaced: key of each tensor that the adapter holds whole, by its name in the model: of
             ``modules_to_save`` and of biases.
 
@@ -99,9 +60,16 @@ class AdapterSource:
             for name, tensor in self.source.tensors.items()
             if name not in self.replaced.values()
         }
-        self.pairs = adapter_config.pair_keys(shapes, self.path)
-        self._alphas = adapter_config.alphas_of(self.config, self.pairs, self.path)
-        self._ranks = adapter_config.ranks_of(self.config, self.pairs, self.path)
+        pairs = adapter_config.pair_keys(shapes, self.path)
+        targets = self._targets()
+        places = adapter_config.places_of_experts(pairs, targets, self.path) if targets else {}
+        self.experts = {name: pairs[place] for name, place in places.items()}
+        taken = set(places.values())
+        self.pairs = {name: keys for name, keys in pairs.items() if name not in taken}
+        names = [*self.pairs, *self.experts]
+        self._alphas = adapter_config.alphas_of(self.config, names, self.path)
+        self._ranks = adapter_config.ranks_of(self.config, names, self.path)
+        self._entries = RecentEntries(self.source)
         self._check_dtypes()
 
     def _replaced(self) -> dict[str, str]:
@@ -117,6 +85,16 @@ class AdapterSource:
             if is_whole and (is_saved or (has_bias and last == "bias")):
                 found[name] = key
         return found
+
+    def _targets(self) -> list[str]:
+        """What the settings say of weights of experts."""
+        targets = self.config.get("target_parameters") or []
+        if not isinstance(targets, list) or not all(isinstance(t, str) and t for t in targets):
+            msg = (
+                f"{self.path}: target_parameters is {str(targets)[:80]}, a list of names is needed"
+            )
+            raise CorruptFileError(msg)
+        return targets
 
     def _check_dtypes(self) -> None:
         for key, tensor in self.source.tensors.items():
@@ -165,6 +143,28 @@ class AdapterSource:
             raise AdapterMismatchError(msg)
         return {name: base.tensors[f"{rename(name)}.weight"] for name in self.pairs}
 
+    def stacks_of(self, base: Source) -> dict[str, ExpertStack]:
+        """The base's weights of experts for each of the adapter's, by the adapter's paths.
+
+        Raises:
+            AdapterMismatchError: if there are none.
+            CorruptFileError: if the base lacks experts.
+        """
+        if not self.experts:
+            return {}
+        rename, stacks = self._renaming(base), expert_stacks(base)
+        found = {name: stacks.get(rename(name)) for name in self.experts}
+        for name, stack in found.items():
+            if stack is None:
+                close = adapter_config.nearest(rename(name), stacks)
+                msg = (
+                    f"{base.path} has no weight of experts {name}, which {self.path} is for; "
+                    f"nearest: {close}; a model with other names in its files is merged when it is "
+                    "loaded (qkern.load, load_adapter, merge_to_dense)"
+                )
+                raise AdapterMismatchError(msg)
+        return {name: stack for name, stack in found.items() if stack is not None}
+
     def replacements_of(self, base: Source) -> dict[str, str]:
         """Key of the adapter's tensor for each of the base's that it replaces.
 
@@ -189,7 +189,9 @@ class AdapterSource:
         return found
 
     def _renaming(self, base: Source) -> Callable[[str], str]:
-        names = list(self.pairs)
+        names = [*self.pairs, *self.experts]
+        stacks = expert_stacks(base) if self.experts else {}
+        known = {*stacks, *(key.removesuffix(".weight") for key in base.tensors)}
         depth = min(name.count(".") for name in names)
         starts = dict.fromkeys(key.partition(".")[0] for key in base.tensors)
         cuts = [".".join(names[0].split(".")[:i]) for i in range(1, depth + 1)]
@@ -199,7 +201,7 @@ class AdapterSource:
             def rename(name: str, cut: str = cut, start: str = start) -> str:
                 return start + name.removeprefix(cut)
 
-            if all(f"{rename(name)}.weight" in base.tensors for name in names):
+            if all(rename(name) in known for name in names):
                 return rename
         return lambda name: name
 
@@ -233,16 +235,48 @@ class AdapterSource:
                 f"{tensor.shape}: is this the adapter's base model?"
             )
             raise AdapterMismatchError(msg)
-        # https://arxiv.org/abs/2312.03732: rsLoRA divides by the square root of the rank.
-        scaling = self._alphas[name] / (math.sqrt(A[0]) if self.config.get("use_rslora") else A[0])
+        scaling = self._scaling(name, A[0])
         return LoraFactors(self.source, keys, A[0], scaling, tensor.dtype, transposed)
 
-    def check_base(self, base: Source, weights: Mapping[str, StoredTensor], *, force: bool) -> str:
+    def expert_factors(self, name: str, stack: ExpertStack) -> dict[str, ExpertFactors]:
+        """The adapter's part of each tensor that holds experts, by the tensor's name.
+
+        Args:
+            name: of the weight, in the adapter.
+            stack: where the base has it.
+
+        Raises:
+            AdapterMismatchError: if it does not fit the weight, or the settings.
+        """
+        keys, experts = self.experts[name], stack.sizes[0]
+        A, B = (self.source.tensors[key].shape for key in keys)
+        rank, expected = A[0] // experts, self._ranks[name]
+        if A[0] % experts or (expected and rank != expected):
+            msg = (
+                f"{self.path}: {name} has {A[0]} rows of lora_A, rank {expected:g} of {experts} "
+                "experts are expected: is this the adapter's base model?"
+            )
+            raise AdapterMismatchError(msg)
+        transposed, scaling = stack.is_transposed(B[0], A[1]), self._scaling(name, rank)
+        return {
+            part.tensor.name: ExpertFactors(
+                self._entries, keys, rank, scaling, part.tensor.dtype, transposed, experts, part
+            )
+            for part in stack.parts
+        }
+
+    def _scaling(self, name: str, rank: int) -> float:
+        # https://arxiv.org/abs/2312.03732: rsLoRA divides by the square root of the rank.
+        return self._alphas[name] / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+    def check_base(
+        self, base: Source, weights: Mapping[str, StoredTensor | ExpertStack], *, force: bool
+    ) -> str:
         """Refuse a base that is not the one that the adapter says it was trained over.
 
         Args:
             base: that is merged into.
-            weights: of it, by the path of their layer.
+            weights: of it, by the path of their layer; of experts by that of the weight.
             force: only say so.
 
         Returns:
@@ -254,7 +288,7 @@ class AdapterSource:
         """
         trained_on = self.source.metadata.get(BASE_KEY)
         changed = self.source.metadata.get(CHANGED_KEY)
-        is_dense = any(tensor.format is None for tensor in weights.values())
+        is_dense = any(t.format is None for weight in weights.values() for t in tensors_of(weight))
         if changed and (is_dense or trained_on is None) and not force:
             msg = (
                 f"{self.path}: the adapter was initialized by {changed}, which took a part out of "
@@ -280,49 +314,6 @@ class AdapterSource:
             )
             raise AdapterMismatchError(msg)
         return "the base is the one that the adapter was trained over"
-
-
-def fingerprint(base: Source, weights: Mapping[str, StoredTensor]) -> str:
-    """What ``qkern.fingerprint.base_fingerprint`` says of a model with these weights.
-
-    Args:
-        base: that holds them.
-        weights: quantized ones, by the path of their layer.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(weights.items()):
-        state = base.state(tensor.name)
-        fmt = state.format
-        said = (name, tensor.shape, fmt.quant_type, fmt.blocksize, fmt.double_quant)
-        digest.update(f"{said}\n".encode())
-        codes = base.read_bytes(tensor.name)
-        scales = base.read_bytes(entry_keys.scales_key(tensor.name, fmt))
-        parts: list[npt.NDArray[Any]] = [codes, scales if fmt.double_quant else scales.view("<f4")]
-        if fmt.double_quant:
-            parts.append(base.read_bytes(f"{tensor.name}.nested_absmax").view("<f4"))
-            parts.append(np.array([state.offset], "<f4"))
-        for part in parts:
-            digest.update(_sample(part))
-    return digest.hexdigest()
-
-
-def _sample(part: npt.NDArray[Any]) -> bytes:
-    last = part.size - 1
-    index = np.arange(min(part.size, _SAMPLES))
-    if last >= _SAMPLES:
-        index = index * last // (_SAMPLES - 1)
-    return part[index].tobytes()
-
-
-def read_floats(source: Source, key: str) -> F32:
-    """A dense tensor as fp32."""
-    tensor, content = source.tensors[key], source.read_bytes(key)
-    if tensor.dtype == "bfloat16":
-        values = (content.view("<u2").astype(np.uint32) << 16).view(np.float32)
-    else:
-        values = content.view("<f2" if tensor.dtype == "float16" else "<f4").astype(np.float32)
-    floats: F32 = values.reshape(tensor.shape)
-    return floats
 
 
 def settings_of(adapter: AdapterSource) -> dict[str, Any]:

@@ -9,15 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from qkern import codec
-from qkern.checkpoint.adapter_source import AdapterSource, LoraFactors, settings_of
+from qkern.checkpoint.adapter_source import AdapterSource, settings_of
+from qkern.checkpoint.block_weights import holds_transposed
 from qkern.checkpoint.conversion_report import converted
 from qkern.checkpoint.converting import is_cast, transposed_weights, why_kept
 from qkern.checkpoint.destination import check_place
+from qkern.checkpoint.expert_weights import ExpertStack
+from qkern.checkpoint.lora_factors import ExpertFactors, LoraFactors
 from qkern.checkpoint.merge_report import MergedTensor, MergeReport
 from qkern.checkpoint.model_card import merge_section
 from qkern.checkpoint.model_config import dense_config, main_dtype, quantized_config, refuse_foreign
 from qkern.checkpoint.outcomes import (
     REPLACED,
+    Factors,
     Outcome,
     Places,
     Step,
@@ -33,7 +37,7 @@ from qkern.checkpoint.running import Progress, Run
 from qkern.checkpoint.source import Source, StoredTensor
 from qkern.checkpoint.stream import Done
 from qkern.checkpoint.targets import Target, choose_targets, has_conv1d, is_conv1d
-from qkern.errors import LostDeltaError
+from qkern.errors import FormatError, LostDeltaError
 from qkern.formats import DTYPES, QuantFormat, resolve_format
 from qkern.merge_loss import share_text
 from qkern.merge_target import MergeTarget
@@ -70,8 +74,9 @@ def merge_checkpoint(
     trained for this format and method (``merge_into``), of which all is kept.
 
     Applied are ``r``, ``lora_alpha``, ``rank_pattern``, ``alpha_pattern``, ``use_rslora``,
-    ``fan_in_fan_out`` (Conv1D), ``bias`` and ``modules_to_save``; what else changes an adapter
-    (DoRA, ...) is refused. An adapter's factors are held for a few weights at a time.
+    ``fan_in_fan_out`` (Conv1D), ``bias``, ``modules_to_save`` and ``target_parameters`` (experts,
+    stacked in the files or one by one); what else changes an adapter (DoRA, ...) is refused. An
+    adapter's factors are held for a few weights at a time.
 
     Args:
         base: directory with the safetensors files of the model, dense or quantized; or one file.
@@ -96,7 +101,8 @@ def merge_checkpoint(
         FileNotFoundError: if there are no safetensors weights, or no adapter.
         CorruptFileError: if a file is not readable, contradicts itself, or changes meanwhile.
         AdapterMismatchError: if the adapter is of another kind, or of another base.
-        FormatError: for an unknown setting.
+        FormatError: for an unknown setting, and for stacked experts in mxfp4 that would be
+            quantized again.
         NonFiniteError: for NaN in the adapter or in a sum that is quantized, and for a sum that is
             too large for float16, naming the layer.
         LostDeltaError: if a quantized result keeps less than ``min_kept``; nothing is written.
@@ -112,10 +118,10 @@ def merge_checkpoint(
     source, lora = Source(base), AdapterSource(adapter)
     refuse_foreign(source)
     check_place(lora.path, Path(dst))
-    weights = lora.weights_of(source)
-    found = lora.check_base(source, weights, force=force)
+    weights, stacks = lora.weights_of(source), lora.stacks_of(source)
+    found = lora.check_base(source, {**weights, **stacks}, force=force)
     lora.check_finite()
-    outcomes = _Outcomes(source, lora, weights, fmt, method).all(dtype)
+    outcomes = _Outcomes(source, lora, weights, stacks, fmt, method).all(dtype)
     settings = {
         "dtype": dtype,
         "format": None if fmt is None else dataclasses.asdict(fmt),
@@ -220,6 +226,7 @@ class _Outcomes:
         source: Source,
         adapter: AdapterSource,
         weights: Mapping[str, StoredTensor],
+        stacks: Mapping[str, ExpertStack],
         fmt: QuantFormat | None,
         method: str,
     ) -> None:
@@ -227,12 +234,14 @@ class _Outcomes:
         self._places = Places(source)
         self._adapter, self._of_adapter = adapter, Places(adapter.source, len(source.files))
         known, config = has_conv1d(source.config), source.config
-        self._factors = {
+        self._factors: dict[str, Factors] = {
             tensor.name: adapter.factors(
                 name, tensor, conv1d=is_conv1d(tensor, config) if known else None
             )
             for name, tensor in weights.items()
         }
+        for name, stack in stacks.items():
+            self._factors |= adapter.expert_factors(name, stack)
         self._replaced = adapter.replacements_of(source)
         self._transposed = transposed_weights(source)
 
@@ -262,6 +271,12 @@ class _Outcomes:
             return self._taken(tensor, tensor.dtype)
         if fmt is None:
             return written_dense(tensor, tensor.dtype, self._places, factors=factors)
+        if holds_transposed(tensor, self._source.config.get("model_type")):
+            msg = (
+                f"{tensor.name}: stacked experts in mxfp4 are the transposes of what the model's "
+                f"class holds in {fmt.quant_type}: merge to bfloat16, and quantize that"
+            )
+            raise FormatError(msg)
         if factors is None and tensor.format is not None and _is_like(tensor.format, fmt):
             return carried(tensor, self._places)
         how: dict[str, Any] = {"method": self._method, "transposed": target.transposed}
@@ -302,7 +317,7 @@ def _is_like(stored: QuantFormat, fmt: QuantFormat) -> bool:
 
 def _merged(outcome: Outcome, done: Done | None, *, aware: bool) -> MergedTensor:
     factors = outcome.steps[0].factors
-    assert isinstance(factors, LoraFactors)
+    assert isinstance(factors, LoraFactors | ExpertFactors)
     errors = None if done is None else done.errors
     return MergedTensor(
         outcome.name, factors.rank, factors.scaling, outcome.format is not None, errors, aware

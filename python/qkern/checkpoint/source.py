@@ -190,8 +190,10 @@ class Source:
         """
         return self._states[name]
 
-    def read_bytes(self, key: str) -> npt.NDArray[np.uint8]:
-        """The bytes of an entry.
+    def read_bytes(
+        self, key: str, first: int = 0, nbytes: int | None = None
+    ) -> npt.NDArray[np.uint8]:
+        """The bytes of an entry, or so many of them from ``first`` on.
 
         Raises:
             CorruptFileError: if the file is not the one any more that was described.
@@ -200,8 +202,8 @@ class Source:
         entry = self.entries[key]
         with entry.file.open("rb", buffering=0) as opened:
             self._check_stamp(os.fstat(opened.fileno()), entry.file)
-            content = np.empty(entry.nbytes, np.uint8)
-            opened.seek(entry.begin)
+            content = np.empty(entry.nbytes - first if nbytes is None else nbytes, np.uint8)
+            opened.seek(entry.begin + first)
             left = memoryview(content.data)
             while left:
                 count = opened.readinto(left)

@@ -114,14 +114,16 @@ class Delta:
     """What an adapter adds to a weight, in fp32: ``w[i, j] += sum over r of b[i, r] a[r, j]``.
 
     Args:
-        a: (r * columns,) fp32, contiguous.
+        a: (matrices * r * columns,) fp32, contiguous.
         b: (rows * r,) fp32, contiguous, with the scaling in it.
         base: dtype that a quantized weight is rounded to before: what the adapter was trained on.
+        matrices: how many the weight is, each with as many of the rows and an ``a`` of its own.
     """
 
     a: F32
     b: F32
     base: str
+    matrices: int = 1
 
 
 @dataclasses.dataclass(frozen=True)

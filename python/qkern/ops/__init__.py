@@ -29,6 +29,7 @@ from qkern.ops.quantize import (
     quantize,
     quantize_absmax,
     search_scales,
+    stack_to_parts,
     to_parts,
 )
 
@@ -56,5 +57,6 @@ __all__ = [
     "quantize_merged",
     "search_scales",
     "share_a_launch",
+    "stack_to_parts",
     "to_parts",
 ]

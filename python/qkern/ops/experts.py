@@ -179,3 +179,27 @@ def lora_gradients(
             one = device.Adapter(A, B, adapters.scaling)
             dA[expert], dB[expert] = device.lora_gradients(*rows, one)
     return dA, dB
+
+
+def sums(rows: Tensor, offsets: Tensor) -> Tensor:
+    """(E, N) in the rows' dtype: the sums of each expert's rows (M, N), in fp32, in a fixed order.
+
+    What is not finite is so in its own expert alone.
+    """
+    if not rows.is_cpu:
+        return _masked_sums(rows, offsets)
+    found = rows.new_zeros((offsets.shape[0], rows.shape[1]), dtype=torch.float32)
+    for expert, first, last in spans(offsets, rows.shape[0]):
+        found[expert] = rows[first:last].sum(0, dtype=torch.float32)
+    return found.to(rows.dtype)
+
+
+def _masked_sums(rows: Tensor, offsets: Tensor) -> Tensor:
+    """The same by a product, for which the host does not wait for the offsets."""
+    row = torch.arange(rows.shape[0], device=rows.device)
+    before = row < offsets[:, None]  # (E, M): rows of this expert and of those before it
+    mine = before & ~torch.nn.functional.pad(before, (0, 0, 1, 0))[:-1]
+    wrong = ~rows.isfinite()  # times 0 they would be NaN in every expert
+    found = mine.float() @ rows.float().masked_fill(wrong, 0.0)
+    spoiled = (mine & wrong.any(1)).any(1)[:, None] & wrong.any(0)
+    return found.masked_fill(spoiled, torch.nan).to(rows.dtype)

@@ -139,6 +139,35 @@ def _(
     return lora_A.new_empty(lora_A.shape), lora_B.new_empty(lora_B.shape)
 
 
+_grouped_sum = torch.library.custom_op(
+    "qkern::grouped_sum",
+    experts.sums,
+    mutates_args=(),
+    schema="(Tensor rows, Tensor offsets) -> Tensor",
+)
+
+
+@_grouped_sum.register_fake
+def _(rows: Tensor, offsets: Tensor) -> Tensor:
+    return rows.new_empty((offsets.shape[0], rows.shape[1]))
+
+
+def _sum_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    rows, offsets = inputs
+    ctx.save_for_backward(offsets)
+    ctx.rows = rows.shape[0]
+
+
+def _sum_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    (offsets,) = ctx.saved_tensors
+    row = torch.arange(ctx.rows, device=offsets.device, dtype=offsets.dtype)
+    expert = torch.searchsorted(offsets, row, right=True)  # (M,); behind the last one: E
+    return torch.nn.functional.pad(grad, (0, 0, 0, 1))[expert], None
+
+
+_grouped_sum.register_autograd(_sum_backward, setup_context=_sum_setup)
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, offsets, *parts = inputs[:6]
     lora_A, lora_B, ctx.scaling = inputs[_A:]
@@ -160,7 +189,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             grad, offsets, *parts, *kind, not transposed, None, *swapped, ctx.scaling
         )
     if ctx.needs_input_grad[_BIAS]:
-        grads[_BIAS] = _sum_by_expert(grad, offsets)
+        total: Any = experts.sums if direct else torch.ops.qkern.grouped_sum
+        grads[_BIAS] = total(grad, offsets)
     if ctx.needs_input_grad[_A] or ctx.needs_input_grad[_B]:
         reduce: Any = _lora_gradients if direct else torch.ops.qkern.grouped_lora_gradients
         reduce = _differentiable if twice else reduce
@@ -168,14 +198,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grads[_A] = dA if ctx.needs_input_grad[_A] else None
         grads[_B] = dB if ctx.needs_input_grad[_B] else None
     return tuple(grads)
-
-
-def _sum_by_expert(grad: Tensor, offsets: Tensor) -> Tensor:
-    """(E, N): sums of the rows of each expert, in fp32: a product, for its order is fixed."""
-    row = torch.arange(grad.shape[0], device=grad.device)
-    before = row < offsets[:, None]  # (E, M): rows of this expert and of those before it
-    earlier = torch.nn.functional.pad(before, (0, 0, 1, 0))[:-1]
-    return ((before & ~earlier).float() @ grad.float()).to(grad.dtype)
 
 
 def _differentiable(

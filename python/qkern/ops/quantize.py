@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
@@ -192,6 +194,43 @@ def to_parts(
             packed, scales = quantize(values, *kind, nonfinite)
         (absmax, nested_absmax, offset), fmt = _store_scales(scales, fmt)
     return reference.Parts(packed, absmax, nested_absmax, offset), fmt
+
+
+def stack_to_parts(
+    experts: Callable[[], Iterable[Tensor]], fmt: QuantFormat, method: str
+) -> tuple[reference.Parts, QuantFormat]:
+    """``to_parts`` of values that come expert after expert, each of whole blocks: the same bytes.
+
+    Args:
+        experts: makes their values, in order; "search" asks twice.
+        fmt: how the bytes are to be read.
+        method: "absmax" or "search".
+
+    Raises:
+        NonFiniteError: for NaN or infinity, naming the expert.
+    """
+    fmt.check_encodes()
+    kind = (fmt.quant_type, fmt.blocksize)
+    alone, packed, scales = fmt.replace(double_quant=False), [], []
+    for expert, values in enumerate(experts()):
+        try:
+            if method == "search":
+                scales.append(search_scales(values, *kind, None, "error"))
+                continue
+            parts, _ = to_parts(values, alone, method, None, "error")
+        except NonFiniteError as error:
+            msg = f"expert {expert}: {error}"
+            raise NonFiniteError(msg) from error
+        packed.append(parts.packed)
+        scales.append(parts.absmax)
+    (absmax, nested_absmax, offset), fmt = _store_scales(torch.cat(scales), fmt)
+    if method == "search":
+        decoded = absmax
+        if nested_absmax is not None and offset is not None:
+            decoded = reference.dequantize_absmax(absmax, nested_absmax, offset)
+        each = torch.split(decoded, [piece.numel() for piece in scales])
+        packed = [encode(values, own, *kind) for values, own in zip(experts(), each, strict=True)]
+    return reference.Parts(torch.cat(packed), absmax, nested_absmax, offset), fmt
 
 
 def _store_scales(

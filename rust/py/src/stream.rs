@@ -57,6 +57,7 @@ struct DeltaArgument {
     a: Py<PyArray1<f32>>,
     b: Py<PyArray1<f32>>,
     base: String,
+    matrices: usize,
 }
 
 #[derive(FromPyObject)]
@@ -199,7 +200,8 @@ fn convert(py: Python<'_>, job: JobArgument, nested_code: &[f32; 256]) -> PyResu
 
 fn convert_delta(py: Python<'_>, delta: &DeltaArgument) -> PyResult<Delta> {
     let [a, b] = [&delta.a, &delta.b].map(|values| values.bind(py).to_vec());
-    Ok(Delta { a: a?, b: b?, base: named_dtype(py, &delta.base)? })
+    let base = named_dtype(py, &delta.base)?;
+    Ok(Delta { a: a?, b: b?, base, matrices: delta.matrices })
 }
 
 fn convert_source(

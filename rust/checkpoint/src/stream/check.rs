@@ -34,11 +34,17 @@ impl Weight {
         if self.row > LONGEST_ROW {
             return Some(format!("rows of {} values: {LONGEST_ROW} is the most", self.row));
         }
-        if let Some(Delta { a, b, .. }) = &self.delta {
-            let (rank, rows) = (a.len() / self.row.max(1), self.numel / self.row.max(1));
-            if a.len() != rank * self.row || rows.checked_mul(rank) != Some(b.len()) {
-                let (row, a, b) = (self.row, a.len(), b.len());
-                return Some(format!("A of {a} and B of {b} values do not fit {rows} x {row}"));
+        if let Some(delta @ Delta { a, b, matrices, .. }) = &self.delta {
+            let (row, rank, rows) = (self.row, delta.rank(self.row), self.numel / self.row.max(1));
+            let fits = *matrices > 0
+                && rows.is_multiple_of(*matrices)
+                && (rank * row).checked_mul(*matrices) == Some(a.len())
+                && rows.checked_mul(rank) == Some(b.len());
+            if !fits {
+                let (a, b) = (a.len(), b.len());
+                return Some(format!(
+                    "A of {a} and B of {b} values do not fit {rows} x {row} in {matrices} matrices"
+                ));
             }
         }
         if let Some(rows) = self.transposed {

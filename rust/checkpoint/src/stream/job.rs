@@ -221,15 +221,17 @@ pub struct Weight {
 }
 
 /// A product of low rank that is added to a weight: `w[i, j] += sum over r of b[i, r] a[r, j]`, in
-/// fp32.
+/// fp32. Of stacked matrices each has an `a` of its own.
 #[derive(Clone, Debug)]
 pub struct Delta {
-    /// `(rank, row)`, row-major.
+    /// `(matrices, rank, row)`, row-major.
     pub a: Vec<f32>,
     /// `(numel / row, rank)`, row-major, with all factors in it.
     pub b: Vec<f32>,
     /// What a quantized weight is rounded to before: the weight that the adapter was trained on.
     pub base: Dtype,
+    /// How many matrices of the same rows the weight is; 1 if it is one.
+    pub matrices: usize,
 }
 
 impl Weight {

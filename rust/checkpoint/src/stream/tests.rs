@@ -13,6 +13,7 @@ use super::*;
 use memory::{stream, stream_until, Keeper, Memory};
 
 mod blocks;
+mod delta;
 mod faults;
 mod memory;
 mod transposed;
@@ -263,43 +264,6 @@ fn what_was_quantized_is_quantized_anew() {
     let job = weight(values.len(), row, source, target);
     stream(&[job], &input, &output, 2).0.unwrap();
     assert!(output.take()[3..] == [expected.0, expected.1].concat());
-}
-
-#[test]
-fn a_low_rank_product_is_added_before_rounding() {
-    let (row, count, rank) = (1500, 333, 5);
-    let (values, a) = (weights(row * count), weights(rank * row));
-    let b: Vec<f32> = weights(count * rank + 1)[1..].iter().map(|v| 0.01 * v).collect();
-    let base: Vec<bf16> = values.iter().map(|v| bf16::from_f32(*v)).collect();
-    let exact = |n: usize| {
-        let (i, j) = (n / row, n % row);
-        let sum: f64 =
-            (0..rank).map(|r| f64::from(b[i * rank + r]) * f64::from(a[r * row + j])).sum();
-        (f64::from(base[n]) + sum, sum)
-    };
-    let delta = Some(Delta { a: a.clone(), b: b.clone(), base: Dtype::F32 });
-    let target = Target::Dense { dtype: Dtype::F32, at: at(0) };
-    let job = Job::Weight(Box::new(Weight {
-        name: "w".into(),
-        numel: values.len(),
-        row,
-        source: dense(Dtype::Bf16),
-        delta,
-        transposed: None,
-        target,
-    }));
-    let (input, output) =
-        (Memory::new(input(&values, Dtype::Bf16)), Memory::room(4 * values.len()));
-    let (result, done, _) = stream(&[job], &input, &output, 2);
-    result.unwrap();
-    let mut found = vec![0.0f32; values.len()];
-    cast_slice_mut(&mut found).copy_from_slice(&output.take());
-    for (n, found) in found.iter().enumerate() {
-        assert!((f64::from(*found) - exact(n).0).abs() < 1e-6, "{n}");
-    }
-    let squared: f64 = (0..values.len()).map(|n| exact(n).1.powi(2)).sum();
-    let errors = done[0].errors.unwrap_or_default();
-    assert!((errors.squared_delta / squared - 1.0).abs() < 1e-5, "{errors:?} {squared}");
 }
 
 #[test]

@@ -60,7 +60,7 @@ fn codes_are_those_of_the_transpose() {
 fn a_product_is_added_before_codes_and_values_are_written() {
     let (values, rank) = (weights(ROWS * ROW), 3);
     let (a, b) = (weights(rank * ROW), weights(rank * ROWS));
-    let delta = || Some(Delta { a: a.clone(), b: b.clone(), base: Dtype::F32 });
+    let delta = || Some(Delta { a: a.clone(), b: b.clone(), base: Dtype::F32, matrices: 1 });
     let source = Memory::new(input(&values, Dtype::F32));
     let dense_target = || Target::Dense { dtype: Dtype::F32, at: at(0) };
     let run = |job: Job, len: usize| {
