@@ -82,7 +82,8 @@ fn dense<T: Element, P: Term>(
     let weight = &Weight { scales: Scales::Plain(&scales), ..*weight };
     for (block, dx) in dx.chunks_mut((TOKENS * cols).max(1)).enumerate() {
         let tokens = block * TOKENS..block * TOKENS + dx.len() / cols;
-        let grad = Grad::<P>::new(engine, grad.range(tokens.start * rows..tokens.end * rows), rows)?;
+        let grad =
+            Grad::<P>::new(engine, grad.range(tokens.start * rows..tokens.end * rows), rows)?;
         let adapter =
             adapter.map(|(g, a, rank)| (&g[tokens.start * rank..tokens.end * rank], a, rank));
         let work = rows.saturating_mul(cols).saturating_mul(tokens.len().div_ceil(4));
@@ -97,7 +98,10 @@ fn dense<T: Element, P: Term>(
 }
 
 /// The scales of all blocks: strips take a few of each row, which are slow to decode one by one.
-pub(crate) fn all_scales<'a>(engine: Engine, weight: &Weight<'a>) -> Result<Cow<'a, [f32]>, CodecError> {
+pub(crate) fn all_scales<'a>(
+    engine: Engine,
+    weight: &Weight<'a>,
+) -> Result<Cow<'a, [f32]>, CodecError> {
     /// Scales of a job.
     const JOB: usize = 1 << 13;
     if let Scales::Plain(scales) = weight.scales {

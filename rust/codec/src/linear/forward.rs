@@ -6,7 +6,6 @@ use crate::error::CodecError;
 use crate::layout::check_len;
 use crate::linear::adapter::{Factors, Floats, Lora};
 use crate::linear::dense;
-use crate::linear::dense::terms::{Products, Term};
 use crate::linear::epilogue::Epilogue;
 use crate::linear::matvec;
 use crate::linear::weight::Weight;
@@ -22,9 +21,9 @@ pub enum Compute {
     /// x rounded to 8 bits, and W where this is faster; as `Exact` where no body has such products.
     ///
     /// One token has a scale for each 64 values, a relative error (root mean square) of 5.5e-3 on
-    /// Gaussian values, 1.8e-2 with every 512th value 50 times as large. More tokens on tiles have
-    /// one scale each, and W one for each 1024 columns of a row: 1.2e-2 on Gaussian values. That
-    /// of NF4 codes is 9e-2.
+    /// Gaussian values, 1.8e-2 with every 512th value 50 times as large. More tokens on tiles, and
+    /// three or more in AVX-512, have one scale each, and W one for each 1024 columns of a row:
+    /// 1.2e-2 on Gaussian values. That of NF4 codes is 9e-2.
     Int8,
 }
 
@@ -79,34 +78,41 @@ pub fn linear(
             return (tiles.forward)(engine, product, weight, &epilogue, y);
         }
     }
-    if matvec::serves(tokens, weight) {
+    let int8 = engine.bodies.int8.filter(|_| compute == Compute::Int8 && weight.cols > 0);
+    let pairs = engine.bodies.pairs.filter(|_| matches!(x, Values::Bf16(_)));
+    let most = if int8.is_some() { matvec::int8::FEW } else { matvec::MAX_TOKENS };
+    if matvec::serves(tokens, weight) && tokens <= most {
         let epilogue = Epilogue::new(engine, x, weight, bias, lora)?;
         let x = Floats::new(engine.bodies, x);
         return with_slice!(y, ValuesMut, y => {
             matvec::multiply(engine, &x, weight, compute, &epilogue, y)
         });
     }
-    with_slice!(y, ValuesMut, y => match (x, engine.bodies.pairs) {
-        (Values::Bf16(_), Some(pairs)) => by_panels(engine, pairs, x, weight, bias, lora, y),
-        _ => by_panels(engine, engine.bodies.floats, x, weight, bias, lora, y),
+    with_slice!(y, ValuesMut, y => {
+        by_blocks(engine, x, weight, bias, lora, y, |x, epilogue, y| {
+            match (int8, pairs) {
+                (Some(int8), _) => int8(engine, x, weight, epilogue, Element::values_mut(y)),
+                (_, Some(pairs)) => dense::forward::run(engine, pairs, x, weight, epilogue, y),
+                _ => dense::forward::run(engine, engine.bodies.floats, x, weight, epilogue, y),
+            }
+        })
     })
 }
 
-/// By decoded panels, some tokens at a time.
-fn by_panels<T: Element, P: Term>(
+/// Some tokens at a time: `run` takes them, what is added to their products, and their rows of y.
+fn by_blocks<T: Element>(
     engine: Engine,
-    products: Products<P>,
     x: Values<'_>,
     weight: &Weight<'_>,
     bias: Option<&[f32]>,
     lora: Option<&Factors<'_>>,
     y: &mut [T],
+    run: impl Fn(Values<'_>, &Epilogue<'_>, &mut [T]) -> Result<(), CodecError>,
 ) -> Result<(), CodecError> {
     for (block, y) in y.chunks_mut(dense::forward::TOKENS * weight.rows).enumerate() {
         let first = block * dense::forward::TOKENS * weight.cols;
         let x = x.range(first..first + y.len() / weight.rows * weight.cols);
-        let epilogue = Epilogue::new(engine, x, weight, bias, lora)?;
-        dense::forward::run(engine, products, x, weight, &epilogue, y)?;
+        run(x, &Epilogue::new(engine, x, weight, bias, lora)?, y)?;
     }
     Ok(())
 }

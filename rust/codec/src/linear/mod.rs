@@ -19,6 +19,9 @@ mod adapter;
 #[cfg(target_arch = "x86_64")]
 #[allow(unsafe_code)]
 pub(crate) mod amx;
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code)]
+pub(crate) mod avx512;
 mod backward;
 pub(crate) mod dense;
 mod epilogue;

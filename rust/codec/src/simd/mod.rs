@@ -50,6 +50,7 @@ pub struct Bodies {
     pub(crate) floats: Products<f32>,
     pub(crate) pairs: Option<Products<Pair>>,
     pub(crate) decode_pairs: Option<&'static DecodePairs>,
+    pub(crate) int8: Option<Int8Fn>,
     pub(crate) round: RoundFn,
     pub(crate) matvec: &'static Matvec,
     pub(crate) tiles: Option<&'static Tiles>,
@@ -92,6 +93,9 @@ type TileGradientFn =
 /// x, weight, what is added -> y.
 type TileForwardFn =
     fn(Engine, TileInput<'_>, &Weight<'_>, &Epilogue<'_>, ValuesMut<'_>) -> Result<(), CodecError>;
+/// x to be rounded to 8 bits, as the weight will be, what is added -> y.
+type Int8Fn =
+    fn(Engine, Values<'_>, &Weight<'_>, &Epilogue<'_>, ValuesMut<'_>) -> Result<(), CodecError>;
 /// dY, weight, adapter -> dX.
 type TileBackwardFn =
     fn(Engine, &[bf16], &Weight<'_>, Option<Adapter<'_>>, ValuesMut<'_>) -> Result<(), CodecError>;
@@ -209,6 +213,7 @@ const SCALAR_BODIES: Bodies = Bodies {
     floats: Products { nt: dense::scalar::nt, nn: dense::scalar::nn },
     pairs: None,
     decode_pairs: None,
+    int8: None,
     round: dense::scalar::round,
     matvec: &matvec::scalar::MATVEC,
     tiles: None,
@@ -241,7 +246,10 @@ mod tests {
     fn other_names_are_refused_with_the_choice_there_is() {
         let error = Bodies::named("sse2", VARIABLE).unwrap_err().to_string();
         assert!(error.starts_with("QKERN_SIMD names the SIMD body \"sse2\""), "{error}");
-        assert!(error.ends_with("allowed are amx, avx512_bf16, avx512, avx2, neon, scalar"), "{error}");
+        assert!(
+            error.ends_with("allowed are amx, avx512_bf16, avx512, avx2, neon, scalar"),
+            "{error}"
+        );
         for name in KNOWN {
             if !available().iter().any(|bodies| bodies.name() == name) {
                 let error = Bodies::named(name, VARIABLE).unwrap_err().to_string();

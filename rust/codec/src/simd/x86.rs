@@ -107,6 +107,10 @@ const AVX512_BODIES: Bodies = Bodies {
     },
     pairs: None,
     decode_pairs: None,
+    int8: Some(|e, x, w, l, y| {
+        // SAFETY: as above.
+        with_slice!(y, ValuesMut, y => unsafe { dense::avx512::int8::forward(e, x, w, l, y) })
+    }),
     // SAFETY: as above.
     transpose: |s| unsafe { dense::convert_avx512::transpose(s) },
     // SAFETY: as above.
@@ -152,6 +156,7 @@ static AVX2: Bodies = Bodies {
     },
     pairs: None,
     decode_pairs: None,
+    int8: None,
     transpose: dense::scalar::transpose,
     // SAFETY: as above.
     widen: |v, f| unsafe { dense::convert_avx2::widen(v, f) },

@@ -9,11 +9,11 @@ use std::ops::Range;
 use half::bf16;
 
 use crate::error::CodecError;
-use crate::linear::amx::decode::{PairDecoder, TileRows};
 use crate::linear::amx::forward::GROUPS;
 use crate::linear::amx::tiles::{Stack, Tiles, LINES, TOKENS};
 use crate::linear::amx::transpose::write_interleaved;
 use crate::linear::amx::work;
+use crate::linear::avx512::decode::{PairDecoder, TileRows};
 use crate::linear::backward::{all_scales, copy_columns, Adapter};
 use crate::linear::strips::{self, Strip};
 use crate::linear::weight::{Codes, Weight};

@@ -9,12 +9,12 @@ use std::ops::Range;
 use half::bf16;
 
 use crate::error::CodecError;
-use crate::linear::amx::decode::{Decoder, Rows, TileRows, CHUNK_BYTES, TILES_PER_CHUNK};
-use crate::linear::amx::nibbles::Nibbles;
 use crate::linear::amx::pack::{Order, Packed, CHUNK_LINES};
 use crate::linear::amx::tiles::{Stack, Tiles, LINES, TOKENS};
 use crate::linear::amx::transpose::write_transposed;
 use crate::linear::amx::work;
+use crate::linear::avx512::decode::{Decoder, Rows, TileRows, CHUNK_BYTES, TILES_PER_CHUNK};
+use crate::linear::avx512::nibbles::Nibbles;
 use crate::linear::epilogue::Epilogue;
 use crate::linear::strips;
 use crate::linear::weight::Weight;

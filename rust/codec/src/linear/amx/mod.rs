@@ -12,11 +12,9 @@
 //! numbers as zero.
 
 mod backward;
-mod decode;
 mod forward;
 mod int8;
 mod lora;
-mod nibbles;
 mod pack;
 mod tiles;
 mod transpose;

@@ -5,9 +5,9 @@ use std::arch::x86_64::*;
 use half::bf16;
 
 use crate::error::CodecError;
-use crate::linear::amx::decode::{CHUNK, TILES_PER_CHUNK};
 use crate::linear::amx::tiles::{LINES, TOKENS};
 use crate::linear::amx::transpose::transpose;
+use crate::linear::avx512::decode::{CHUNK, TILES_PER_CHUNK};
 use crate::parallel;
 use crate::scratch::{Line, Scratch};
 use crate::simd::Engine;

@@ -21,26 +21,32 @@ pub(crate) type Pair = [bf16; 2];
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Products<P: 'static> {
     /// x, w, terms of a row, sums.
-    pub(crate) nt: fn(&[P], &[P], usize, &mut [f32]),
+    pub(crate) nt: NtFn<P>,
     /// x, w, columns of w, sums, and what is needed next.
-    pub(crate) nn: fn(&[P], &[P], usize, &mut [f32], &[P]),
+    pub(crate) nn: NnFn<P>,
 }
+
+type NtFn<P> = fn(&[P], &[P], usize, &mut [f32]);
+type NnFn<P> = fn(&[P], &[P], usize, &mut [f32], &[P]);
 
 /// Columns of a sliver of a panel: what meets a vector or two of sums.
 pub(crate) const SLIVER: usize = 32;
 
-/// A term of a sum.
-pub(crate) trait Term: Plain + Send + Sync {
-    /// Values of a term.
+/// What 32 bits of a vector hold.
+pub(crate) trait Lane: Plain + Send + Sync {
+    /// Values of a lane.
     const VALUES: usize;
     /// No value.
     const ZERO: Self;
 
+    /// Turns 16 rows of 16 lanes into columns.
+    fn transpose(bodies: &'static Bodies, square: &mut [[Self; 16]; 16]);
+}
+
+/// A term of a sum in fp32.
+pub(crate) trait Term: Lane {
     /// Writes values as they are multiplied.
     fn lay_out(bodies: &'static Bodies, values: Values<'_>, to: &mut [Self]);
-
-    /// Turns 16 rows of 16 terms into columns.
-    fn transpose(bodies: &'static Bodies, square: &mut [[Self; 16]; 16]);
 
     /// Writes a piece of a weight, rounded to `T`, as (rows, terms of columns).
     fn decode<T: Element>(
@@ -63,20 +69,22 @@ pub(crate) trait Term: Plain + Send + Sync {
 }
 
 /// Terms of so many values.
-pub(crate) fn terms<P: Term>(values: usize) -> usize {
+pub(crate) fn terms<P: Lane>(values: usize) -> usize {
     values.div_ceil(P::VALUES)
 }
 
-impl Term for f32 {
+impl Lane for f32 {
     const VALUES: usize = 1;
     const ZERO: Self = 0.0;
 
-    fn lay_out(bodies: &'static Bodies, values: Values<'_>, to: &mut [Self]) {
-        (bodies.widen)(values, to);
-    }
-
     fn transpose(bodies: &'static Bodies, square: &mut [[Self; 16]; 16]) {
         (bodies.transpose)(square);
+    }
+}
+
+impl Term for f32 {
+    fn lay_out(bodies: &'static Bodies, values: Values<'_>, to: &mut [Self]) {
+        (bodies.widen)(values, to);
     }
 
     fn decode<T: Element>(
@@ -112,11 +120,41 @@ fn scatter<P: Copy>(terms: &[P], height: usize, row: usize, slivers: &mut [P]) {
     }
 }
 
-/// For values and weights in bfloat16 alone.
-impl Term for Pair {
+impl Lane for Pair {
     const VALUES: usize = 2;
     const ZERO: Self = [bf16::ZERO; 2];
 
+    fn transpose(bodies: &'static Bodies, square: &mut [[Self; 16]; 16]) {
+        let bits = |[low, high]: Self| u32::from(low.to_bits()) | u32::from(high.to_bits()) << 16;
+        let pair = |bits: u32| [bits as u16, (bits >> 16) as u16].map(bf16::from_bits);
+        transpose_bits(bodies, square, bits, pair);
+    }
+}
+
+/// Bytes without signs.
+impl Lane for [u8; 4] {
+    const VALUES: usize = 4;
+    const ZERO: Self = [0; 4];
+
+    fn transpose(bodies: &'static Bodies, square: &mut [[Self; 16]; 16]) {
+        transpose_bits(bodies, square, u32::from_le_bytes, u32::to_le_bytes);
+    }
+}
+
+/// Turns a square whose lanes are anything: its bits travel as floats, which are moved alone.
+fn transpose_bits<L: Copy>(
+    bodies: &'static Bodies,
+    square: &mut [[L; 16]; 16],
+    to_bits: impl Fn(L) -> u32,
+    from_bits: impl Fn(u32) -> L,
+) {
+    let mut floats = square.map(|row| row.map(|lane| f32::from_bits(to_bits(lane))));
+    (bodies.transpose)(&mut floats);
+    *square = floats.map(|row| row.map(|float| from_bits(float.to_bits())));
+}
+
+/// For values and weights in bfloat16 alone.
+impl Term for Pair {
     fn lay_out(_: &'static Bodies, values: Values<'_>, to: &mut [Self]) {
         let Values::Bf16(values) = values else { unreachable!("pairs are of bfloat16") };
         let (pairs, rest) = values.as_chunks();
@@ -124,14 +162,6 @@ impl Term for Pair {
         if let [last] = rest {
             to[pairs.len()] = [*last, bf16::ZERO];
         }
-    }
-
-    fn transpose(bodies: &'static Bodies, square: &mut [[Self; 16]; 16]) {
-        let bits = |[low, high]: Pair| u32::from(low.to_bits()) | u32::from(high.to_bits()) << 16;
-        let mut floats = square.map(|row| row.map(|pair| f32::from_bits(bits(pair))));
-        (bodies.transpose)(&mut floats);
-        let halves = |bits: u32| [bits as u16, (bits >> 16) as u16].map(bf16::from_bits);
-        *square = floats.map(|row| row.map(|float| halves(float.to_bits())));
     }
 
     fn decode<T: Element>(

@@ -1,4 +1,4 @@
-//! Tokens laid out for products with many rows of a weight, as terms.
+//! Tokens laid out for products with many rows of a weight, as terms of sums.
 //!
 //! ```text
 //! piece of columns 0 | sliver 0: (terms, 32) | sliver 1 ... | the rest: (tokens, terms) |
@@ -11,7 +11,7 @@
 use std::ops::Range;
 
 use crate::error::CodecError;
-use crate::linear::dense::terms::{terms, Term};
+use crate::linear::dense::terms::{terms, Lane, Term};
 use crate::parallel;
 use crate::scratch::Scratch;
 use crate::simd::{Bodies, Engine};
@@ -27,7 +27,7 @@ const SIDE: usize = 16;
 pub(crate) type Sliver<'a, P> = (&'a [P], usize, &'a [P]);
 
 /// Tokens in slivers, by pieces of columns.
-pub(crate) struct Tokens<P: Term> {
+pub(crate) struct Tokens<P: Lane> {
     /// The columns of each piece.
     pub(crate) pieces: Vec<Range<usize>>,
     /// The tokens of each sliver, and its width: there may be fewer.
@@ -54,6 +54,21 @@ impl<P: Term> Tokens<P> {
         (count, cols): (usize, usize),
         pieces: Vec<Range<usize>>,
     ) -> Result<Self, CodecError> {
+        Self::of_rows(engine, (count, cols), pieces, |token, columns, to| {
+            let values = token * cols + columns.start..token * cols + columns.end;
+            P::lay_out(engine.bodies, x.range(values), to);
+        })
+    }
+}
+
+impl<P: Lane> Tokens<P> {
+    /// Lays out rows that `write` writes: of a token, some columns, as terms.
+    pub(crate) fn of_rows(
+        engine: Engine,
+        (count, cols): (usize, usize),
+        pieces: Vec<Range<usize>>,
+        write: impl Fn(usize, Range<usize>, &mut [P]) + Sync,
+    ) -> Result<Self, CodecError> {
         let mut slivers = Vec::new();
         let mut next = 0;
         while count - next > REST {
@@ -79,8 +94,8 @@ impl<P: Term> Tokens<P> {
                 jobs.push(Job { columns: columns.clone(), tokens, width, to });
             }
         }
-        parallel::for_each(x.len(), engine, jobs.into_iter(), |job| {
-            lay_out(engine.bodies, x, cols, job);
+        parallel::for_each(count * cols, engine, jobs.into_iter(), |job| {
+            lay_out(engine.bodies, &write, job);
         })?;
         Ok(this)
     }
@@ -100,13 +115,16 @@ impl<P: Term> Tokens<P> {
     }
 }
 
-fn lay_out<P: Term>(bodies: &'static Bodies, x: Values<'_>, cols: usize, job: Job<'_, P>) {
+fn lay_out<P: Lane>(
+    bodies: &'static Bodies,
+    write: impl Fn(usize, Range<usize>, &mut [P]),
+    job: Job<'_, P>,
+) {
     let Job { columns, tokens, width, to } = job;
-    let row = |token: usize| x.range(token * cols + columns.start..token * cols + columns.end);
     let len = terms::<P>(columns.len());
     if width == 0 {
         for (token, to) in tokens.zip(to.chunks_exact_mut(len)) {
-            P::lay_out(bodies, row(token), to);
+            write(token, columns.clone(), to);
         }
         return;
     }
@@ -114,7 +132,7 @@ fn lay_out<P: Term>(bodies: &'static Bodies, x: Values<'_>, cols: usize, job: Jo
     for (side, first) in (0..width).step_by(SIDE).zip(tokens.clone().step_by(SIDE)) {
         let count = (tokens.end - first).min(SIDE);
         for (token, to) in (first..first + count).zip(room.chunks_exact_mut(len)) {
-            P::lay_out(bodies, row(token), to);
+            write(token, columns.clone(), to);
         }
         room[count * len..].fill(P::ZERO);
         turn(bodies, (&room, len), (&mut to[side..], width), (SIDE, len));
@@ -122,7 +140,7 @@ fn lay_out<P: Term>(bodies: &'static Bodies, x: Values<'_>, cols: usize, job: Jo
 }
 
 /// Writes a matrix of `rows` by `cols` turned; of both, the distance of rows is given.
-pub(crate) fn turn<P: Term>(
+pub(crate) fn turn<P: Lane>(
     bodies: &'static Bodies,
     (from, from_stride): (&[P], usize),
     (to, to_stride): (&mut [P], usize),

@@ -16,14 +16,15 @@ mod source;
 use std::arch::x86_64::*;
 
 use crate::error::CodecError;
-use crate::linear::amx::decode::{ByteDecoder, TileRows, CHUNK_BYTES};
 use crate::linear::amx::forward::{width, FEW, PAIR};
 use crate::linear::amx::int8::pack::Packed;
-use crate::linear::amx::int8::source::{Scaled, Source};
-use crate::linear::amx::nibbles::Nibbles;
+use crate::linear::amx::int8::source::Source;
 use crate::linear::amx::tiles::{Stack, Tiles, LINES, TOKENS};
 use crate::linear::amx::transpose::write_transposed;
 use crate::linear::amx::work;
+use crate::linear::avx512::bytes::{Scaled, PART};
+use crate::linear::avx512::decode::{ByteDecoder, TileRows, CHUNK_BYTES};
+use crate::linear::avx512::nibbles::Nibbles;
 use crate::linear::epilogue::Epilogue;
 use crate::linear::strips;
 use crate::linear::weight::Weight;
@@ -34,8 +35,6 @@ use crate::values::{Element, Values};
 use crate::x86::avx512::{load, load_f32, store};
 use crate::x86::prefetch_l2;
 
-/// Columns with one scale in each row of W, in chunks.
-const PART: usize = 8;
 /// Tiles of a chunk.
 const TILES: usize = 2;
 
@@ -81,7 +80,7 @@ unsafe fn strip_sums(
 ) {
     let rows = source.rows.len();
     let (pairs, groups) = (rows.div_ceil(PAIR), tokens.div_ceil(FEW));
-    let scaled = source.scaled(x.chunks);
+    let scaled = Scaled::new(source.weight, source.nibbles, source.rows.clone());
     let mut sums = Scratch::<f32>::new(tokens.min(FEW) * rows);
     // SAFETY: the caller vouches for the tiles.
     let tiles = unsafe { Tiles::configure() };

@@ -4,16 +4,17 @@ use std::arch::x86_64::*;
 
 use crate::error::CodecError;
 use crate::linear::adapter::Floats;
-use crate::linear::amx::decode::CHUNK;
 use crate::linear::amx::int8::TILES;
 use crate::linear::amx::pack::groups;
 use crate::linear::amx::tiles::{LINES, TOKENS};
 use crate::linear::amx::transpose::transpose;
+use crate::linear::avx512::bytes::to_bytes;
+use crate::linear::avx512::decode::CHUNK;
 use crate::parallel;
 use crate::scratch::{Line, Scratch};
 use crate::simd::Engine;
 use crate::values::Values;
-use crate::x86::avx512::{load, load_f32, store};
+use crate::x86::avx512::{load, store};
 
 /// Tokens as bytes in right-hand tiles: for each 16, for each chunk of 128 columns, two tiles.
 pub(super) struct Packed {
@@ -96,21 +97,4 @@ pub(super) unsafe fn pack_group<'a>(
             }
         }
     }
-}
-
-/// Up to 128 values times `factor`, rounded to bytes with signs.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-pub(super) fn to_bytes(values: &[f32], factor: f32) -> [u8; CHUNK] {
-    let mut room = [0.0; CHUNK];
-    room[..values.len()].copy_from_slice(values);
-    let mut bytes = [0; CHUNK];
-    let factor = _mm512_set1_ps(factor);
-    for (to, from) in bytes.as_chunks_mut::<16>().0.iter_mut().zip(room.as_chunks().0) {
-        let rounded = _mm512_cvtps_epi32(_mm512_mul_ps(load_f32(from), factor));
-        let narrow = _mm512_cvtsepi32_epi8(rounded);
-        // SAFETY: the array is 16 bytes long; the store takes any alignment.
-        unsafe { _mm_storeu_si128(to.as_mut_ptr().cast(), narrow) };
-    }
-    bytes
 }

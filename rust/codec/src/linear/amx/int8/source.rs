@@ -2,15 +2,14 @@
 
 use std::ops::Range;
 
-use crate::linear::amx::decode::{ByteDecoder, Rows, TileRows, CHUNK, CHUNK_BYTES};
 use crate::linear::amx::forward::PAIR;
-use crate::linear::amx::int8::pack::to_bytes;
-use crate::linear::amx::int8::{PART, TILES};
-use crate::linear::amx::nibbles::Nibbles;
+use crate::linear::amx::int8::TILES;
 use crate::linear::amx::tiles::LINES;
-use crate::linear::matvec::scales_avx512::write_scales;
-use crate::linear::weight::{Codes, Weight};
-use crate::scratch::{Line, Scratch};
+use crate::linear::avx512::bytes::{to_bytes, Scaled, PART};
+use crate::linear::avx512::decode::{ByteDecoder, Rows, TileRows, CHUNK, CHUNK_BYTES};
+use crate::linear::avx512::nibbles::Nibbles;
+use crate::linear::weight::Weight;
+use crate::scratch::Line;
 use crate::simd::Bodies;
 use crate::values::ValuesMut;
 use crate::x86::prefetch_l2;
@@ -23,62 +22,7 @@ pub(super) struct Source<'a> {
     pub(super) rows: Range<usize>,
 }
 
-/// What the bytes of a strip stand for.
-pub(super) struct Scaled {
-    /// For each row and part: what its bytes are multiplied by.
-    pub(super) steps: Vec<f32>,
-    /// For each row and 64 columns: what the codes of a block are multiplied by to give bytes.
-    pub(super) factors: Scratch<f32>,
-    pub(super) parts: usize,
-}
-
-impl Scaled {
-    /// Of a row; of rows after the last, any number.
-    #[inline(always)]
-    pub(super) fn step(&self, row: usize, part: usize) -> f32 {
-        self.steps.get(row * self.parts + part).copied().unwrap_or(0.0)
-    }
-}
-
 impl Source<'_> {
-    /// Scales of parts, from those of blocks.
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-    pub(super) fn scaled(&self, chunks: usize) -> Scaled {
-        let parts = chunks.div_ceil(PART);
-        let mut steps = vec![0.0; self.rows.len() * parts];
-        if let Some(nibbles) = self.nibbles {
-            let largest = nibbles.table.iter().fold(0.0_f32, |a, v| a.max(v.abs()));
-            let mut factors = nibbles.scales(self.rows.clone(), chunks);
-            for (steps, row) in steps.chunks_mut(parts).zip(factors.chunks_mut(2 * chunks)) {
-                for (step, scales) in steps.iter_mut().zip(row.chunks_mut(2 * PART)) {
-                    *step = magnitude(scales) * largest / 127.0;
-                    let inverse = if *step > 0.0 { 1.0 / *step } else { 0.0 };
-                    for scale in scales {
-                        *scale *= inverse;
-                    }
-                }
-            }
-            return Scaled { steps, factors, parts };
-        }
-        let Weight { cols, blocksize, scales, codes, .. } = *self.weight;
-        let largest = match codes {
-            Codes::FourBit { table, .. } => table.iter().fold(0.0_f32, |a, v| a.max(v.abs())),
-            Codes::Int8(_) => 1.0,
-        };
-        let mut room = Vec::new();
-        for (row, steps) in self.rows.clone().zip(steps.chunks_mut(parts)) {
-            for (part, step) in steps.iter_mut().enumerate() {
-                let first = row * cols + part * PART * CHUNK;
-                let last = (first + PART * CHUNK).min((row + 1) * cols);
-                let blocks = first / blocksize..last.div_ceil(blocksize);
-                room.resize(blocks.len(), 0.0);
-                write_scales(&scales, blocks.start, &mut room);
-                *step = magnitude(&room) * largest / 127.0;
-            }
-        }
-        Scaled { steps, factors: Scratch::new(0), parts }
-    }
-
     /// The codes of the rows, with the factors of their chunks.
     #[inline(always)]
     pub(super) fn codes<'a>(
@@ -150,11 +94,4 @@ impl Source<'_> {
             }
         }
     }
-}
-
-/// The largest magnitude; NaN if there is one.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-pub(super) fn magnitude(scales: &[f32]) -> f32 {
-    f32::from_bits(scales.iter().map(|scale| scale.abs().to_bits()).max().unwrap_or(0))
 }

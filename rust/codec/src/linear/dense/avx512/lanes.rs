@@ -83,6 +83,8 @@ macro_rules! impl_lanes {
                 rows: [__m512; 2],
                 [sum0, sum1]: [&mut __m512; 2],
             ) {
+                // Not `_`, for which a register of another kind may be named.
+                let _lane: __m512;
                 // SAFETY: as above.
                 unsafe {
                     asm!(
@@ -95,7 +97,7 @@ macro_rules! impl_lanes {
                         row1 = in(zmm_reg) rows[1],
                         sum0 = inout(zmm_reg) *sum0,
                         sum1 = inout(zmm_reg) *sum1,
-                        lane = out(zmm_reg) _,
+                        lane = out(zmm_reg) _lane,
                         options(pure, readonly, nostack, preserves_flags),
                     );
                 }

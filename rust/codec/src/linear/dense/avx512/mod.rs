@@ -5,6 +5,7 @@
 //! neighbours along k.
 
 pub(crate) mod decode;
+pub(crate) mod int8;
 pub(crate) mod lanes;
 
 use std::arch::x86_64::*;
@@ -143,7 +144,9 @@ impl<L: Lanes> Tile<'_, L> {
                 let lanes = if v == last { self.mask } else { u16::MAX };
                 let place = r * self.n + v * LANES;
                 // SAFETY: row r of the sums, whose columns here the caller vouches for.
-                let sum = unsafe { L::join(load(sums, place, lanes), sum) };
+                let before = unsafe { load(sums, place, lanes) };
+                // SAFETY: as the caller says of the instruction.
+                let sum = unsafe { L::join(before, sum) };
                 // SAFETY: as above.
                 unsafe { _mm512_mask_storeu_ps(sums.wrapping_add(place), lanes, sum) };
             }
@@ -321,14 +324,16 @@ unsafe fn sum_of_each<L: Lanes>(vectors: &[__m512; 16]) -> __m512 {
     // Halve 16 vectors to 8, 4, 2, 1: each step pairs two vectors, half the lanes from each.
     let halves: [__m512; 8] = core::array::from_fn(|i| {
         let (a, b) = (vectors[2 * i], vectors[2 * i + 1]);
+        let (low, high) = (_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
         // SAFETY: passed on.
-        unsafe { L::join(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)) }
+        unsafe { L::join(low, high) }
     });
     let quarters: [__m512; 4] = core::array::from_fn(|i| {
         let (a, b) = (_mm512_castps_pd(halves[2 * i]), _mm512_castps_pd(halves[2 * i + 1]));
         let (low, high) = (_mm512_unpacklo_pd(a, b), _mm512_unpackhi_pd(a, b));
+        let (low, high) = (_mm512_castpd_ps(low), _mm512_castpd_ps(high));
         // SAFETY: passed on.
-        unsafe { L::join(_mm512_castpd_ps(low), _mm512_castpd_ps(high)) }
+        unsafe { L::join(low, high) }
     });
     let eighths: [__m512; 2] = core::array::from_fn(|i| {
         // SAFETY: passed on.

@@ -27,6 +27,9 @@ use crate::quantize_int8::quantize_int8;
 use crate::simd::{Bodies, Engine};
 use crate::values::{NonFinite, Values};
 
+/// Tokens up to which this is faster than products of whole panels, where a body has these in 8 bits.
+pub(crate) const FEW: usize = 2;
+
 /// Values of x that share a step.
 pub(crate) const BLOCK: usize = 64;
 /// Values that an AVX-512 body multiplies together.

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::linear::amx::decode::CHUNK;
+use crate::linear::avx512::decode::CHUNK;
 use crate::linear::matvec::scales_avx512::write_scales;
 use crate::linear::weight::{Codes, Weight};
 use crate::scratch::Scratch;
