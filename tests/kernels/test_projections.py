@@ -10,6 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 from forced_device import error, multiply_densely, send_to_kernels, weight_of
+from kernel_device import DEVICE
 from kernel_memory import guarded
 from kernel_products import Product, product, worst_error
 
@@ -253,10 +254,10 @@ def test_under_autocast_operands_are_cast_once(monkeypatch: pytest.MonkeyPatch) 
     x = torch.randn(3, 64, requires_grad=True)
     send_to_kernels(monkeypatch)
     multiply_densely(monkeypatch)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         outputs = ops.projections(x, layers)
     alone = []
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         alone = [ops.linear(x, *layer) for layer in layers]
     for y, right in zip(outputs, alone, strict=True):
         assert y.dtype == BF16
