@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qkern.errors import DeviceError, DTypeError, ShapeError
 from qkern.formats import QuantFormat, dynamic_code
+from qkern.kernels import lasting
 from qkern.kernels.rounding import INTERPRETED, VERSION
 
 # Options of every launch: a product that is fused into a sum is rounded once instead of twice.
@@ -232,11 +233,11 @@ def counters(device: torch.device, count: int) -> Tensor:
 
 @functools.lru_cache(maxsize=256)
 def _counters(device: torch.device, stream: int) -> Tensor:
-    return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+    return lasting(device, lambda: torch.zeros(COUNTERS, dtype=torch.int32, device=device))
 
 
 @functools.lru_cache(maxsize=64)
 def tables_of(code: tuple[float, ...] | None, device: torch.device) -> Tensor:
     """fp32 (272,): the values of 4-bit codes (zeros for None), then those of 8-bit scales."""
     values = (*(code or (0.0,) * 16), *dynamic_code())
-    return torch.tensor(values, dtype=torch.float32, device=device)
+    return lasting(device, lambda: torch.tensor(values, dtype=torch.float32, device=device))
