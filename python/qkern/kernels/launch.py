@@ -197,6 +197,7 @@ def lookup(device: torch.device) -> str:
     return "shuffle" if is_nvidia and not INTERPRETED.value else "table"
 
 
+@functools.lru_cache(maxsize=64)
 def arch(device: torch.device) -> str:
     """The name of a device's architecture in ``aot.ARCHS``; "" for those without one."""
     if device.type != "cuda":
