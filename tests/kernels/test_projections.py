@@ -285,3 +285,6 @@ def test_the_operators_pass_torchs_own_checks(monkeypatch: pytest.MonkeyPatch) -
     for needs in ([True, True], [False, True], [True, False]):
         backward = (grads, [0], x.detach(), h, *weights, *adapters, 64, needs)
         torch.library.opcheck(backward_operator, backward, test_utils=checks)
+    columns = [[t.mT.contiguous().mT for t in each] for each in adapters[:2]]
+    backward = (grads, [0], x.detach(), h, *weights, *columns, *adapters[2:], 64, [True, True])
+    torch.library.opcheck(backward_operator, backward, test_utils=checks)
