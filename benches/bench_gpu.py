@@ -1,12 +1,14 @@
 """The GPU side beside other packages and the limits of the device.
 
 python benches/bench_gpu.py [--stages linear,train] [--budget 540] [--out FILE] [--no-peers]
+                            [--resume FILE]
 python benches/bench_gpu.py --quick --device cpu
 
 Kernels are compiled by several processes first. Cells then run in the order of their importance
-until the budget (seconds) is spent; results are on disk after each. Every engine is checked against
-fp64 before it is timed; engines take turns; weights rotate through several times the L2; short
-calls are replayed as CUDA graphs. Peers that are missing are listed with the reason. Stages:
+until the budget (seconds) is spent; results are on disk after each, and --resume goes on from them.
+Every engine is checked against fp64 before it is timed; engines take turns; weights rotate through
+several times the L2; calls are replayed as CUDA graphs where they can be captured. Peers that are
+missing are listed with the reason. Stages:
 
 ceilings  copy, read, bf16 products, launches
 checks    each operation on ragged shapes against fp64 and the host's bytes
@@ -44,6 +46,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-peers", action="store_true", help="qkern and torch alone")
     parser.add_argument("--budget", type=float, default=540.0, help="seconds for all")
     parser.add_argument("--out", type=Path, help="results/gpu.json unless --quick")
+    parser.add_argument("--resume", type=Path, help="results whose cells are not run again")
     parser.add_argument("--workers", type=int, default=0, help="that compile; 0: by cores")
     parser.add_argument("--worker", type=float, default=None, help=argparse.SUPPRESS)
     parser.add_argument("--compile", default="", help=argparse.SUPPRESS)
@@ -109,6 +112,10 @@ def measure(options: argparse.Namespace, plan: object, start: float) -> int:
         content["meaning"] = "tiny cases, to see that all runs: no time here means anything"
     content["machine"] = gpu_device.facts(plan.device)
     content["before"] = gpu_device.state(plan.device)
+    if options.resume is not None:
+        why_not = results.resume(options.resume)
+        done = f"not resumed: {why_not}" if why_not else f"{len(content['done'])} cells are done"
+        print(f"{options.resume}: {done}", flush=True)
     results.save()
     if plan.quick:
         work(plan, options.stages, results, deadline)

@@ -101,8 +101,9 @@ def quantize_rows(run: Run, shape: Shape, name: str) -> Iterator[Row]:
         except Exception as error:
             yield about | absent(BITSANDBYTES, error)
         else:
+            # Not in a graph: it copies its table of codes from the host in each call.
             calls = [partial(gpu_weights.Theirs.of, c) for c in copies]
-            engines.append(Engine(BITSANDBYTES, calls, facts, graph=True))
+            engines.append(Engine(BITSANDBYTES, calls, facts))
     yield from _reported(run, engines, nbytes, **about)
 
 

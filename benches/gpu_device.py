@@ -6,11 +6,13 @@ On a CPU qkern's operators are sent to the kernels, in Triton's interpreter. Its
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import pkgutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 
 PACKAGES = ("triton", "peft")
+ROOT = Path(__file__).parents[1]
 # What nvidia-smi is asked for, before and after.
 STATE = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "utilization.gpu")
 
@@ -111,15 +114,35 @@ def random(*shape: int, device: torch.device, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=generator, device=device)
 
 
-def is_lost(error: BaseException) -> bool:
-    """Whether the device cannot be used any more by this process."""
-    return isinstance(error, RuntimeError) and "CUDA error" in str(error)
+def is_lost(device: torch.device) -> bool:
+    """Whether this process cannot use the device any more.
+
+    After an access out of bounds nothing works, after a failed capture no random numbers do.
+    """
+    if device.type != "cuda":
+        return False
+    try:
+        torch.rand(1, device=device)
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
+def code() -> str:
+    """A digest of the package's Python files and of this bench: what figures are of."""
+    files = [*ROOT.glob("python/qkern/**/*.py"), *ROOT.glob("python/qkern/kernels/configs/*.json")]
+    digest = hashlib.sha256()
+    for file in sorted([*files, *ROOT.glob("benches/*gpu*.py")]):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def facts(device: torch.device) -> dict[str, Any]:
     """What the figures depend on."""
     found = harness.machine()
     found["packages"] |= {name: harness._version(name) for name in PACKAGES}
+    found["code"] = code()
     found["device"] = {"type": device.type}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

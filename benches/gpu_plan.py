@@ -55,10 +55,6 @@ class Plan:
         return dict(sorted((first | second | third).items()))
 
 
-# Up to so many tokens a call is short beside its launch: graphs.
-GRAPH_TOKENS = 1024
-
-
 @dataclass(frozen=True)
 class Cell:
     """Rows that belong together, and are left out together.

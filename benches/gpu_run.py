@@ -43,6 +43,7 @@ class Results:
             "failed": {},
             "dropped": {},
             "running": None,
+            "earlier": [],
         }
 
     @classmethod
@@ -52,6 +53,26 @@ class Results:
         if path.exists():
             found.content = json.loads(path.read_text(encoding="utf-8"))
         return found
+
+    def resume(self, path: Path) -> str:
+        """Take over the cells that another run has done.
+
+        Args:
+            path: of its results.
+
+        Returns:
+            Why nothing was taken, empty if it was: other code, or another machine.
+        """
+        earlier = Results.load(path).content
+        for key in ("quick", "machine"):
+            mine, theirs = (_comparable(each.get(key)) for each in (self.content, earlier))
+            if mine != theirs:
+                return f"another {key}: {theirs}"
+        done = self.content["done"] = earlier["done"]
+        self.content["rows"] = [row for row in earlier["rows"] if row.get("cell") in done]
+        about = {key: earlier.get(key) for key in ("before", "after", "seconds", "compiled")}
+        self.content["earlier"] = [*earlier.get("earlier", []), about]
+        return ""
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -80,13 +101,18 @@ class Results:
     def end(self, cell: Cell, rows: Iterable[dict[str, Any]], failure: str | None = None) -> None:
         """Note what came of it."""
         started = self.content["running"]["since"]
-        self.content["rows"] += [{"stage": cell.stage, **row} for row in rows]
+        self.content["rows"] += [{"stage": cell.stage, "cell": cell.key, **row} for row in rows]
         if failure is None:
             self.content["done"][cell.key] = round(time.time() - started, 2)
         else:
             self.content["failed"][cell.key] = failure
         self.content["running"] = None
         self.save()
+
+
+def _comparable(about: Any) -> Any:
+    """A machine without its commit: ``code`` says what is run."""
+    return about | {"commit": None} if isinstance(about, dict) else about
 
 
 def work(plan: Plan, stages: Iterable[str], results: Results, deadline: float) -> bool:
@@ -130,14 +156,12 @@ def _run_cell(cell: Cell, results: Results, plan: Plan) -> bool:
         text = "".join(traceback.format_exception(error, limit=-4))[-2000:]
         results.end(cell, rows, text)
         print(f"{cell.key}: FAILED: {error}", file=sys.stderr, flush=True)
-        if gpu_device.is_lost(error):
-            return False
     else:
         results.end(cell, rows)
         print(f"{cell.key}: {results.content['done'][cell.key]} s", file=sys.stderr, flush=True)
-    with contextlib.suppress(Exception):  # a device that is lost shows in the next cell
+    with contextlib.suppress(Exception):
         gpu_device.release(plan.device)
-    return True
+    return not gpu_device.is_lost(plan.device)
 
 
 def compile_share(plan: Plan, stages: Iterable[str], index: int, count: int) -> None:
@@ -147,7 +171,7 @@ def compile_share(plan: Plan, stages: Iterable[str], index: int, count: int) -> 
             try:
                 call()
             except Exception as error:
-                if gpu_device.is_lost(error):
+                if gpu_device.is_lost(plan.device):
                     raise
                 print(f"compiling: {error}", file=sys.stderr)  # its cell says so too
             gpu_device.release(plan.device)

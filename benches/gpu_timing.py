@@ -1,7 +1,7 @@
 """Engines in turn on a GPU, each through its copies of the weights.
 
-Short calls are captured: a replay of the graph is one call on each copy, so that the gaps between
-launches are the device's own. Long ones are enqueued as they are.
+Calls are captured: a replay of the graph is one call on each copy, so that the gaps between
+launches are the device's own. What cannot be captured is enqueued call by call.
 """
 
 from __future__ import annotations

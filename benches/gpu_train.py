@@ -9,9 +9,9 @@ from typing import Any
 import gpu_layers
 import gpu_weights
 import torch
-from gpu_device import random
+from gpu_device import is_lost, random
 from gpu_layers import SCALING, Parts
-from gpu_plan import GRAPH_TOKENS, Cell, Row, Run, Shape
+from gpu_plan import Cell, Row, Run, Shape
 from gpu_timing import Engine, absent, add_ratios, checked, interleaved, relative_error
 from gpu_weights import NF4_BYTES
 from torch import Tensor, nn
@@ -106,7 +106,7 @@ def _attempt(name: str, work: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return work(*arguments)
     except Exception as error:
-        if name in gpu_layers.OWN:
+        if name in gpu_layers.OWN or is_lost(arguments[-1].device):
             raise
         return error
 
@@ -169,7 +169,7 @@ def forwards(run: Run, shape: Shape, Ms: list[int]) -> Iterator[Row]:
                 yield absent(name, errors, **about)
                 continue
             calls = [partial(layer, x) for layer in copies]
-            engines.append(Engine(name, calls, errors, graph=M <= GRAPH_TOKENS))
+            engines.append(Engine(name, calls, errors, graph=True))
         yield from _compared(run, engines, about)
 
 

@@ -116,10 +116,18 @@ def counters_of_a_stream() -> None:
             assert launch.counters(gpu, 4) is not first
         kept = len(made)
         with mock.patch("torch.cuda.is_current_stream_capturing", return_value=True):
-            captured = launch.counters(gpu, 4)  # a graph has its own, in its own memory
-            assert captured is not first
-            assert launch.counters(gpu, 4) is not captured
-        assert len(made) == kept + 2
+            # A launch of a graph has its own, which its graph need not set to zero.
+            taken = [launch.counters(gpu, count) for count in (4, 40, 1)]
+            assert [t.numel() for t in taken] == [4, 40, 1]
+            places = [t.data_ptr() - taken[0].data_ptr() for t in taken]
+            assert places == [0, 128, 384]
+            assert first.data_ptr() not in [t.data_ptr() for t in taken]
+            assert not any(t.any() for t in taken)
+            assert len(made) == kept
+            for _ in range(launch.GRAPH_COUNTERS // launch.COUNTERS):
+                last = launch.counters(gpu, launch.COUNTERS)
+            assert len(made) == kept + 1  # there were no more
+            assert last.shape == (launch.COUNTERS,)
     assert set(made) == set(asked) == {gpu}
     print(f"counters device {gpu.index} stream {STREAMS[gpu.index]}")
 

@@ -93,10 +93,52 @@ def test_gpu_bench_leaves_out_what_matters_least_and_keeps_rows_before_a_failure
     assert list(content["done"]) == ["linear: first", "linear: second", "linear: last"]
     assert content["dropped"].keys() == {"linear: late"}
     assert "ValueError: no such product" in content["failed"]["linear: bad"]
-    assert {"stage": "linear", "case": "before"} in content["rows"]
+    row = {"stage": "linear", "cell": "linear: bad", "case": "before"}
+    assert row in content["rows"]
     again = run.Results.load(tmp_path / "gpu.json")
     assert run.work(plan, ("linear",), again, time.time() + 20)
     assert again.content["rows"] == content["rows"]
+
+
+def test_gpu_bench_leaves_a_process_whose_device_is_lost_and_goes_on_in_another(
+    load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """After a failed capture torch draws no random numbers on the device in that process."""
+    load("bench_gpu")
+    names = ("gpu_run", "gpu_plan", "gpu_device")
+    run, plans, device = map(importlib.import_module, names)
+    listed = [plans.Cell("codec", name, 1, 1, lambda: [{}]) for name in ("one", "two")]
+    monkeypatch.setattr(plans, "cells", lambda *_: listed)
+    monkeypatch.setattr(device, "is_lost", lambda _: True)
+    results = run.Results(tmp_path / "gpu.json")
+    plan = plans.Plan(torch.device("cpu"), quick=True)
+    for done in (["codec: one"], ["codec: one", "codec: two"]):
+        assert not run.work(plan, ("codec",), results, time.time() + 20)
+        assert list(run.Results.load(results.path).content["done"]) == done
+        assert not results.content["failed"]
+    assert run.work(plan, ("codec",), results, time.time() + 20)
+
+
+def test_gpu_bench_goes_on_from_results_of_the_same_code_and_machine_alone(
+    load: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    load("bench_gpu")
+    run = importlib.import_module("gpu_run")
+    earlier = run.Results(tmp_path / "earlier.json")
+    machine = {"commit": "a", "code": "1", "device": {"name": "G"}}
+    rows = [{"cell": "linear: one", "median": 1.0}, {"cell": "linear: two", "median": 2.0}]
+    earlier.content |= {"machine": machine, "quick": False, "done": {"linear: one": 3.0}}
+    earlier.content |= {"rows": rows, "failed": {"linear: two": "?"}, "before": {"clock": "9"}}
+    earlier.save()
+    other_commit, other_code = machine | {"commit": "b"}, machine | {"code": "2"}
+    for about, why_not in ((other_code, "another machine"), (other_commit, "")):
+        now = run.Results(tmp_path / "now.json")
+        now.content |= {"machine": about, "quick": False}
+        assert now.resume(earlier.path).startswith(why_not)
+        assert now.rows == ([] if why_not else rows[:1])
+        assert now.content["done"] == ({} if why_not else {"linear: one": 3.0})
+        assert now.content["failed"] == {}
+    assert now.content["earlier"][0]["before"] == {"clock": "9"}
 
 
 def test_gpu_bench_goes_on_after_a_process_that_died_or_hung(

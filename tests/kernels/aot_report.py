@@ -2,10 +2,11 @@
 
     python tests/kernels/aot_report.py [--quick] [--arch sm_90 ...] [--name matmul]
 
-Prints a line per kernel and architecture. Fails on a spilled register, on tensor cores that were
-asked for and are not used, on products that the assembler serializes, and, in kernels that promise
-bytes, on a fused product, an inexact division or subnormal numbers taken as zeros. Needs triton,
-which brings the disassembler. What an old one cannot compile is left out, and named.
+Prints a line per kernel and architecture. Fails on a spilled register, on more shared memory than
+there is, on tensor cores that were asked for and are not used, on products that the assembler
+serializes, and, in kernels that promise bytes, on a fused product, an inexact division or subnormal
+numbers taken as zeros. Needs triton, which brings the disassembler. What an old one cannot compile
+is left out, and named.
 
 loop: instructions of the longest loop. mma: tensor-core instructions in the whole kernel.
 """
@@ -38,6 +39,9 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 COLUMNS = ("registers", "spills", "shared", "mma", "shfl", "loop", "code")
 # Triton 3.2 has no assembler for these.
 NEWER_ARCHS = ("sm_120", "gfx942")
+# Bytes of shared memory that a program can have; a launch that wants more fails.
+SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}
+SHARED |= dict.fromkeys(("sm_86", "sm_89", "sm_120"), 99 << 10)
 # ptxas: wgmma is made to wait after each instruction.
 SERIALIZED = ("C7510", "C7515")
 HEAD = f"{'kernel':56s} {'arch':7s}" + "".join(f"{name:>10s}" for name in COLUMNS) + "     s"
@@ -200,6 +204,8 @@ def failures(spec: AotSpec, code: Code, text: str, arch: str) -> Iterator[str]:
     """Which gates do not hold; ``text`` is the PTX, or AMD's assembly."""
     if code.spills:
         yield f"{code.spills} spills"
+    if code.shared > SHARED[arch]:
+        yield f"{code.shared} bytes of shared memory, {SHARED[arch]} are there"
     if spec.tensor_cores and not code.mma:
         yield "no tensor-core instruction"
     if serialized := set(code.notes) & set(SERIALIZED):

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from kernel_device import DEVICE
 
-from qkern import reference
+from qkern import kernels, reference
 from qkern.errors import DeviceError, DTypeError, ShapeError
 from qkern.formats import QuantFormat
+from qkern.ops import dequantize_torch, device_projections
 
 pytest.importorskip("triton")
-from qkern.kernels import launch
+from qkern.kernels import launch, quantize, quantize_absmax
 
 
 def parts_of(fmt: QuantFormat, *shape: int) -> reference.Parts:
@@ -90,3 +96,51 @@ def test_more_counters_than_there_are_are_refused() -> None:
 @pytest.mark.parametrize(("rank", "step"), [(0, 16), (1, 16), (16, 16), (17, 32), (256, 64)])
 def test_ranks_are_multiplied_in_steps_that_tensor_cores_take(rank: int, step: int) -> None:
     assert launch.rank_step(rank) == step
+
+
+# What is kept on a device from one call to the next.
+KEPT: dict[str, Callable[[torch.device], Any]] = {
+    "counters": lambda device: launch._counters(device, 7),
+    "codes": lambda device: launch.tables_of(None, device),
+    "midpoints": lambda device: quantize._search_tables("nf4", device),
+    "midpoints of scales": quantize_absmax._bounds,
+    "scaling": lambda device: device_projections._by_column(((0.5, 2), (1.0, 3)), device),
+    "codes of torch": lambda device: dequantize_torch._tables(None, device),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_is_kept_is_not_allocated_in_the_pool_of_a_compiled_functions_graphs(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch gives all that this thread allocates to graphs, which use it again."""
+    asked: list[torch.device] = []
+
+    def refuse(device: torch.device, make: Callable[[], Any]) -> Any:
+        asked.append(device)
+        raise ZeroDivisionError
+
+    for module in (kernels, launch, quantize, quantize_absmax):
+        monkeypatch.setattr(module, "lasting", refuse)
+    with pytest.raises(ZeroDivisionError):
+        KEPT[name](torch.device("cuda", 13))
+    assert asked == [torch.device("cuda", 13)]
+
+
+def test_what_lasts_is_made_by_another_thread_on_the_same_stream(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    entered = []
+
+    @contextlib.contextmanager
+    def stream(which: object) -> Any:
+        entered.append((which, threading.get_ident()))
+        yield
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    maker = kernels.lasting(torch.device("cuda", 1), threading.get_ident)
+    assert maker != threading.get_ident()
+    assert entered == [("stream of cuda:1", maker)]
+    with pytest.raises(ZeroDivisionError):
+        kernels.lasting(torch.device("cuda", 1), lambda: 1 // 0)

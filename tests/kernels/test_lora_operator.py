@@ -58,6 +58,9 @@ def test_opcheck(merged: bool) -> None:
     for needs in ([True, True, True], [False, False, True]):
         arguments = (grad, detached[0], h, *parts, *detached[1:], *how, needs)
         torch.library.opcheck(lora_linear_backward, arguments, test_utils=without)
+    columns = [t.mT.contiguous().mT for t in detached[1:]]  # their gradients lie in rows
+    arguments = (grad, detached[0], h, *parts, *columns, *how, [True, True, True])
+    torch.library.opcheck(lora_linear_backward, arguments, test_utils=without)
 
 
 class Seen(TorchDispatchMode):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 from forced_device import error, multiply_densely, send_to_kernels, weight_of
+from kernel_device import DEVICE
 from kernel_memory import guarded
 from kernel_products import Product, product, worst_error
 
@@ -253,10 +254,10 @@ def test_under_autocast_operands_are_cast_once(monkeypatch: pytest.MonkeyPatch) 
     x = torch.randn(3, 64, requires_grad=True)
     send_to_kernels(monkeypatch)
     multiply_densely(monkeypatch)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         outputs = ops.projections(x, layers)
     alone = []
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         alone = [ops.linear(x, *layer) for layer in layers]
     for y, right in zip(outputs, alone, strict=True):
         assert y.dtype == BF16
@@ -284,3 +285,6 @@ def test_the_operators_pass_torchs_own_checks(monkeypatch: pytest.MonkeyPatch) -
     for needs in ([True, True], [False, True], [True, False]):
         backward = (grads, [0], x.detach(), h, *weights, *adapters, 64, needs)
         torch.library.opcheck(backward_operator, backward, test_utils=checks)
+    columns = [[t.mT.contiguous().mT for t in each] for each in adapters[:2]]
+    backward = (grads, [0], x.detach(), h, *weights, *columns, *adapters[2:], 64, [True, True])
+    torch.library.opcheck(backward_operator, backward, test_utils=checks)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
+import sys
+import tarfile
 import zipfile
 from pathlib import Path
 from types import ModuleType
@@ -65,3 +68,57 @@ def test_the_script_names_its_parts(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert "no part 'nonsense': there are test, sanitize, bench" in done.stderr
+
+
+TESTS = """
+import time
+import gpu_outcomes
+import pytest
+
+BROKEN = []
+gpu_outcomes.lost = lambda: "broken" if BROKEN else ""
+
+def test_that_breaks_the_device():
+    BROKEN.append(1)
+    assert False, "out of bounds"
+
+def test_that_hangs():
+    time.sleep(300)
+
+@pytest.mark.parametrize("i", range(20))
+def test_of_something_else(i):
+    assert not BROKEN
+"""
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+def test_a_lost_device_and_a_test_that_hangs_cost_no_other_test(tmp_path: Path) -> None:
+    """Results are written as they come, and what was compiled comes back without its texts."""
+    pytest.importorskip("xdist")
+    (tmp_path / "test_some.py").write_text(TESTS)
+    cache, out = tmp_path / "cache" / "kernel", tmp_path / "out"
+    cache.mkdir(parents=True)
+    for suffix in ("cubin", "json", "ptx", "ttir", "source"):
+        (cache / f"kernel.{suffix}").touch()
+    done = subprocess.run(
+        ["bash", str(FOLDER / "run.sh"), "test"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ
+        | {"OUT": str(out), "TRITON_CACHE_DIR": str(cache.parent), "GPU_PYTHON": sys.executable}
+        | {"QKERN_TEST_DEVICE": "cpu", "TEST_ARGS": str(tmp_path / "test_some.py")}
+        | {"WORKERS": "2", "TEST_TIMEOUT": "3", "LIMIT": "200"},
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    lines = [json.loads(line) for line in (out / "test-gpu.jsonl").read_text().splitlines()]
+    passed = {line["test"].rpartition("::")[2] for line in lines if line["outcome"] == "passed"}
+    assert passed == {f"test_of_something_else[{i}]" for i in range(20)}
+    texts = {line["test"].rpartition("::")[2]: line["text"] for line in lines if "text" in line}
+    assert texts.keys() == {"test_that_breaks_the_device", "test_that_hangs"}
+    assert any("out of bounds" in line.get("text", "") for line in lines)
+    assert "test_that_hangs" in (out / "test-gpu.log").read_text()
+    with tarfile.open(out / "triton-cache.tgz") as archive:
+        kept = {Path(name).name for name in archive.getnames()}
+    assert {"kernel.cubin", "kernel.json"} <= kept
+    assert not {"kernel.ptx", "kernel.ttir", "kernel.source"} & kept

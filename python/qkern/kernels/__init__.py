@@ -7,8 +7,13 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 # Older GPUs (Turing and before) are no longer served by Triton.
 MIN_CAPABILITY = (8, 0)
@@ -48,6 +53,25 @@ def why_not(device: torch.device) -> str:
         found, needed = (".".join(map(str, c)) for c in (capability, MIN_CAPABILITY))
         return f"compute capability {found}, triton needs {needed}"
     return ""
+
+
+def lasting(device: torch.device, make: Callable[[], T]) -> T:
+    """What ``make`` allocates on ``device``, in memory that stays its own after the call at hand.
+
+    ``torch.compile(mode="reduce-overhead")`` first runs a function with all that its thread
+    allocates in the pool of its graphs, which later take whatever there is not an output of theirs.
+    So tensors that a cache keeps are made by another thread, on the same stream.
+    """
+    if device.type != "cuda":
+        return make()
+    stream = torch.cuda.current_stream(device)
+
+    def on_stream() -> T:
+        with torch.cuda.stream(stream):
+            return make()
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(on_stream).result()
 
 
 @functools.cache

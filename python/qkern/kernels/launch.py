@@ -7,6 +7,7 @@ compiles: capture CUDA graphs after a warm-up call.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from qkern.errors import DeviceError, DTypeError, ShapeError
 from qkern.formats import QuantFormat, dynamic_code
+from qkern.kernels import lasting
 from qkern.kernels.rounding import INTERPRETED, VERSION
 
 # Options of every launch: a product that is fused into a sum is rounded once instead of twice.
@@ -27,6 +29,8 @@ TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat1
 TAKES_TUPLES = VERSION >= (3, 3)
 # Counters of one stream: split products have at most so many tiles.
 COUNTERS = 1 << 16
+# Those of all graphs on a device: 4 MiB.
+GRAPH_COUNTERS = 1 << 20
 # Indices of blocks are int64, those of rows, columns and tokens int32.
 LARGEST = 2**31 - 1
 
@@ -193,6 +197,7 @@ def lookup(device: torch.device) -> str:
     return "shuffle" if is_nvidia and not INTERPRETED.value else "table"
 
 
+@functools.lru_cache(maxsize=64)
 def arch(device: torch.device) -> str:
     """The name of a device's architecture in ``aot.ARCHS``; "" for those without one."""
     if device.type != "cuda":
@@ -215,7 +220,8 @@ def counters(device: torch.device, count: int) -> Tensor:
     """int32 zeros, (count,) or more, for programs of one launch to count themselves.
 
     A launch leaves them at zero. Kept for each device and stream, on which launches follow each
-    other. A graph under capture gets its own: it may run beside other streams.
+    other. A launch under capture gets its own, for good: its graph may run beside other streams.
+    They were zeros before, so that no graph has to set them; when there are no more, it does.
 
     Raises:
         ShapeError: for more than ``COUNTERS``.
@@ -226,17 +232,41 @@ def counters(device: torch.device, count: int) -> Tensor:
     if device.type != "cuda":
         return torch.zeros(count, dtype=torch.int32, device=device)
     if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(count, dtype=torch.int32, device=device)
+        own = _FOR_GRAPHS[device].take(count) if device in _FOR_GRAPHS else None
+        return torch.zeros(count, dtype=torch.int32, device=device) if own is None else own
+    if device not in _FOR_GRAPHS:  # torch waits for the device before it captures
+        _FOR_GRAPHS.setdefault(device, _ForGraphs(device))
     return _counters(device, torch.cuda.current_stream(device).cuda_stream)
+
+
+class _ForGraphs:
+    """Zeros on a device, of which each launch under capture takes some."""
+
+    def __init__(self, device: torch.device) -> None:
+        zeros = functools.partial(torch.zeros, dtype=torch.int32, device=device)
+        self.zeros, self.used = lasting(device, lambda: zeros(GRAPH_COUNTERS)), 0
+        self.lock = threading.Lock()
+
+    def take(self, count: int) -> Tensor | None:
+        """int32 (count,), at a multiple of 128 bytes; None if there are no more."""
+        with self.lock:
+            first = self.used
+            if first + count > GRAPH_COUNTERS:
+                return None
+            self.used += -(-count // 32) * 32
+        return self.zeros[first : first + count]
+
+
+_FOR_GRAPHS: dict[torch.device, _ForGraphs] = {}
 
 
 @functools.lru_cache(maxsize=256)
 def _counters(device: torch.device, stream: int) -> Tensor:
-    return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+    return lasting(device, lambda: torch.zeros(COUNTERS, dtype=torch.int32, device=device))
 
 
 @functools.lru_cache(maxsize=64)
 def tables_of(code: tuple[float, ...] | None, device: torch.device) -> Tensor:
     """fp32 (272,): the values of 4-bit codes (zeros for None), then those of 8-bit scales."""
     values = (*(code or (0.0,) * 16), *dynamic_code())
-    return torch.tensor(values, dtype=torch.float32, device=device)
+    return lasting(device, lambda: torch.tensor(values, dtype=torch.float32, device=device))

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qkern.formats import QuantFormat
+from qkern.kernels import lasting
 from qkern.kernels.aot import AotSpec
 from qkern.kernels.launch import EXACT
 from qkern.kernels.rounding import divide, widen
@@ -264,7 +265,8 @@ def _search_tables(
     bounds = (ascending[:-1] + ascending[1:]) / 2
     zero_code = order[torch.bucketize(torch.zeros((), device="cpu"), bounds)]
     constants = {"ASCENDING": torch.equal(code, ascending), "ZERO_CODE": int(zero_code)}
-    return bounds.to(device), order.to(torch.int32).to(device), constants
+    order = order.to(torch.int32)
+    return *lasting(device, lambda: (bounds.to(device), order.to(device))), constants
 
 
 def aot_specs(arch: str) -> Iterator[AotSpec]:

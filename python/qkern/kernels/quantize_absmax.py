@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qkern.formats import NESTED_BLOCKSIZE, dynamic_code
+from qkern.kernels import lasting
 from qkern.kernels.aot import AotSpec
 from qkern.kernels.launch import EXACT, tables_of
 from qkern.kernels.rounding import divide
@@ -150,7 +151,8 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _bounds(device: torch.device) -> Tensor:
     """fp32 midpoints (255,) of the 8-bit code."""
     code = torch.tensor(dynamic_code(), dtype=torch.float32, device="cpu")
-    return ((code[:-1] + code[1:]) / 2).to(device)
+    bounds = (code[:-1] + code[1:]) / 2
+    return lasting(device, lambda: bounds.to(device))
 
 
 def aot_specs(arch: str) -> Iterator[AotSpec]:

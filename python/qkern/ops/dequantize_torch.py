@@ -11,6 +11,7 @@ import functools
 import torch
 from torch import Tensor
 
+from qkern import kernels
 from qkern.formats import NESTED_BLOCKSIZE, QuantFormat, dynamic_code
 from qkern.reference import Parts
 
@@ -55,6 +56,6 @@ def _tables(code: tuple[float, ...] | None, device: torch.device) -> tuple[Tenso
     """fp32 values of the two codes of a byte, (256, 2), and of 8-bit scales, (256,)."""
     code = code or (0.0,) * 16
     pairs = [(code[byte >> 4], code[byte & 15]) for byte in range(256)]
-    tables = (torch.tensor(table, dtype=torch.float32) for table in (pairs, dynamic_code()))
-    by_pair, nested_code = (table.to(device) for table in tables)
-    return by_pair, nested_code
+    make = functools.partial(torch.tensor, dtype=torch.float32, device="cpu")
+    by_pair, nested = make(pairs), make(dynamic_code())
+    return kernels.lasting(device, lambda: (by_pair.to(device), nested.to(device)))

@@ -193,7 +193,8 @@ def _scalings(adapters: Sequence[Adapter | None], device: torch.device) -> float
 def _by_column(each: tuple[tuple[float, int], ...], device: torch.device) -> Tensor:
     """Kept: to copy it to the device again would wait, and is refused in a CUDA graph."""
     values = [scaling for scaling, rank in each for _ in range(rank)]
-    return torch.tensor(values, dtype=torch.float32, device=device)
+    make = functools.partial(torch.tensor, values, dtype=torch.float32, device=device)
+    return kernels.lasting(device, make)
 
 
 def _columns(h: Tensor, adapters: Sequence[Adapter | None]) -> list[Tensor | None]:

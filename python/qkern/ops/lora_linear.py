@@ -117,8 +117,8 @@ def _(grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     nothing = grad.new_empty(0)
     return (
         grad.new_empty((*grad.shape[:-1], lora_A.shape[1])) if needs_x else nothing.clone(),
-        torch.empty_like(lora_A) if needs_A else nothing.clone(),
-        torch.empty_like(lora_B) if needs_B else nothing.clone(),
+        lora_A.new_empty(lora_A.shape) if needs_A else nothing.clone(),
+        lora_B.new_empty(lora_B.shape) if needs_B else nothing.clone(),
     )
 
 

@@ -100,7 +100,7 @@ def _(grads: Sequence[Tensor], given: Sequence[int], *arguments: Any) -> list[Te
     dX = grad.new_empty((*grad.shape[:-1], in_features)) if needs_x else grad.new_empty(0)
     there = [needs_factors and i in given for i in adapted]
     pairs = [pair for factors in (lora_A, lora_B) for pair in zip(factors, there, strict=True)]
-    return [dX, *(torch.empty_like(t) if has else grad.new_empty(0) for t, has in pairs)]
+    return [dX, *(t.new_empty(t.shape) if has else grad.new_empty(0) for t, has in pairs)]
 
 
 def bases_of(
