@@ -163,28 +163,29 @@ def one_core() -> frozenset[int]:
 
 
 def save(rows: list[Row]) -> None:
-    """results/cpu.json and the picture of the ladder."""
+    """results/cpu_BODY.json, for the SIMD body of this machine, and the picture of the ladder."""
     import cpu_report
     import harness
 
-    path = harness.save("cpu", rows)
+    name = f"cpu_{harness.machine()['simd']}"
+    path = harness.save(name, rows)
     content = json.loads(path.read_text())
     content["goals"] = cpu_report.goals(rows)
     path.write_text(json.dumps(content, indent=1) + "\n")
     print(f"wrote {path}")
     if any(row.get("case") == "linear" and "M" in row and "absent" not in row for row in rows):
-        print(f"wrote {cpu_report.plot(rows, harness.RESULTS / 'cpu_ladder.svg')}")
+        print(f"wrote {cpu_report.plot(rows, path.with_suffix('.svg'))}")
 
 
 def main() -> None:
-    """Run, print, and with --save write results/cpu.json and results/cpu_ladder.svg."""
+    """Run, print, and with --save write results/cpu_BODY.json and its picture."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sections", default=",".join(SECTIONS), help="some of them, with commas")
     parser.add_argument("--quick", action="store_true", help="tiny cases: does everything run?")
     parser.add_argument("--no-peers", action="store_true", help="qkern, torch, bitsandbytes alone")
-    parser.add_argument("--save", action="store_true", help="write benches/results/cpu.json")
+    parser.add_argument("--save", action="store_true", help="write benches/results/cpu_BODY.json")
     options = parser.parse_args()
     sections = tuple(options.sections.split(","))
     if unknown := set(sections) - set(SECTIONS):

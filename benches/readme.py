@@ -37,26 +37,34 @@ def render() -> str:
 
 
 def _cpu() -> list[str]:
-    """Layers, codec and a model on the CPU, once they are measured."""
-    file = RESULTS / "cpu.json"
-    if not file.exists():
+    """Layers, codec and a model on the CPU: a column for each machine that was measured."""
+    files = {path: json.loads(path.read_text()) for path in sorted(RESULTS.glob("cpu_*.json"))}
+    if not files:
         return []
-    content = json.loads(file.read_text())
-    machine = content["machine"]
-    packages = ", ".join(f"{name} {v}" for name, v in machine["packages"].items() if v)
+    machines = [content["machine"] for content in files.values()]
+    names = [f"{machine['cpu']} ({machine['simd']})" for machine in machines]
     lines = [
         "",
-        f"`make bench-cpu` on {machine['cpu']} ({machine['simd']}; {packages}): NF4 in blocks of "
-        "64 with 8-bit scales, one thread and its CPU time unless two are named, weights out of "
-        "the caches; read and NT write are the limits of the same buffers in the same run.",
-        "",
-        "| CPU | measured |",
-        "|---|---|",
+        "`make bench-cpu`: NF4 in blocks of 64 with 8-bit scales, one thread and its CPU time "
+        "unless two are named, weights out of the caches; read and NT write are the limits of the "
+        "same buffers in the same run.",
     ]
-    measured = [row for row in content["goals"] if row["measured"] is not None]
-    lines += [f"| {row['goal']} | {row['measured']:.3g} |" for row in measured]
-    picture = "![times faster than the unquantized bf16 layer](benches/results/cpu_ladder.svg)"
-    return [*lines, "", picture] if (RESULTS / "cpu_ladder.svg").exists() else lines
+    for name, machine in zip(names, machines, strict=True):
+        packages = ", ".join(f"{p} {v}" for p, v in machine["packages"].items() if v)
+        lines.append(f"{name}: {packages}.")
+    lines += ["", f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    measured: dict[str, list[str]] = {}
+    for place, content in enumerate(files.values()):
+        for row in content["goals"]:
+            if row["measured"] is not None:
+                cells = measured.setdefault(row["goal"], [""] * len(files))
+                cells[place] = f"{row['measured']:.3g}"
+    lines += [f"| {goal} | {' | '.join(cells)} |" for goal, cells in measured.items()]
+    for name, path in zip(names, files, strict=True):
+        if (picture := path.with_suffix(".svg")).exists():
+            what = f"times faster than the unquantized bf16 layer, {name}"
+            lines += ["", f"![{what}](benches/results/{picture.name})"]
+    return lines
 
 
 def _small_rows() -> list[str]:

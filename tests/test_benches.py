@@ -215,8 +215,14 @@ def test_saved_cpu_figures_come_into_the_readme(
     text = "\n".join(readme._cpu())
     assert f"| linear M=32, qkern, {ratio} | 4 |" in text
     assert "fp32, share of read" not in text
-    assert "cpu_ladder.svg" in text
-    assert (tmp_path / "cpu_ladder.svg").exists()
+    (saved,) = tmp_path.glob("cpu_*.json")
+    assert saved.with_suffix(".svg").exists()
+    assert f"{saved.stem}.svg" in text
+    # Another machine's figures stand beside them.
+    goals = [{"goal": "linear M=32, qkern, " + ratio, "measured": 9.0}]
+    other = {"machine": harness.machine() | {"cpu": "Another"}, "goals": goals}
+    (tmp_path / "cpu_zzz.json").write_text(json.dumps(other))
+    assert f"| linear M=32, qkern, {ratio} | 4 | 9 |" in "\n".join(readme._cpu())
 
 
 def test_limits_of_memory_need_a_compiler_and_say_so(
