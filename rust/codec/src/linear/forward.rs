@@ -4,7 +4,7 @@ use half::bf16;
 
 use crate::error::CodecError;
 use crate::layout::check_len;
-use crate::linear::adapter::{Factors, Floats, Lora};
+use crate::linear::adapter::{Factors, Lora};
 use crate::linear::dense;
 use crate::linear::epilogue::Epilogue;
 use crate::linear::matvec;
@@ -18,7 +18,8 @@ pub enum Compute {
     /// The weight that `dequantize` gives in the dtype of x, sums in fp32.
     #[default]
     Exact,
-    /// x rounded to 8 bits, and W where this is faster; as `Exact` where no body has such products.
+    /// x rounded to 8 bits, and W where this is faster; as `Exact` where no body has such products, and
+    /// for so few tokens in bfloat16 that its products are as fast.
     ///
     /// One token has a scale for each 64 values, a relative error (root mean square) of 5.5e-3 on
     /// Gaussian values, 1.8e-2 with every 512th value 50 times as large. More tokens on tiles, and
@@ -80,12 +81,10 @@ pub fn linear(
     }
     let int8 = engine.bodies.int8.filter(|_| compute == Compute::Int8 && weight.cols > 0);
     let pairs = engine.bodies.pairs.filter(|_| matches!(x, Values::Bf16(_)));
-    let most = if int8.is_some() { matvec::int8::FEW } else { matvec::MAX_TOKENS };
-    if matvec::serves(tokens, weight) && tokens <= most {
+    if matvec::serves(engine.bodies, tokens, x, weight, compute) {
         let epilogue = Epilogue::new(engine, x, weight, bias, lora)?;
-        let x = Floats::new(engine.bodies, x);
         return with_slice!(y, ValuesMut, y => {
-            matvec::multiply(engine, &x, weight, compute, &epilogue, y)
+            matvec::multiply(engine, x, weight, compute, &epilogue, y)
         });
     }
     with_slice!(y, ValuesMut, y => {

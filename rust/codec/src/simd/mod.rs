@@ -21,7 +21,7 @@ use crate::codebook::Codebook;
 use crate::double_quant::search::Search as ScaleSearch;
 use crate::error::CodecError;
 use crate::linear::dense::terms::{Pair, Products};
-use crate::linear::matvec::{self, Matvec};
+use crate::linear::matvec::{self, Matvec, PairsMatvec};
 use crate::linear::{dense, Adapter, Epilogue, TileInput, Weight};
 use crate::quantize_int8_rows;
 use crate::scales::Scales;
@@ -53,6 +53,7 @@ pub struct Bodies {
     pub(crate) int8: Option<Int8Fn>,
     pub(crate) round: RoundFn,
     pub(crate) matvec: &'static Matvec,
+    pub(crate) matvec_pairs: Option<&'static PairsMatvec>,
     pub(crate) tiles: Option<&'static Tiles>,
     pub(crate) transpose: fn(&mut [[f32; 16]; 16]),
     pub(crate) widen: WidenFn,
@@ -216,6 +217,7 @@ const SCALAR_BODIES: Bodies = Bodies {
     int8: None,
     round: dense::scalar::round,
     matvec: &matvec::scalar::MATVEC,
+    matvec_pairs: None,
     tiles: None,
     transpose: dense::scalar::transpose,
     widen: dense::scalar::widen,

@@ -5,7 +5,7 @@ use std::arch::is_x86_feature_detected as has;
 use super::{Bodies, DecodePairs, Tiles};
 use crate::linear::dense::avx512::lanes::{Floats, Pairs};
 use crate::linear::dense::terms::Products;
-use crate::linear::matvec::{self, Matvec};
+use crate::linear::matvec::{self, Matvec, PairsMatvec};
 use crate::linear::{amx, dense, TileInput};
 
 use crate::values::with_slice;
@@ -31,6 +31,8 @@ pub(super) fn available() -> impl Iterator<Item = &'static Bodies> {
 
 static AMX: Bodies = Bodies {
     name: "amx",
+    // There memory sets the speed of one token.
+    matvec_pairs: None,
     tiles: Some(&Tiles {
         forward: |e, x, w, l, y| match x {
             TileInput::Bf16(x) => {
@@ -69,6 +71,12 @@ const AVX512_BF16_BODIES: Bodies = Bodies {
         along: |w, r, c, p| unsafe { dense::avx512::decode::along(w, r, c, p) },
         // SAFETY: as above.
         down: |w, r, c, p| unsafe { dense::avx512::decode::down(w, r, c, p) },
+    }),
+    matvec_pairs: Some(&PairsMatvec {
+        max_tokens: matvec::pairs_avx512::MAX_TOKENS,
+        arrange: matvec::pairs_avx512::arrange,
+        // SAFETY: as above.
+        multiply: |w, r, x, s| unsafe { matvec::pairs_avx512::multiply(w, r, x, s) },
     }),
     ..AVX512_BODIES
 };
@@ -124,6 +132,7 @@ const AVX512_BODIES: Bodies = Bodies {
         // SAFETY: as above.
         int8: |w, r, x, s| unsafe { matvec::int8::avx512::multiply(w, r, x, s) },
     },
+    matvec_pairs: None,
     tiles: None,
 };
 
@@ -175,5 +184,6 @@ static AVX2: Bodies = Bodies {
             }
         },
     },
+    matvec_pairs: None,
     tiles: None,
 };
