@@ -21,7 +21,7 @@ pub(crate) mod neon;
 #[allow(unsafe_code)] // bits seen as another type
 pub(crate) mod pairs_avx512;
 #[cfg(test)]
-mod samples;
+pub(crate) mod samples;
 pub(crate) mod scalar;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod scales_avx512;

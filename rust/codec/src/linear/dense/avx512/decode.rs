@@ -20,8 +20,8 @@ use crate::x86::{prefetch, prefetch_l2};
 const BLOCK: usize = 64;
 /// Pairs of a vector.
 const LANES: usize = 16;
-/// How many rows ahead codes are fetched, into the first- and the second-level cache. The rows of a weight lie at distances
-/// that few sets of a cache share: the first level holds no more of them.
+/// How many rows ahead codes are fetched, into the first- and the second-level cache. The rows of a
+/// weight lie at distances that few sets of a cache share: the first level holds no more of them.
 const ROWS_AHEAD: [usize; 2] = [8, 64];
 
 /// Writes a piece of a weight as (rows, pairs of columns).

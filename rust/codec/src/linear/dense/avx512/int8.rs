@@ -169,7 +169,8 @@ impl Product<'_> {
                     for (found, start) in found.chunks_exact_mut(width).zip(&*starts) {
                         found.fill(*start);
                     }
-                    nn::<Fours>(panel, sliver, width, found, next);
+                    // SAFETY: the caller found the instruction.
+                    unsafe { nn::<Fours>(panel, sliver, width, found, next) };
                     let (to, others) = turned.split_at_mut(width * height);
                     let to = &mut to[here.start * width..here.end * width];
                     for (row, step) in steps.clone().enumerate() {
@@ -182,7 +183,8 @@ impl Product<'_> {
                 for found in found.chunks_exact_mut(here.len()) {
                     found.copy_from_slice(starts);
                 }
-                nt::<Fours>(few, panel, lanes, found);
+                // SAFETY: as above.
+                unsafe { nt::<Fours>(few, panel, lanes, found) };
                 for (dots, found) in dots.chunks_mut(height).zip(found.chunks(here.len())) {
                     let dots = dots[here.clone()].iter_mut().zip(found).zip(steps.clone());
                     dots.for_each(|((dot, &found), step)| *dot += step * found as f32);

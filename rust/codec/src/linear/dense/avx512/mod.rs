@@ -7,6 +7,8 @@
 pub(crate) mod decode;
 pub(crate) mod int8;
 pub(crate) mod lanes;
+#[cfg(test)]
+mod tests;
 
 use std::arch::x86_64::*;
 
@@ -20,8 +22,11 @@ const LANES: usize = 16;
 ///
 /// Strips of 32 columns by 14 rows, so that a value of x is fetched once for two products.
 /// Fewer rows are taken in powers of two; columns that are left of the strips, 16 at a time.
+///
+/// # Safety
+/// The machine must have the instruction of the lanes.
 #[target_feature(enable = "avx512f")]
-pub(crate) fn nn<L: Lanes>(
+pub(crate) unsafe fn nn<L: Lanes>(
     x: &[L::Left],
     w: &[L::Right],
     n: usize,
@@ -192,8 +197,11 @@ unsafe fn load(from: *const f32, place: usize, lanes: u16) -> __m512 {
 ///
 /// Groups of up to 8 rows of x meet as many rows of w as registers allow, so that each row of w
 /// is fetched once a group.
+///
+/// # Safety
+/// As [`nn`].
 #[target_feature(enable = "avx512f")]
-pub(crate) fn nt<L: Lanes>(x: &[L::Right], w: &[L::Left], k: usize, sums: &mut [L::Sum]) {
+pub(crate) unsafe fn nt<L: Lanes>(x: &[L::Right], w: &[L::Left], k: usize, sums: &mut [L::Sum]) {
     if k == 0 || w.is_empty() {
         return;
     }
