@@ -48,7 +48,7 @@ pub fn linear_backward(
     if weight.cols > 0 {
         check_len("grad", grad.len(), tokens * weight.rows, (tokens, "tokens"))?;
     }
-    let lora = lora.filter(|lora| lora.rank > 0 && tokens > 0);
+    let lora = lora.filter(|lora| lora.rank > 0 && tokens > 0 && weight.rows > 0);
     let lora = lora.map(|lora| lora.factors(engine.bodies));
     let lora = lora.as_ref();
     let g = |lora: &Factors<'_>| thin(engine, grad, &lora.b, lora.rank, lora.scaling);

@@ -31,6 +31,8 @@ mod gradient_tests;
 mod lora;
 pub(crate) mod matvec;
 mod pieces;
+#[cfg(test)]
+mod shape_tests;
 mod strips;
 #[cfg(test)]
 pub(crate) mod tests;
