@@ -192,6 +192,32 @@ fn a_token_that_is_not_finite_spoils_no_other_of_many() {
     }
 }
 
+/// As those of a few tokens do not.
+#[test]
+fn many_tokens_near_the_ends_of_the_range_do_not_overflow_or_vanish() {
+    for table in [Some(NF4), None] {
+        for (scale, size) in
+            [(3e37, 0.1), (1e-30, 1e30), (1e30, 1e-30), (1e-37, 1.0), (1.0, 1e-37), (1e-39, 1.0)]
+        {
+            let mut w = Owned::new(5, [5, 192, 64], table);
+            w.absmax.iter_mut().for_each(|a| *a *= 10.0 * scale);
+            let x: Vec<f32> = random(6, 12 * w.cols).into_iter().map(|x| x * size).collect();
+            for bodies in available() {
+                for (compute, bound) in [(Compute::Exact, 1e-6), (Compute::Int8, 1e-2)] {
+                    // On tiles the products of huge weights are infinite before x makes them small.
+                    if bodies.tiles.is_some() && compute == Compute::Int8 && scale > 1e36 {
+                        continue;
+                    }
+                    let y = run_on(Engine::new(bodies, 1), &w, &x, compute);
+                    let error = w.error(&x, &y);
+                    let name = bodies.name();
+                    assert!(error < bound, "{name} {compute:?} {scale:e} {size:e}: {error:e}");
+                }
+            }
+        }
+    }
+}
+
 fn layer_of_nothing(bodies: &'static Bodies, [rows, cols, tokens]: [usize; 3], rank: usize) {
     let packed = vec![0x21; (rows * cols).div_ceil(2)];
     let absmax = vec![1.0; (rows * cols).div_ceil(64)];

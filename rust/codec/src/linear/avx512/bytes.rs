@@ -18,6 +18,30 @@ use crate::x86::avx512::load_f32;
 /// Columns with one scale in each row of W, in chunks.
 pub(crate) const PART: usize = 8;
 
+/// 2^-128: smaller steps have no inverse.
+const LEAST_STEP: f32 = f32::MIN_POSITIVE / 4.0;
+
+/// What bytes stand for, where the largest magnitude is 127 (or less, if the step would be too
+/// small); NaN for magnitudes that are not finite, whose sums are not.
+#[inline(always)]
+pub(crate) fn step_of(largest: f32) -> f32 {
+    match largest {
+        0.0 => 0.0,
+        _ if largest.is_finite() => (largest / 127.0).max(LEAST_STEP),
+        _ => f32::NAN,
+    }
+}
+
+/// What values are multiplied by to be bytes.
+#[inline(always)]
+pub(crate) fn inverse(step: f32) -> f32 {
+    if step > 0.0 {
+        (1.0 / step).min(f32::MAX)
+    } else {
+        0.0
+    }
+}
+
 /// What the bytes of a strip stand for.
 pub(crate) struct Scaled {
     /// For each row and part: what its bytes are multiplied by.
@@ -49,8 +73,8 @@ impl Scaled {
             let mut factors = nibbles.scales(rows.clone(), chunks);
             for (steps, row) in steps.chunks_mut(parts).zip(factors.chunks_mut(2 * chunks)) {
                 for (step, scales) in steps.iter_mut().zip(row.chunks_mut(2 * PART)) {
-                    *step = magnitude(scales) * largest / 127.0;
-                    let inverse = if *step > 0.0 { 1.0 / *step } else { 0.0 };
+                    *step = step_of(magnitude(scales) * largest);
+                    let inverse = inverse(*step);
                     for scale in scales {
                         *scale *= inverse;
                     }
@@ -71,7 +95,7 @@ impl Scaled {
                 let blocks = first / blocksize..last.div_ceil(blocksize);
                 room.resize(blocks.len(), 0.0);
                 write_scales(&scales, blocks.start, &mut room);
-                *step = magnitude(&room) * largest / 127.0;
+                *step = step_of(magnitude(&room) * largest);
             }
         }
         Self { steps, factors: Scratch::new(0), parts }

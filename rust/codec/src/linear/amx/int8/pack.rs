@@ -8,7 +8,7 @@ use crate::linear::amx::int8::TILES;
 use crate::linear::amx::pack::groups;
 use crate::linear::amx::tiles::{LINES, TOKENS};
 use crate::linear::amx::transpose::transpose;
-use crate::linear::avx512::bytes::to_bytes;
+use crate::linear::avx512::bytes::{inverse, step_of, to_bytes};
 use crate::linear::avx512::decode::CHUNK;
 use crate::parallel;
 use crate::scratch::{Line, Scratch};
@@ -68,9 +68,8 @@ pub(super) unsafe fn pack_group<'a>(
     for ((row, scale), factor) in all.iter().zip(scales).zip(&mut factors) {
         // NaN is the largest magnitude as an integer, and makes the token's sums NaN.
         let largest = row.iter().map(|x| x.abs().to_bits()).max().unwrap_or(0);
-        let largest = f32::from_bits(largest);
-        *scale = largest / 127.0;
-        *factor = if largest > 0.0 { 127.0 / largest } else { 0.0 };
+        *scale = step_of(f32::from_bits(largest));
+        *factor = inverse(*scale);
     }
     // Of 8 bytes, the odd ones, which are tile 0's, then the even ones.
     let nibbles =

@@ -5,7 +5,7 @@ use std::ops::Range;
 use crate::linear::amx::forward::PAIR;
 use crate::linear::amx::int8::TILES;
 use crate::linear::amx::tiles::LINES;
-use crate::linear::avx512::bytes::{to_bytes, Scaled, PART};
+use crate::linear::avx512::bytes::{inverse, to_bytes, Scaled, PART};
 use crate::linear::avx512::decode::{ByteDecoder, Rows, TileRows, CHUNK, CHUNK_BYTES};
 use crate::linear::avx512::nibbles::Nibbles;
 use crate::linear::weight::Weight;
@@ -82,8 +82,7 @@ impl Source<'_> {
             let at = self.rows.start + row;
             let out = ValuesMut::F32(&mut values);
             self.weight.dequantize_rows(self.bodies, at..at + 1, out);
-            let step = scaled.steps[row * scaled.parts + part];
-            let factor = if step > 0.0 { 1.0 / step } else { 0.0 };
+            let factor = inverse(scaled.step(row, part));
             let panel = &mut panel[row / PAIR * lines_per_pair..][..lines_per_pair];
             let to = panel.chunks_exact_mut(2 * TILES * LINES);
             for (values, to) in values[columns.clone()].chunks(CHUNK).zip(to) {

@@ -13,11 +13,12 @@ use std::ops::Range;
 
 use crate::error::CodecError;
 use crate::linear::adapter::Floats;
-use crate::linear::avx512::bytes::{to_bytes, Scaled, PART};
+use crate::linear::avx512::bytes::{inverse, step_of, to_bytes, Scaled, PART};
 use crate::linear::avx512::decode::{ByteDecoder, CHUNK, CHUNK_BYTES};
 use crate::linear::avx512::nibbles::Nibbles;
 use crate::linear::dense::avx512::lanes::Fours;
 use crate::linear::dense::avx512::{nn, nt};
+use crate::linear::dense::terms::SLIVER;
 use crate::linear::dense::tokens::{turn, Tokens};
 use crate::linear::epilogue::Epilogue;
 use crate::linear::strips::{self, Strip};
@@ -78,7 +79,7 @@ pub(crate) unsafe fn forward<T: Element>(
 struct Rounded {
     /// (tokens, cols)
     bytes: Vec<u8>,
-    /// What the bytes of a token are multiplied by.
+    /// What the bytes of a token are multiplied by; behind the last one, zeros for a sliver.
     scales: Vec<f32>,
     /// Whole chunks.
     cols: usize,
@@ -93,7 +94,7 @@ impl Rounded {
     ) -> Result<Self, CodecError> {
         let padded = cols.next_multiple_of(CHUNK);
         let mut bytes = vec![0; count * padded];
-        let mut scales = vec![0.0; count];
+        let mut scales = vec![0.0; count + SLIVER];
         let jobs = bytes.chunks_mut(padded).zip(&mut scales).zip(x.chunks(cols));
         parallel::for_each(x.len(), engine, jobs, |((bytes, scale), x)| {
             let floats = Floats::new(engine.bodies, x);
@@ -109,8 +110,8 @@ impl Rounded {
 fn round_token(x: &[f32], nibbles: bool, bytes: &mut [u8]) -> f32 {
     // NaN is the largest magnitude as an integer, and makes the token's sums NaN.
     let largest = x.iter().map(|x| x.abs().to_bits()).max().unwrap_or(0);
-    let largest = f32::from_bits(largest);
-    let factor = if largest > 0.0 { 127.0 / largest } else { 0.0 };
+    let scale = step_of(f32::from_bits(largest));
+    let factor = inverse(scale);
     for (to, x) in bytes.as_chunks_mut::<CHUNK>().0.iter_mut().zip(x.chunks(CHUNK)) {
         let rounded = to_bytes(x, factor).map(|byte| byte ^ 0x80);
         if nibbles {
@@ -122,7 +123,7 @@ fn round_token(x: &[f32], nibbles: bool, bytes: &mut [u8]) -> f32 {
             *to = rounded;
         }
     }
-    largest / 127.0
+    scale
 }
 
 /// A product, ready for its strips.
@@ -131,8 +132,21 @@ struct Product<'a> {
     weight: &'a Weight<'a>,
     nibbles: Option<Nibbles<'a>>,
     tokens: Tokens<[u8; 4]>,
-    /// Of tokens.
+    /// See [`Rounded`].
     scales: Vec<f32>,
+}
+
+/// Some rows of a strip in a part of the columns.
+struct Panel<'a> {
+    part: usize,
+    /// Among those of the strip, and how many it has.
+    rows: Range<usize>,
+    height: usize,
+    /// (rows, fours of columns).
+    bytes: &'a [Four],
+    /// What the integers of each row start at, and what they are multiplied by.
+    starts: &'a [i32],
+    steps: &'a [f32],
 }
 
 impl Product<'_> {
@@ -141,54 +155,26 @@ impl Product<'_> {
     fn sums(&self, rows: Range<usize>, sums: &mut [f32]) {
         let (tokens, height) = (&self.tokens, rows.len());
         let width = tokens.slivers.iter().map(|(_, width)| width).sum::<usize>();
-        let low = if width == 0 { LOW } else { STRIP };
+        let low = if width == 0 { LOW } else { STRIP }.min(height);
         let scaled = Scaled::new(self.weight, self.nibbles.as_ref(), rows.clone());
+        let strip = OfStrip { scaled: &scaled, first: rows.start };
         let mut turned = Scratch::<f32>::new(width * height);
         turned.fill(0.0);
-        let (_, few) = tokens.piece(0);
-        let rest = tokens.rest.len();
         let dots = &mut sums[tokens.rest.start * height..];
         dots.fill(0.0);
-        debug_assert!(few.len() >= rest);
-        let mut panel = Scratch::<Four>::new(low.min(height) * COLUMNS / 4);
-        let mut starts = [0; STRIP];
-        let mut found = Scratch::<i32>::new(low * 32);
-        for part in 0..tokens.pieces.len() {
+        let mut room = Scratch::<Four>::new(low * COLUMNS / 4);
+        let (mut starts, mut steps) = ([0; STRIP], [0.0; STRIP]);
+        let mut found = Scratch::<i32>::new(low * SLIVER);
+        for (part, columns) in tokens.pieces.iter().enumerate() {
             for first in (0..height).step_by(low) {
-                let here = first..(first + low).min(height);
-                let (panel, starts) = (&mut panel[..], &mut starts[..here.len()]);
-                let lanes = tokens.pieces[part].len() / 4;
-                let panel = &mut panel[..here.len() * lanes];
-                let of_strip = OfStrip { scaled: &scaled, first: rows.start };
-                self.decode(&of_strip, here.clone(), part, panel, starts);
-                let steps = here.clone().map(|row| scaled.step(row, part));
-                let (slivers, few) = tokens.piece(part);
-                let mut turned = &mut turned[..];
-                for (sliver, width, next) in slivers {
-                    let found = &mut found[..here.len() * width];
-                    for (found, start) in found.chunks_exact_mut(width).zip(&*starts) {
-                        found.fill(*start);
-                    }
-                    // SAFETY: the caller found the instruction.
-                    unsafe { nn::<Fours>(panel, sliver, width, found, next) };
-                    let (to, others) = turned.split_at_mut(width * height);
-                    let to = &mut to[here.start * width..here.end * width];
-                    for (row, step) in steps.clone().enumerate() {
-                        let row = row * width..(row + 1) * width;
-                        add_scaled(&found[row.clone()], step, &mut to[row]);
-                    }
-                    turned = others;
-                }
-                let found = &mut found[..here.len() * rest];
-                for found in found.chunks_exact_mut(here.len()) {
-                    found.copy_from_slice(starts);
-                }
-                // SAFETY: as above.
-                unsafe { nt::<Fours>(few, panel, lanes, found) };
-                for (dots, found) in dots.chunks_mut(height).zip(found.chunks(here.len())) {
-                    let dots = dots[here.clone()].iter_mut().zip(found).zip(steps.clone());
-                    dots.for_each(|((dot, &found), step)| *dot += step * found as f32);
-                }
+                let rows = first..(first + low).min(height);
+                let bytes = &mut room[..rows.len() * columns.len() / 4];
+                let (starts, steps) = (&mut starts[..rows.len()], &mut steps[..rows.len()]);
+                self.decode(&strip, rows.clone(), part, bytes, starts);
+                steps.iter_mut().zip(rows.clone()).for_each(|(s, row)| *s = scaled.step(row, part));
+                let panel = Panel { part, rows, height, bytes, starts, steps };
+                self.add_slivers(&panel, &mut found, &mut turned);
+                self.add_rest(&panel, &mut found, dots);
             }
         }
         let mut turned = &turned[..];
@@ -198,10 +184,45 @@ impl Product<'_> {
             turn(self.bodies, (from, *width), (to, height), (height, tokens.len()));
             turned = others;
         }
-        for (sums, scale) in sums.chunks_mut(height).zip(&self.scales) {
-            for sum in sums {
-                *sum *= scale;
+    }
+
+    /// Adds the products of a panel with slivers of tokens: of each sliver, (rows, tokens).
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+    fn add_slivers(&self, panel: &Panel<'_>, found: &mut [i32], mut sums: &mut [f32]) {
+        let (slivers, _) = self.tokens.piece(panel.part);
+        for ((sliver, width, next), (tokens, _)) in slivers.zip(&self.tokens.slivers) {
+            let found = &mut found[..panel.rows.len() * width];
+            for (found, start) in found.chunks_exact_mut(width).zip(panel.starts) {
+                found.fill(*start);
             }
+            // SAFETY: the caller found the instruction.
+            unsafe { nn::<Fours>(panel.bytes, sliver, width, found, next) };
+            let scales = &self.scales[tokens.start..][..width];
+            let (to, others) = sums.split_at_mut(width * panel.height);
+            let rows = to[panel.rows.start * width..].chunks_exact_mut(width);
+            for ((to, found), step) in rows.zip(found.chunks_exact(width)).zip(panel.steps) {
+                add_scaled(found, *step, scales, to);
+            }
+            sums = others;
+        }
+    }
+
+    /// Adds the products of a panel with the tokens that stay as they lie, (tokens, rows).
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+    fn add_rest(&self, panel: &Panel<'_>, found: &mut [i32], sums: &mut [f32]) {
+        let (_, few) = self.tokens.piece(panel.part);
+        let (rest, count) = (self.tokens.rest.clone(), panel.rows.len());
+        let found = &mut found[..count * rest.len()];
+        for found in found.chunks_exact_mut(count) {
+            found.copy_from_slice(panel.starts);
+        }
+        // SAFETY: the caller found the instruction.
+        unsafe { nt::<Fours>(few, panel.bytes, panel.bytes.len() / count, found) };
+        let rows = sums.chunks_exact_mut(panel.height).zip(found.chunks_exact(count));
+        for ((sums, found), scale) in rows.zip(&self.scales[rest]) {
+            add_scaled(found, *scale, panel.steps, &mut sums[panel.rows.clone()]);
         }
     }
 
@@ -216,7 +237,7 @@ impl Product<'_> {
         panel: &mut [Four],
         starts: &mut [i32],
     ) {
-        let Scaled { factors, parts, .. } = strip.scaled;
+        let factors = &strip.scaled.factors;
         let columns = self.tokens.pieces[part].clone();
         let chunks = self.tokens.pieces.last().map_or(0, |piece| piece.end) / CHUNK;
         let mut values = Scratch::<f32>::new(columns.len());
@@ -249,8 +270,7 @@ impl Product<'_> {
                 let inside = columns.start..columns.end.min(self.weight.cols);
                 let values = &mut values[..inside.len()];
                 self.weight.widened_piece::<f32>(self.bodies, at..at + 1, inside, values);
-                let step = strip.scaled.steps[row * parts + part];
-                let factor = if step > 0.0 { 1.0 / step } else { 0.0 };
+                let factor = inverse(strip.scaled.step(row, part));
                 for (values, to) in values.chunks(CHUNK).zip(to.as_chunks_mut::<2>().0) {
                     let bytes = to_bytes(values, factor);
                     for (to, from) in to.iter_mut().zip(bytes.as_chunks::<64>().0) {
@@ -271,9 +291,11 @@ struct OfStrip<'a> {
     first: usize,
 }
 
-/// `sums += step * found`.
+/// `sums += found * factor * factors`; the factors first, lest a product be infinite.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn add_scaled(found: &[i32], step: f32, sums: &mut [f32]) {
-    sums.iter_mut().zip(found).for_each(|(sum, &found)| *sum += step * found as f32);
+fn add_scaled(found: &[i32], factor: f32, factors: &[f32], sums: &mut [f32]) {
+    for ((sum, &found), other) in sums.iter_mut().zip(found).zip(factors) {
+        *sum += found as f32 * (factor * other);
+    }
 }
