@@ -125,8 +125,14 @@ impl Lane for Pair {
     const ZERO: Self = [bf16::ZERO; 2];
 
     fn transpose(bodies: &'static Bodies, square: &mut [[Self; 16]; 16]) {
-        let bits = |[low, high]: Self| u32::from(low.to_bits()) | u32::from(high.to_bits()) << 16;
-        let pair = |bits: u32| [bits as u16, (bits >> 16) as u16].map(bf16::from_bits);
+        let bits = |[low, high]: Self| {
+            let ([a, b], [c, d]) = (low.to_le_bytes(), high.to_le_bytes());
+            u32::from_le_bytes([a, b, c, d])
+        };
+        let pair = |bits: u32| {
+            let [a, b, c, d] = bits.to_le_bytes();
+            [[a, b], [c, d]].map(bf16::from_le_bytes)
+        };
         transpose_bits(bodies, square, bits, pair);
     }
 }
