@@ -64,7 +64,9 @@ impl<T: Plain> Scratch<T> {
         let mut room = best.map(|i| idle.swap_remove(i)).unwrap_or_default();
         put(idle);
         if room.len() < lines {
-            room.resize(lines, Line([0; 64]));
+            // Gone before there is another, which is no larger than what is asked for.
+            drop(room);
+            room = vec![Line([0; 64]); lines];
         }
         Self { room, len, holds: PhantomData }
     }
@@ -111,6 +113,13 @@ mod tests {
         drop((a, b));
         let (small, large) = (Scratch::<f32>::new(9), Scratch::<f32>::new(999));
         assert_eq!((address(&small), address(&large)), (old_b, old_a));
+    }
+
+    #[test]
+    fn a_room_that_grows_is_no_larger_than_what_is_asked_for() {
+        drop(Scratch::<f32>::new(16 * 1000));
+        let room = Scratch::<f32>::new(16 * 1001);
+        assert_eq!((room.len(), room.room.capacity()), (16 * 1001, 1001));
     }
 
     #[test]

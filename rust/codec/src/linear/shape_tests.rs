@@ -171,7 +171,7 @@ fn a_token_that_is_not_finite_spoils_no_other_of_many() {
         Owned::new(7, [35, 101, 101], None),
     ];
     for w in &weights {
-        for (tokens, token) in [(3, 1), (20, 7), (25, 24), (41, 16)] {
+        for (tokens, token) in [(3, 1), (7, 2), (20, 7), (25, 24), (41, 16)] {
             for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
                 let mut values = random(6, tokens * w.cols);
                 values[token * w.cols + w.cols - 1] = bad;
@@ -190,6 +190,30 @@ fn a_token_that_is_not_finite_spoils_no_other_of_many() {
                             }
                         }
                     }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn up_to_four_tokens_of_any_dtype_give_the_same_bytes_alone_and_among_others() {
+    for shape in [[35, 192, 64], [67, 1088, 64], [2, 8192, 4096]] {
+        let w = four_bit(8, shape);
+        for values in Weights::all(&random(9, 4 * w.cols)) {
+            for bodies in available().iter().filter(|bodies| bodies.tiles.is_none()) {
+                let run = |x: Values<'_>, tokens| {
+                    let mut y = room(&values, tokens * w.rows);
+                    let (engine, y_mut) = (Engine::new(bodies, 1), y.values_mut());
+                    linear(engine, x, &w.weight(), None, None, Compute::Exact, y_mut).unwrap();
+                    y.bits()
+                };
+                let x = values.values();
+                let alone: Vec<u32> =
+                    (0..4).flat_map(|i| run(x.range(i * w.cols..(i + 1) * w.cols), 1)).collect();
+                for tokens in 2..=4 {
+                    let y = run(x.range(0..tokens * w.cols), tokens);
+                    assert_eq!(y, alone[..y.len()], "{} {shape:?} M={tokens}", bodies.name());
                 }
             }
         }

@@ -152,9 +152,12 @@ fn any_number_of_threads_gives_the_same_bytes() {
     let w = Owned::new(5, 1000, 1024, 64);
     for x in Weights::all(&random(7, 33 * 1024)) {
         for bodies in available() {
-            let one = run(bodies, 1, &x, &w).bits();
-            for threads in [2, 0, 7] {
-                assert_eq!(run(bodies, threads, &x, &w).bits(), one, "{}", bodies.name());
+            for compute in [Compute::Exact, Compute::Int8] {
+                let one = computed(bodies, 1, compute, &x, &w).bits();
+                for threads in [2, 0, 7] {
+                    let more = computed(bodies, threads, compute, &x, &w).bits();
+                    assert!(more == one, "{} {compute:?}, {threads} threads", bodies.name());
+                }
             }
         }
     }

@@ -177,7 +177,7 @@ unsafe fn add_product<const V: usize>(
                 row = in(ymm_reg) *row,
                 sum = inout(ymm_reg) *sum,
                 value = out(ymm_reg) _,
-                options(pure, readonly, nostack, preserves_flags),
+                options(pure, readonly, nostack),
             );
         },
         // SAFETY: as above.
@@ -193,7 +193,7 @@ unsafe fn add_product<const V: usize>(
                 sum0 = inout(ymm_reg) *sum0,
                 sum1 = inout(ymm_reg) *sum1,
                 value = out(ymm_reg) _,
-                options(pure, readonly, nostack, preserves_flags),
+                options(pure, readonly, nostack),
             );
         },
         _ => unreachable!("a strip is one vector or two"),

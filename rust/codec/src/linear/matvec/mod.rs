@@ -5,10 +5,10 @@
 //! int8     the inner sums in integers (see [`int8`])
 //! ```
 //!
-//! Sums are in fp32. But for x in bfloat16 where a body has products of that, no weight is ever rounded
-//! to 16 bits. What depends on x alone is computed once a
-//! call: each body has x in the order in which it decodes. Rows of W must be whole blocks. A token
-//! gives the same bytes alone and among others.
+//! Sums are in fp32. But for x in bfloat16 where a body has products of that, no weight is ever
+//! rounded to 16 bits. What depends on x alone is computed once a call: each body has x in the order
+//! in which it decodes. Rows of W must be whole blocks. A token gives the same bytes alone and among
+//! up to three others.
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx2;

@@ -70,7 +70,7 @@ macro_rules! impl_lanes {
                         k = in(reg) k,
                         row = in(zmm_reg) row,
                         sum = inout(zmm_reg) *sum,
-                        options(pure, readonly, nostack, preserves_flags),
+                        options(pure, readonly, nostack),
                     );
                 }
             }
@@ -98,7 +98,7 @@ macro_rules! impl_lanes {
                         sum0 = inout(zmm_reg) *sum0,
                         sum1 = inout(zmm_reg) *sum1,
                         lane = out(zmm_reg) _lane,
-                        options(pure, readonly, nostack, preserves_flags),
+                        options(pure, readonly, nostack),
                     );
                 }
             }
@@ -113,7 +113,7 @@ macro_rules! impl_lanes {
                         right = in(zmm_reg) right,
                         left = in(zmm_reg) left,
                         sum = inout(zmm_reg) *sum,
-                        options(pure, nomem, nostack, preserves_flags),
+                        options(pure, nomem, nostack),
                     );
                 }
             }
@@ -129,7 +129,7 @@ macro_rules! impl_lanes {
                         a = in(zmm_reg) a,
                         b = in(zmm_reg) b,
                         sum = lateout(zmm_reg) sum,
-                        options(pure, nomem, nostack, preserves_flags),
+                        options(pure, nomem, nostack),
                     );
                 }
                 sum
