@@ -7,7 +7,7 @@ use crate::error::CodecError;
 use crate::layout::{check_len, num_blocks};
 use crate::linear::adapter::{Factors, Lora};
 use crate::linear::dense::forward::TOKENS;
-use crate::linear::dense::terms::{terms, Products, Term, SLIVER};
+use crate::linear::dense::terms::{terms, Products, Term};
 use crate::linear::lora::thin;
 use crate::linear::pieces::cut;
 use crate::linear::strips::{self, Strip};
@@ -78,8 +78,11 @@ fn dense<T: Element, P: Term>(
     dx: &mut [T],
 ) -> Result<(), CodecError> {
     let Weight { rows, cols, .. } = *weight;
-    let scales = all_scales(engine, weight)?;
-    let weight = &Weight { scales: Scales::Plain(&scales), ..*weight };
+    // Decoded once: a strip takes a few scales of each row, which is slow beside panels of pairs.
+    let pairs = P::VALUES > 1;
+    let scales = pairs.then(|| all_scales(engine, weight)).transpose()?;
+    let scales = scales.as_deref().map_or(weight.scales, Scales::Plain);
+    let weight = &Weight { scales, ..*weight };
     for (block, dx) in dx.chunks_mut((TOKENS * cols).max(1)).enumerate() {
         let tokens = block * TOKENS..block * TOKENS + dx.len() / cols;
         let grad =
@@ -158,6 +161,7 @@ fn multiply<T: Element, P: Term>(
     let height = grad.pieces.iter().map(|piece| terms::<P>(piece.len())).max().unwrap_or(0);
     let mut panel = Scratch::<P>::new(height * width);
     // Of each sliver, (tokens, columns).
+    let sliver = P::SLIVER.min(width);
     let mut sums = Scratch::<f32>::new(tokens * width);
     sums.fill(0.0);
     for rows in &grad.pieces {
@@ -166,25 +170,25 @@ fn multiply<T: Element, P: Term>(
         P::decode_down::<T>(weight, bodies, rows.clone(), columns.clone(), panel);
         let (grad, next) = grad.terms[start * tokens..].split_at(height * tokens);
         // What comes next is fetched in equal parts.
-        let mut next = next[..next.len().min(grad.len())].chunks(grad.len() * SLIVER / width + 1);
-        let slivers = panel.chunks(height * SLIVER).zip(sums.chunks_mut(tokens * SLIVER));
+        let mut next = next[..next.len().min(grad.len())].chunks(grad.len() * sliver / width + 1);
+        let slivers = panel.chunks(height * sliver).zip(sums.chunks_mut(tokens * sliver));
         for (panel, sums) in slivers {
             let next = next.next().unwrap_or_default();
             (products.nn)(grad, panel, panel.len() / height, sums, next);
         }
     }
     if let Some((g, a, rank)) = adapter {
-        let mut panel = Scratch::<f32>::new(rank * SLIVER);
-        for (i, sums) in sums.chunks_mut(tokens * SLIVER).enumerate() {
-            let first = columns.start + i * SLIVER;
-            let columns = first..(first + SLIVER).min(columns.end);
+        let mut panel = Scratch::<f32>::new(rank * sliver);
+        for (i, sums) in sums.chunks_mut(tokens * sliver).enumerate() {
+            let first = columns.start + i * sliver;
+            let columns = first..(first + sliver).min(columns.end);
             let panel = &mut panel[..rank * columns.len()];
             copy_columns(a, weight.cols, &columns, panel);
             (bodies.floats.nn)(g, panel, columns.len(), sums, &[]);
         }
     }
     for (token, row) in strip.rows.into_iter().enumerate() {
-        for (sums, to) in sums.chunks(tokens * SLIVER).zip(row.chunks_mut(SLIVER)) {
+        for (sums, to) in sums.chunks(tokens * sliver).zip(row.chunks_mut(sliver)) {
             (bodies.round)(&sums[token * to.len()..][..to.len()], T::values_mut(to));
         }
     }

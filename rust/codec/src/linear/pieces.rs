@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use crate::linear::weight::{Codes, Weight};
+use crate::scales::Scales;
 use crate::simd::Bodies;
 use crate::values::{Element, Stores, ValuesMut};
 
@@ -61,13 +62,24 @@ impl Weight<'_> {
         }
         let mut few = [0.0; 64];
         let mut many = Vec::new();
-        let scales = if blocks.len() <= few.len() {
-            &mut few[..blocks.len()]
-        } else {
-            many.resize(blocks.len(), 0.0);
-            &mut many[..]
+        let scales = match self.scales {
+            Scales::Plain(scales) => &scales[blocks.clone()],
+            Scales::Nested { .. } => {
+                let room = if blocks.len() <= few.len() {
+                    &mut few[..blocks.len()]
+                } else {
+                    many.resize(blocks.len(), 0.0);
+                    &mut many[..]
+                };
+                // Vectors of scales cost more than a few.
+                if room.len() < 16 {
+                    self.scales.write(blocks.start, room);
+                } else {
+                    (bodies.write_scales)(&self.scales, blocks.start, room);
+                }
+                &*room
+            }
         };
-        (bodies.write_scales)(&self.scales, blocks.start, scales);
         let aligned = |at: usize, to: usize| at.is_multiple_of(to);
         if aligned(self.blocksize, STEP)
             && aligned(first, self.blocksize)

@@ -1,4 +1,4 @@
-//! Products of dense fp32 matrices, added to what is there: the inner loops of every path that
+//! Products of dense matrices in fp32, or in pairs of bfloat16, added to what is there: the inner loops of every path that
 //! has no instructions of its own for the codes.
 //!
 //! ```text

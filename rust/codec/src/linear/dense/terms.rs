@@ -10,7 +10,6 @@ use half::bf16;
 
 use crate::linear::weight::Weight;
 use crate::plain::Plain;
-use crate::scratch::Scratch;
 use crate::simd::Bodies;
 use crate::values::{Element, Values};
 
@@ -45,6 +44,9 @@ pub(crate) trait Lane: Plain + Send + Sync {
 
 /// A term of a sum in fp32.
 pub(crate) trait Term: Lane {
+    /// Columns of a sliver of a panel that [`Term::decode_down`] writes, at most.
+    const SLIVER: usize;
+
     /// Writes values as they are multiplied.
     fn lay_out(bodies: &'static Bodies, values: Values<'_>, to: &mut [Self]);
 
@@ -57,7 +59,7 @@ pub(crate) trait Term: Lane {
         panel: &mut [Self],
     );
 
-    /// Writes a piece of a weight, rounded to `T`, as slivers of [`SLIVER`] columns, the last of
+    /// Writes a piece of a weight, rounded to `T`, as slivers of columns, the last of
     /// which may be narrower: of each, (terms of rows, columns).
     fn decode_down<T: Element>(
         weight: &Weight<'_>,
@@ -83,6 +85,9 @@ impl Lane for f32 {
 }
 
 impl Term for f32 {
+    /// Panels have no slivers.
+    const SLIVER: usize = usize::MAX;
+
     fn lay_out(bodies: &'static Bodies, values: Values<'_>, to: &mut [Self]) {
         (bodies.widen)(values, to);
     }
@@ -104,11 +109,7 @@ impl Term for f32 {
         columns: Range<usize>,
         panel: &mut [Self],
     ) {
-        let mut room = Scratch::new(columns.len());
-        for (i, row) in rows.clone().enumerate() {
-            weight.widened_piece::<T>(bodies, row..row + 1, columns.clone(), &mut room);
-            scatter(&room, rows.len(), i, panel);
-        }
+        weight.widened_piece::<T>(bodies, rows, columns, panel);
     }
 }
 
@@ -161,6 +162,8 @@ fn transpose_bits<L: Copy>(
 
 /// For values and weights in bfloat16 alone.
 impl Term for Pair {
+    const SLIVER: usize = SLIVER;
+
     fn lay_out(_: &'static Bodies, values: Values<'_>, to: &mut [Self]) {
         let Values::Bf16(values) = values else { unreachable!("pairs are of bfloat16") };
         let (pairs, rest) = values.as_chunks();

@@ -1,8 +1,8 @@
 //! AVX-512 with products of bfloat16: codes become pairs of values in registers.
 //!
 //! ```text
-//! chunk    64 bytes = 128 codes; a shift, a mask and one `vpermw` give every fourth value, twice
-//!          rounded: by the table times the scale of the block, in bfloat16 (see `decode`)
+//! chunk    64 bytes = 128 codes; a shift, a mask and one `vpermw` give every fourth value, from the
+//!          table times the scale of the block, rounded to bfloat16
 //! x        in the same order, each token filled up with zeros to whole chunks
 //! ```
 //!
