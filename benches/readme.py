@@ -49,9 +49,8 @@ def _cpu() -> list[str]:
         "unless two are named, weights out of the caches; read and NT write are the limits of the "
         "same buffers in the same run.",
     ]
-    for name, machine in zip(names, machines, strict=True):
-        packages = ", ".join(f"{p} {v}" for p, v in machine["packages"].items() if v)
-        lines.append(f"{name}: {packages}.")
+    for name, content in zip(names, files.values(), strict=True):
+        lines.append(f"{name}: {_measured_packages(content)}.")
     lines += ["", f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     measured: dict[str, list[str]] = {}
     for place, content in enumerate(files.values()):
@@ -65,6 +64,15 @@ def _cpu() -> list[str]:
             what = f"times faster than the unquantized bf16 layer, {name}"
             lines += ["", f"![{what}](benches/results/{picture.name})"]
     return lines
+
+
+def _measured_packages(content: dict[str, Any]) -> str:
+    """What every run depends on, and the peers that this one measured."""
+    engines = " ".join(row["engine"] for row in content.get("rows", ())).lower()
+    always = ("qkern", "torch", "numpy", "transformers")
+    found = content["machine"]["packages"].items()
+    named = [(p, v) for p, v in found if v and (p in always or p.partition("-")[0] in engines)]
+    return ", ".join(f"{package} {version}" for package, version in named)
 
 
 def _small_rows() -> list[str]:
